@@ -1,0 +1,40 @@
+# `make demo` and `make test` work from a fresh clone: they make .venv first. Set PYTHON to choose an interpreter (3.11+).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint format types docs check clean
+.DEFAULT_GOAL := check
+
+$(STAMP): requirements-dev.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -e .
+	touch $@
+
+demo: $(STAMP)  ## train a CNN on digits with Adam and with FlatOpt; table and figure in demo-output/
+	$(BIN)/python -m flatopt.evaluate.demo --out demo-output
+
+test: $(STAMP)  ## everything that CI runs: tests and the examples in docstrings
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+check: lint types docs test
+
+clean:
+	rm -rf build dist demo-output docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find flatopt tests docs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,94 @@
+"""The problems of the comparisons, as data."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+
+from . import models
+from ._training import Benchmark
+
+BENCHMARKS: tuple[Benchmark, ...] = (
+    Benchmark(name="MLP 8x8, 1k", source="fashion-mnist", size=8, num_train=1000, build=partial(models.mlp, width=32)),
+    Benchmark(
+        name="deep MLP 8x8, 4k",
+        source="fashion-mnist",
+        size=8,
+        num_train=4000,
+        build=partial(models.mlp, width=64, depth=5),
+        num_steps=1000,
+    ),
+    Benchmark(
+        name="deep LayerNorm MLP 8x8, 4k",
+        source="fashion-mnist",
+        size=8,
+        num_train=4000,
+        build=partial(models.mlp, width=64, depth=5, normalise=True),
+        num_steps=1000,
+    ),
+    Benchmark(
+        name="sigmoid MLP 14x14, 4k",
+        source="fashion-mnist",
+        size=14,
+        num_train=4000,
+        build=partial(models.mlp, width=64, activation=nn.Sigmoid),
+        num_steps=1000,
+    ),
+    Benchmark(
+        name="MLP 28x28, 10k",
+        source="fashion-mnist",
+        size=28,
+        num_train=10_000,
+        build=partial(models.mlp, width=128, depth=2),
+        num_steps=1000,
+    ),
+    Benchmark(
+        name="CNN 14x14, 4k",
+        source="fashion-mnist",
+        size=14,
+        num_train=4000,
+        build=partial(models.cnn, width=16),
+        num_steps=1000,
+    ),
+    Benchmark(
+        name="BatchNorm CNN 14x14, 4k",
+        source="fashion-mnist",
+        size=14,
+        num_train=4000,
+        build=partial(models.cnn, width=16, depth=3, normalise=True),
+    ),
+    Benchmark(
+        name="residual net 14x14, 4k", source="fashion-mnist", size=14, num_train=4000, build=models.residual_net
+    ),
+    Benchmark(
+        name="transformer 14x14, 4k",
+        source="fashion-mnist",
+        size=14,
+        num_train=4000,
+        build=models.transformer,
+        num_steps=1000,
+    ),
+    Benchmark(
+        name="LSTM 14x14, 4k",
+        source="fashion-mnist",
+        size=14,
+        num_train=4000,
+        build=partial(models.lstm, width=64),
+        num_steps=1000,
+    ),
+    Benchmark(name="digits MLP", source="digits", size=8, num_train=None, build=partial(models.mlp, width=32)),
+    Benchmark(name="digits CNN", source="digits", size=8, num_train=None, build=models.cnn),
+)
+
+FAST_BENCHMARKS: tuple[Benchmark, ...] = (
+    Benchmark(name="toy MLP", source="digits", size=8, num_train=200, build=partial(models.mlp, width=8), num_steps=20),
+    Benchmark(
+        name="toy BatchNorm CNN",
+        source="digits",
+        size=8,
+        num_train=200,
+        build=partial(models.cnn, width=4, normalise=True),
+        num_steps=20,
+    ),
+)

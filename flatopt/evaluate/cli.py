@@ -1,0 +1,65 @@
+"""``flatopt-eval``: tables and figures of measured results, with the baselines in the same run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import flatness_table, meta_speed, quality, robustness, step_time
+from ._report import Report, RunCache, write_report
+from ._training import Options
+
+COMMANDS: dict[str, tuple[Callable[[Options], Report], str, int]] = {
+    "quality": (quality.report, "test accuracy and loss against tuned baselines", 5),
+    "flatness": (flatness_table.report, "flatness of the minima that each optimizer reaches", 5),
+    "step-time": (step_time.report, "time and memory of one step against AdamW", 5),
+    "meta-speed": (meta_speed.report, "throughput of the inner loop of meta-training", 5),
+    "robustness": (robustness.report, "divergence over widths, depths, batch sizes and architectures", 1),
+}
+"""What each subcommand runs, its help, and its default number of seeds."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one subcommand and write ``table.md``, ``results.json`` and ``figure.png`` into the folder ``--out``.
+
+    Finished runs are kept in ``runs.jsonl`` there: the same command goes on after any stop.
+
+    Args:
+        arguments: command line, ``sys.argv[1:]`` by default.
+    """
+    chosen = build_parser().parse_args(arguments)
+    report, _, _ = COMMANDS[chosen.command]
+    options = Options(
+        num_seeds=chosen.seeds,
+        fast=chosen.fast,
+        pretrained=chosen.pretrained,
+        cache=RunCache((chosen.cache or chosen.out) / "runs.jsonl"),
+    )
+    print(write_report(report(options), chosen.out))
+    print(f"Written to {chosen.out}: table.md, results.json, figure.png")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(prog="flatopt-eval", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (_, summary, num_seeds) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("--out", type=Path, default=Path("runs/eval") / name, help="folder of results")
+        command.add_argument("--cache", type=Path, help="folder of finished runs, if not --out (to share tuning)")
+        command.add_argument("--seeds", type=_positive, default=num_seeds, help="runs per cell (default: %(default)s)")
+        command.add_argument("--fast", action="store_true", help="toy sizes: shows that it works, in seconds")
+        command.add_argument("--pretrained", default="flat-v1", help="weights of FlatOpt: name, folder or Hub id")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+if __name__ == "__main__":
+    main()

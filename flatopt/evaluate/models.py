@@ -1,0 +1,154 @@
+"""Networks to be optimized, as ordinary ``torch.nn`` modules: they are what a user of the optimizer has.
+
+All take images ``[batch, size, size]`` and return logits ``[batch, 10]``; sequence models read an image row by row.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+NUM_CLASSES = 10
+
+
+def mlp(
+    size: int, *, width: int = 32, depth: int = 1, activation: type[nn.Module] = nn.ReLU, normalise: bool = False
+) -> nn.Sequential:
+    """Build a multi-layer perceptron with ``depth`` hidden layers, with LayerNorm after each when ``normalise``."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    num_inputs = size * size
+    for _ in range(depth):
+        layers += [nn.Linear(num_inputs, width)]
+        layers += [nn.LayerNorm(width)] if normalise else []
+        layers += [activation()]
+        num_inputs = width
+    return nn.Sequential(*layers, nn.Linear(num_inputs, NUM_CLASSES))
+
+
+def cnn(size: int, *, width: int = 16, depth: int = 2, normalise: bool = False) -> nn.Sequential:
+    """Build ``depth`` 3x3 convolutions, the first two with pooling, with BatchNorm after each when ``normalise``."""
+    layers: list[nn.Module] = [Channel()]
+    num_channels = 1
+    for index in range(depth):
+        layers += [nn.Conv2d(num_channels, width, 3, padding=1)]
+        layers += [nn.BatchNorm2d(width)] if normalise else []
+        layers += [nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if index < 2 else []
+        num_channels = width
+    features = width * (size // 2 ** min(depth, 2)) ** 2
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, NUM_CLASSES))
+
+
+def residual_net(size: int, *, width: int = 16, num_blocks: int = 2) -> nn.Sequential:
+    """Build a small pre-activation residual network with BatchNorm."""
+    stem = [Channel(), nn.Conv2d(1, width, 3, padding=1), nn.MaxPool2d(2)]
+    blocks = [
+        Residual(
+            nn.Sequential(
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.Conv2d(width, width, 3, padding=1),
+            )
+        )
+        for _ in range(num_blocks)
+    ]
+    head = [nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    return nn.Sequential(*stem, *blocks, *head, nn.Linear(4 * width, NUM_CLASSES))
+
+
+def transformer(size: int, *, width: int = 32, depth: int = 2, normalise: bool = True) -> nn.Sequential:
+    """Build a transformer that reads an image row by row; LayerNorm before each branch when ``normalise``."""
+    layers: list[nn.Module] = [nn.Linear(size, width), Positions(size, width)]
+    for _ in range(depth):
+        for branch in (
+            SelfAttention(width),
+            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)),
+        ):
+            layers.append(Residual(nn.Sequential(nn.LayerNorm(width), branch) if normalise else branch))
+    layers += [nn.LayerNorm(width)] if normalise else []
+    return nn.Sequential(*layers, MeanOverRows(), nn.Linear(width, NUM_CLASSES))
+
+
+def lstm(size: int, *, width: int = 32, depth: int = 1, normalise: bool = False) -> nn.Sequential:
+    """Build an LSTM that reads an image row by row, with LayerNorm after each layer when ``normalise``."""
+    layers: list[nn.Module] = []
+    num_inputs = size
+    for _ in range(depth):
+        layers.append(Recurrent(num_inputs, width))
+        layers += [nn.LayerNorm(width)] if normalise else []
+        num_inputs = width
+    return nn.Sequential(*layers, LastRow(), nn.Linear(width, NUM_CLASSES))
+
+
+class Residual(nn.Module):
+    """Add a branch to its input."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return ``inputs + branch(inputs)``."""
+        return inputs + self.branch(inputs)
+
+
+class Channel(nn.Module):
+    """Add the axis of channels that convolutions want."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return ``[batch, 1, size, size]`` of ``[batch, size, size]``."""
+        return images.unsqueeze(1)
+
+
+class LastRow(nn.Module):
+    """Keep the last element of a sequence."""
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        """Return ``[batch, width]`` of ``[batch, length, width]``."""
+        return sequence[:, -1]
+
+
+class MeanOverRows(nn.Module):
+    """Average a sequence."""
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        """Return ``[batch, width]`` of ``[batch, length, width]``."""
+        return sequence.mean(1)
+
+
+class Positions(nn.Module):
+    """Add a learned embedding of the position."""
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(length, width)
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        """Return the sequence plus one vector per position."""
+        return sequence + self.embedding.weight
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention of a sequence, one head per 16 channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, max(1, width // 16), batch_first=True)
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        """Return ``[batch, length, width]`` of the same shape."""
+        return self.attention(sequence, sequence, sequence, need_weights=False)[0]
+
+
+class Recurrent(nn.Module):
+    """One LSTM layer, without its final state."""
+
+    def __init__(self, num_inputs: int, width: int) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(num_inputs, width, batch_first=True)
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        """Return the hidden states ``[batch, length, width]``."""
+        return self.cell(sequence)[0]

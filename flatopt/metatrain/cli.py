@@ -1,0 +1,172 @@
+"""``flatopt-train``: run, resume and export meta-training.
+
+Exit codes: 0 when done; 2 for a request that cannot be carried out, with one line that says why; 130 after SIGINT and
+143 after SIGTERM, when the run has been saved and can be resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from ..pretrained import LearnedRule, load_folder
+from .checkpoint import Checkpoint
+from .recipes import RECIPES
+from .trainer import TrainingInterrupted, check_unused, load_run, train
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: arguments after the program's name, those of the process if ``None``.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(message)s")
+    arguments = _parse(argv)
+    command: Callable[[argparse.Namespace], None] = arguments.command
+    arguments.line = shlex.join(["flatopt-train", *argv])
+    try:
+        command(arguments)
+    except (ValueError, FileExistsError, FileNotFoundError) as error:
+        print(f"flatopt-train: {error}", file=sys.stderr)
+        return 2
+    except TrainingInterrupted as interruption:
+        print(f"{interruption}; go on with: flatopt-train resume {arguments.out}", file=sys.stderr)
+        return 128 + interruption.signal_number
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes positional arguments in one piece: overrides that follow an option are left over.
+    if rest and ("overrides" not in arguments or any(one.startswith("-") for one in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="flatopt-train", description="Learn the weights of an update rule.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        return sub
+
+    add("list", _list, "show the recipes")
+
+    run = add("run", _run, "start a run")
+    run.add_argument("recipe", metavar="RECIPE", help="a name from `flatopt-train list`")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="for example estimator.std=0.02")
+    run.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run, empty or absent")
+    run.add_argument("--device", default="cpu", help="where to compute, for example cuda (default: cpu)")
+
+    resume = add("resume", _resume, "go on from the last whole checkpoint")
+    resume.add_argument("out", type=Path, metavar="DIR", help="folder of the run")
+    resume.add_argument("--device", default="cpu", help="where to compute, for example cuda (default: cpu)")
+
+    export = add("export", _export, "save the learned rule of the last whole checkpoint")
+    export.add_argument("out", type=Path, metavar="DIR", help="folder of the run")
+    export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where to save")
+
+    push = add("push", _push, "publish an exported folder on the Hugging Face Hub")
+    push.add_argument("folder", type=Path, metavar="FOLDER")
+    push.add_argument("repo_id", metavar="org/name")
+    return parser
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    for name, recipe in RECIPES.items():
+        config = recipe()
+        first_line = (recipe.__doc__ or "").partition("\n")[0]
+        print(f"{name:12} {config.rule}, {config.num_updates} updates.  {first_line}")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.recipe not in RECIPES:
+        raise ValueError(f"unknown recipe {arguments.recipe!r}: valid are {', '.join(RECIPES)}")
+    config = RECIPES[arguments.recipe]().override(arguments.overrides)
+    check_unused(arguments.out)
+    train(config, arguments.out, device=arguments.device, command=arguments.line)
+
+
+def _resume(arguments: argparse.Namespace) -> None:
+    config = load_run(arguments.out).config
+    train(config, arguments.out, device=arguments.device, resume=True, command=arguments.line)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    checkpoint = load_run(arguments.out)
+    learned = LearnedRule(
+        checkpoint.config.build_rule(),
+        checkpoint.shipped_weights,
+        make_card(checkpoint),
+        make_metadata(checkpoint),
+    )
+    learned.save_pretrained(arguments.to)
+    print(f"update {checkpoint.update} of {checkpoint.config.num_updates} saved in {arguments.to}")
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    print(load_folder(arguments.folder).push_to_hub(arguments.repo_id).url)
+
+
+def make_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a saved rule says about its origin, as JSON values."""
+    return {
+        "recipe": checkpoint.config.recipe,
+        "seed": checkpoint.config.seed,
+        "num_updates": checkpoint.update,
+        "seconds": round(checkpoint.seconds, 1),
+        "num_dropped": checkpoint.num_dropped,
+        "sessions": checkpoint.sessions,
+    }
+
+
+def make_card(checkpoint: Checkpoint) -> str:
+    """Return the card of a learned rule: where it comes from and how to make it again."""
+    config = checkpoint.config
+    average = f"moving average, decay {config.ema_decay}" if checkpoint.average else "of the last update"
+    facts = {
+        "Recipe": f"`{config.recipe}`",
+        "Rule": f"`{config.rule}`",
+        "Seed": config.seed,
+        "Meta-updates": f"{checkpoint.update} of {config.num_updates}",
+        "Weights": f"{sum(value.numel() for value in checkpoint.weights.values())} numbers, {average}",
+        "Time": f"{timedelta(seconds=round(checkpoint.seconds))} (h:mm:ss)",
+        "Meta-loss, smoothed": _number(checkpoint.smoothed_loss),
+        "Meta-gradients dropped (not finite)": checkpoint.num_dropped,
+    }
+    if checkpoint.best_validation is not None:
+        best = checkpoint.best_validation
+        facts["Lowest validation loss"] = f"{_number(best['loss'])} at update {best['update']}"
+    lines = [f"# {config.recipe}", "", f"A learned optimizer for flatopt: weights of the rule `{config.rule}`."]
+    lines += ["", "## Where it comes from", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in facts.items()]
+    lines += ["", "## Sessions", "", "The run was computed in these sessions, each resumed from the one before."]
+    for session in checkpoint.sessions:
+        lines += ["", f"- `{session['command']}`"]
+        lines += [f"  from update {session['first_update']}, started {session['started']}"]
+        lines += [f"  on {session['device']}: {session['hardware']}"]
+        lines += [f"  commit {session['commit'] or 'unknown (not a checkout)'}"]
+        lines += [f"  Python {session['python']}, torch {session['torch']}"]
+    lines += ["", "## Configuration", "", "```json", config.to_json(), "```", ""]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Estimators of the meta-gradient, one file each."""
+
+from __future__ import annotations
+
+import torch
+
+from ...rules import UpdateRule
+from ..config import MetaTrainConfig
+from ._estimator import EstimatorState, GradientEstimator, MetaGradient
+from .truncated_backprop import Inner, TruncatedBackprop
+
+ESTIMATORS = ("persistent-es", "truncated-es")
+"""Names that ``estimator.name`` of a configuration may have."""
+
+
+def build_estimator(config: MetaTrainConfig, rule: UpdateRule, device: torch.device) -> GradientEstimator:
+    """Return the estimator that a configuration names, with its inner problems.
+
+    Raises:
+        ValueError: for an unknown name; the message lists the valid ones.
+    """
+    if config.estimator.name not in ESTIMATORS:
+        valid = ", ".join(ESTIMATORS)
+        raise ValueError(f"unknown estimator.name {config.estimator.name!r}: valid are {valid}")
+    # Imported here: the inner problems behind it need data, which a toy estimator does without.
+    from .persistent_es import PersistentES
+
+    return PersistentES.from_config(config, rule, device)
+
+
+__all__ = [
+    "ESTIMATORS",
+    "EstimatorState",
+    "GradientEstimator",
+    "Inner",
+    "MetaGradient",
+    "TruncatedBackprop",
+    "build_estimator",
+]

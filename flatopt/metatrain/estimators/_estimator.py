@@ -1,0 +1,54 @@
+"""The contract of a meta-gradient estimator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...rules import Weights
+
+EstimatorState = dict[str, Tensor]
+"""What an estimator carries from update to update: tensors by name (nesting by ``/``), saved with the checkpoint."""
+
+
+class MetaGradient(NamedTuple):
+    """What one meta-update learns from."""
+
+    gradient: Weights
+    """Estimated gradient of the meta-loss, one tensor per weight."""
+    loss: Tensor
+    """0-D mean meta-loss of this update."""
+    metrics: dict[str, float]
+    """Further numbers for the log."""
+
+
+class GradientEstimator(ABC):
+    """Estimates the gradient of the meta-loss with respect to the weights of a rule.
+
+    Everything that changes from update to update is in the state or drawn from ``generator``, so that a run resumed
+    from both goes on bit for bit.
+    """
+
+    @abstractmethod
+    def init(self, weights: Weights, generator: torch.Generator) -> EstimatorState:
+        """Return the state before the first update: fresh inner problems.
+
+        Args:
+            weights: the rule's first weights, on the device to compute on.
+            generator: source of all randomness, on the CPU.
+        """
+
+    @abstractmethod
+    def estimate(
+        self, weights: Weights, state: EstimatorState, generator: torch.Generator
+    ) -> tuple[MetaGradient, EstimatorState]:
+        """Return the meta-gradient at ``weights`` and the next state.  Called once per meta-update.
+
+        Args:
+            weights: overwritten by the meta-optimizer after the call: nothing returned may share their storage.
+            state: what ``init`` or the last call returned.
+            generator: source of all randomness, on the CPU.
+        """

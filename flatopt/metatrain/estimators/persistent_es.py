@@ -1,0 +1,157 @@
+r"""Persistent evolution strategies, and truncated ones as a control.
+
+Each problem is run twice, at weights :math:`w \pm \epsilon_{i,k}` with :math:`\epsilon \sim N(0, \sigma^2)` drawn anew for
+every truncation :math:`k`.  With the losses :math:`L^\pm_{i,k}` of the truncation and the perturbations summed since the
+run began,
+
+.. math::
+    \hat g_k = \frac{1}{P} \sum_i \frac{\xi_{i,k}}{2 \sigma^2} \big( L^+_{i,k} - L^-_{i,k} \big), \qquad
+    \xi_{i,k} = \sum_{j \le k} \epsilon_{i,j}.
+
+Unlike truncated backpropagation this counts what earlier steps did to the current state: it is unbiased for the smoothed
+objective.  ``persistent=False`` uses :math:`\epsilon_{i,k}` in place of the sum: truncated ES, biased.
+
+Reference: Vicol, Metz and Sohl-Dickstein, *Unbiased gradient estimation in unrolled computation graphs with persistent
+evolution strategies*, 2021, https://arxiv.org/abs/2112.13835
+
+Legend: ``P`` pairs, ``D`` scalars of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...rules import UpdateRule, Weights
+from ..config import MetaTrainConfig
+from ..families import FAMILIES
+from ..unroll import Runs, Unroll, can_compile, flatten_tree, merge_trees, replace_runs, restore_runs
+from ._estimator import EstimatorState, GradientEstimator, MetaGradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersistentES(GradientEstimator):
+    """Antithetic evolution strategy over truncations of runs that begin at different times.
+
+    Args:
+        unrolls: one per family of problems.
+        std: standard deviation of the perturbations.
+        families_per_update: how many families, in turn, one update runs; all by default.
+        persistent: sum the perturbations over a run (unbiased), or not (truncated ES).
+    """
+
+    unrolls: Sequence[Unroll]
+    std: float
+    families_per_update: int | None = None
+    persistent: bool = True
+
+    @classmethod
+    def from_config(cls, config: MetaTrainConfig, rule: UpdateRule, device: torch.device) -> PersistentES:
+        """Return the estimator of a configuration.
+
+        Raises:
+            ValueError: for an unknown family; the message lists the valid ones.
+        """
+        for task in config.tasks:
+            if task.name not in FAMILIES:
+                raise ValueError(f"unknown task {task.name!r}: valid are {', '.join(FAMILIES)}")
+        unrolls = [
+            Unroll(
+                rule=rule,
+                distribution=FAMILIES[task.name](),
+                task=task,
+                objective=config.objective,
+                truncation_length=config.estimator.truncation_length,
+                device=device,
+                compiled=can_compile(device) if config.compile is None else config.compile,
+            )
+            for task in config.tasks
+        ]
+        return cls(
+            unrolls=unrolls,
+            std=config.estimator.std,
+            families_per_update=config.estimator.families_per_update,
+            persistent=config.estimator.name == "persistent-es",
+        )
+
+    def init(self, weights: Weights, generator: torch.Generator) -> EstimatorState:
+        """Start all runs, each already somewhere between its start and its horizon, trained there by ``weights``."""
+        state: EstimatorState = {"turn": torch.zeros((), dtype=torch.int64)}
+        for unroll in self.unrolls:
+            num_pairs = unroll.task.num_tasks
+            repeated = {name: weight.expand(2 * num_pairs, *weight.shape) for name, weight in weights.items()}
+            runs = unroll.start(repeated, num_pairs, 2, generator)
+            start = torch.rand(num_pairs, generator=generator).repeat(2).to(runs.horizon)
+            start = (start * runs.horizon / unroll.truncation_length).floor() * unroll.truncation_length
+            while bool((runs.step < start).any()):
+                advanced, _ = unroll.run(repeated, runs, 2, generator)
+                behind = runs.step < start
+                runs = merge_trees(lambda old, new, behind=behind: _where(behind, new, old), runs, advanced)
+            sums = {name: weight.new_zeros(num_pairs, *weight.shape) for name, weight in weights.items()}
+            state.update(_name_state(unroll, runs, sums))
+        return state
+
+    def estimate(
+        self, weights: Weights, state: EstimatorState, generator: torch.Generator
+    ) -> tuple[MetaGradient, EstimatorState]:
+        """Run one truncation of every run of the families whose turn it is."""
+        turn, count = int(state["turn"]), self.families_per_update or len(self.unrolls)
+        chosen = [self.unrolls[(turn + index) % len(self.unrolls)] for index in range(count)]
+        total_weight = sum(unroll.task.weight for unroll in chosen)
+        gradient = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        loss = next(iter(weights.values())).new_zeros(())
+        metrics: dict[str, float] = {}
+        new_state = state | {"turn": torch.tensor((turn + count) % len(self.unrolls))}
+        for unroll in chosen:
+            share = unroll.task.weight / total_weight
+            gradient_f, loss_f, state_f = self._estimate_family(unroll, weights, state, generator, metrics)
+            gradient = {name: value + share * gradient_f[name] for name, value in gradient.items()}
+            loss = loss + share * loss_f
+            new_state.update(state_f)
+        return MetaGradient(gradient, loss, metrics), new_state
+
+    def _estimate_family(
+        self,
+        unroll: Unroll,
+        weights: Weights,
+        state: EstimatorState,
+        generator: torch.Generator,
+        metrics: dict[str, float],
+    ) -> tuple[Weights, Tensor, EstimatorState]:
+        name, num_pairs = unroll.task.name, unroll.task.num_tasks
+        runs = restore_runs(state, f"{name}/runs")
+        noise_P = {
+            key: self.std * torch.randn(num_pairs, *weight.shape, generator=generator).to(weight)
+            for key, weight in weights.items()
+        }
+        perturbed_N = {key: torch.cat([weights[key] + noise, weights[key] - noise]) for key, noise in noise_P.items()}
+        done = (runs.step[:num_pairs] >= runs.horizon[:num_pairs]).nonzero()[:, 0]
+        sums_P = {key: state[f"{name}/sums/{key}"] for key in weights}
+        if len(done) > 0:
+            both = torch.cat([done, done + num_pairs])
+            fresh = {key: value[both] for key, value in perturbed_N.items()}
+            runs = replace_runs(runs, unroll.start(fresh, len(done), 2, generator), both)
+            sums_P = {key: value.index_fill(0, done, 0.0) for key, value in sums_P.items()}
+        sums_P = {key: value * self.persistent + noise_P[key] for key, value in sums_P.items()}
+
+        runs, losses = unroll.run(perturbed_N, runs, 2, generator)
+        loss_2P = losses.objective.mean(0).view(2, num_pairs)
+        slope_P = (loss_2P[0] - loss_2P[1]) / (2 * self.std**2)
+        gradient = {key: torch.tensordot(slope_P, value, dims=1) / num_pairs for key, value in sums_P.items()}
+        for key, value in zip(("train", "meta", "flatness"), losses[1:], strict=True):
+            metrics[f"{name}/{key}"] = float(value.mean())
+        return gradient, loss_2P.mean(), _name_state(unroll, runs, sums_P)
+
+
+def _name_state(unroll: Unroll, runs: Runs, sums_P: Weights) -> EstimatorState:
+    """Name the tensors of one family."""
+    name = unroll.task.name
+    return flatten_tree(runs, f"{name}/runs") | {f"{name}/sums/{key}": value for key, value in sums_P.items()}
+
+
+def _where(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """Choose by run."""
+    return torch.where(condition.view(-1, *(1,) * (yes.dim() - 1)), yes, no)

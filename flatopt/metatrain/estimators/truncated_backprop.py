@@ -1,0 +1,86 @@
+"""Truncated backpropagation through the unrolled inner training.
+
+With inner states ``s_{k+1} = U(w, s_k, e_k)`` and the mean meta-loss ``L(w, s_k, e_k)`` of the ``k``-th truncation,
+``e_k`` its batches and noise, the estimate is the exact gradient of one truncation from where the last one ended:
+
+    g_k = d/dw L(w, stop(s_k), e_k)
+
+It is biased: what the weights did to ``s_k`` is not seen.  Its variance is small and its cost that of backpropagation
+through ``truncation_length`` inner steps, with their memory.
+
+Reference: Andrychowicz et al., *Learning to learn by gradient descent by gradient descent*, 2016,
+https://arxiv.org/abs/1606.04474
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...rules import Weights
+from ._estimator import EstimatorState, GradientEstimator, MetaGradient
+
+InnerState = dict[str, Tensor]
+Draws = dict[str, Tensor]
+
+
+class Inner(ABC):
+    """Inner training, cut in truncations: what the estimator differentiates."""
+
+    @abstractmethod
+    def reset(self, weights: Weights, generator: torch.Generator) -> InnerState:
+        """Return fresh inner problems.  Called once, before the first truncation."""
+
+    @abstractmethod
+    def refresh(self, weights: Weights, state: InnerState, generator: torch.Generator) -> InnerState:
+        """Replace the problems that have reached their horizon by fresh ones.  Called before each truncation.
+
+        Initial states that depend on the weights are differentiated through.
+        """
+
+    @abstractmethod
+    def draw(self, state: InnerState, generator: torch.Generator) -> Draws:
+        """Draw the batches and the noise of one truncation: all its randomness."""
+
+    @abstractmethod
+    def unroll(self, weights: Weights, state: InnerState, draws: Draws) -> tuple[Tensor, InnerState]:
+        """Run one truncation; pure and differentiable with respect to ``weights``.
+
+        Returns:
+            The 0-D mean meta-loss over problems and steps, and the state afterwards.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruncatedBackprop(GradientEstimator):
+    """Exact gradient of each truncation; the inner state is carried on, detached.
+
+    Attributes:
+        inner: the inner training to differentiate.
+    """
+
+    inner: Inner
+
+    def init(self, weights: Weights, generator: torch.Generator) -> EstimatorState:
+        """Return fresh inner problems."""
+        return _detach(self.inner.reset(weights, generator))
+
+    def estimate(
+        self, weights: Weights, state: EstimatorState, generator: torch.Generator
+    ) -> tuple[MetaGradient, EstimatorState]:
+        """Return the gradient of one truncation and the detached state after it."""
+        leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        with torch.enable_grad():
+            state = self.inner.refresh(leaves, state, generator)
+            loss, state = self.inner.unroll(leaves, state, self.inner.draw(state, generator))
+            gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        gradient = dict(zip(leaves, gradients, strict=True))
+        return MetaGradient(gradient, loss.detach(), {}), _detach(state)
+
+
+def _detach(state: InnerState) -> InnerState:
+    """Cut the graph, and the storage that a state might share with the weights."""
+    return {name: value.detach().clone() for name, value in state.items()}

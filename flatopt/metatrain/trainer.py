@@ -1,0 +1,470 @@
+"""The meta-training loop: estimate a meta-gradient, clip it, step Adam, log, checkpoint.
+
+    g <- estimator(w);   g <- g min(1, max_grad_norm / ||g||);   w <- Adam(w, g, lr(update))
+    average <- lerp(average, w, 1 - decay)
+
+A run is a function of its configuration.  It may be stopped at any moment, SIGKILL included, and goes on from its last
+whole checkpoint to the very bits that it would have reached uninterrupted (on the same machine and thread count).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rules import Weights
+from .checkpoint import WRITING, Checkpoint, latest, save
+from .config import MetaTrainConfig
+from .estimators import EstimatorState, GradientEstimator, MetaGradient, build_estimator
+
+SMOOTHING = 0.98
+"""Decay of the moving average of the meta-loss that is shown and logged."""
+
+SECONDS_BETWEEN_LINES = 30.0
+"""Time between progress lines where standard error is not a terminal."""
+
+
+class TrainingInterrupted(Exception):
+    """A signal ended the run, after its current update and a checkpoint."""
+
+    def __init__(self, signal_number: int, update: int):
+        super().__init__(f"interrupted by {signal.Signals(signal_number).name} after update {update}")
+        self.signal_number = signal_number
+        self.update = update
+
+
+def train(
+    config: MetaTrainConfig,
+    out: Path,
+    *,
+    device: str | torch.device = "cpu",
+    estimator: GradientEstimator | None = None,
+    resume: bool = False,
+    validate: Callable[[Weights], float] | None = None,
+    command: str = "flatopt.metatrain.train",
+) -> Weights:
+    """Run meta-training to its end, from the start or from the last whole checkpoint.
+
+    Writes ``checkpoints/`` and ``metrics.jsonl`` (and ``tensorboard/`` if asked for) into ``out``.  The first SIGINT or
+    SIGTERM lets the current update finish and writes a checkpoint; the second ends the process at once.
+
+    Args:
+        config: everything that decides what is computed; on resuming, it must be that of the run.
+        out: folder of the run, empty or absent unless resuming.
+        device: where to compute.
+        estimator: replaces the one that ``config.estimator`` names.
+        resume: go on from the last whole checkpoint in ``out``.
+        validate: loss of the weights that would be shipped, called every ``config.validate_every`` updates; it must
+            not depend on when it is called.
+        command: how the run was started, for the record.
+
+    Returns:
+        The weights to ship: their moving average if ``config.ema_decay`` is positive, else the last ones; on the CPU.
+
+    Raises:
+        ValueError: for an ``out`` that is not empty, or holds no whole checkpoint or another run when resuming, and
+            for a device or an estimator that does not exist.
+        TrainingInterrupted: after SIGINT or SIGTERM.
+    """
+    out = Path(out)
+    device = _check_device(device)
+    checkpoint = load_run(out) if resume else None
+    if checkpoint is None:
+        check_unused(out)
+    elif checkpoint.config.to_json() != config.to_json():
+        raise ValueError(f"{out} holds a run of another configuration: resume it with its own")
+    if estimator is None:
+        estimator = build_estimator(config, config.build_rule(), device)
+
+    run = _Run(config, device, estimator, _describe_session(device, command), checkpoint)
+    with _StopOnSignal() as stop:
+        if checkpoint is None:
+            save(run.checkpoint(), out / "checkpoints")
+        with _Log(config, out, run) as log:
+            _loop(config, out, run, log, stop, validate)
+        if stop.signal_number is not None and run.update < config.num_updates:
+            raise TrainingInterrupted(stop.signal_number, run.update)
+    return {name: weight.cpu() for name, weight in run.shipped_weights.items()}
+
+
+def load_run(out: Path) -> Checkpoint:
+    """Return the last whole checkpoint of the run in ``out``.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    checkpoint = latest(out / "checkpoints")
+    if checkpoint is None:
+        raise ValueError(f"no whole checkpoint in {out / 'checkpoints'}: nothing to go on from")
+    return checkpoint
+
+
+def check_unused(out: Path) -> None:
+    """Raise ``ValueError`` unless a new run may start in ``out``."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is not a folder")
+    # A run killed before its first checkpoint leaves an unfinished one, which is nothing.
+    used = [path for path in out.rglob("*") if path.is_file() and not path.parent.name.startswith(WRITING)]
+    if used:
+        raise ValueError(f"{out} is not empty: choose another folder, or go on with: flatopt-train resume {out}")
+
+
+def learning_rate(config: MetaTrainConfig, update: int) -> float:
+    """Return the meta-learning rate of update ``update`` (from 0): linear warm-up, then a cosine.
+
+    Example:
+        >>> from flatopt.metatrain.config import TaskConfig
+        >>> config = MetaTrainConfig(
+        ...     recipe="", rule="adam", tasks=(TaskConfig(name="mlp"),), num_updates=6, warmup_updates=2, meta_lr=1.0
+        ... )
+        >>> [round(learning_rate(config, update), 3) for update in range(6)]
+        [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+    """
+    if update < config.warmup_updates:
+        return config.meta_lr * (update + 1) / config.warmup_updates
+    fraction = (update - config.warmup_updates) / max(1, config.num_updates - config.warmup_updates)
+    final = config.meta_lr_final_fraction
+    return config.meta_lr * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * fraction)))
+
+
+class _Run:
+    """What a run carries from update to update."""
+
+    def __init__(
+        self,
+        config: MetaTrainConfig,
+        device: torch.device,
+        estimator: GradientEstimator,
+        session: dict[str, Any],
+        checkpoint: Checkpoint | None,
+    ):
+        self.config = config
+        self.estimator = estimator
+        self.generator = torch.Generator()
+        if checkpoint is None:
+            self.update, self.seconds, self.num_dropped = 0, 0.0, 0
+            self.smoothed_loss: float | None = None
+            self.best_validation: dict[str, Any] | None = None
+            self.generator.manual_seed(config.seed)
+            self.weights = _move(config.build_rule().init_weights(self.generator), device)
+            self.average = _move(self.weights, device) if config.ema_decay > 0 else {}
+            self.optimizer = torch.optim.Adam(list(self.weights.values()))
+            self.estimator_state: EstimatorState = estimator.init(_copy(self.weights), self.generator)
+            self.sessions = []
+        else:
+            self.update, self.seconds = checkpoint.update, checkpoint.seconds
+            self.num_dropped, self.smoothed_loss = checkpoint.num_dropped, checkpoint.smoothed_loss
+            self.best_validation = checkpoint.best_validation
+            self.generator.set_state(checkpoint.generator["main"])
+            self.weights = _move(checkpoint.weights, device)
+            self.average = _move(checkpoint.average, device)
+            self.optimizer = torch.optim.Adam(list(self.weights.values()))
+            self._load_optimizer(checkpoint.optimizer)
+            self.estimator_state = _move(checkpoint.estimator, device)
+            self.sessions = checkpoint.sessions
+        self.sessions = [*self.sessions, {**session, "first_update": self.update}]
+        self._started = time.monotonic() - self.seconds
+
+    @property
+    def shipped_weights(self) -> Weights:
+        return self.average or self.weights
+
+    def step(self) -> dict[str, Any]:
+        """Do one meta-update and return its metrics."""
+        meta, self.estimator_state = self.estimator.estimate(self.weights, self.estimator_state, self.generator)
+        norm = float(_norm(meta))
+        lr = learning_rate(self.config, self.update)
+        if math.isfinite(norm):
+            self._apply(meta.gradient, norm, lr)
+        else:
+            self.num_dropped += 1
+        loss = float(meta.loss)
+        if math.isfinite(loss):
+            last = loss if self.smoothed_loss is None else self.smoothed_loss
+            self.smoothed_loss = SMOOTHING * last + (1 - SMOOTHING) * loss
+        self.update += 1
+        self.seconds = time.monotonic() - self._started
+        return {
+            "update": self.update,
+            "loss": loss,
+            "smoothed_loss": self.smoothed_loss,
+            "gradient_norm": norm,
+            "lr": lr,
+            "num_dropped": self.num_dropped,
+            "seconds": round(self.seconds, 3),
+            **meta.metrics,
+        }
+
+    def _apply(self, gradient: Weights, norm: float, lr: float) -> None:
+        limit = self.config.max_grad_norm
+        scale = 1.0 if limit is None or norm <= limit else limit / norm
+        for name, weight in self.weights.items():
+            weight.grad = gradient[name].detach().to(weight) * scale
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        # Early averages forget the start faster: min(decay, (1 + t) / (10 + t)).
+        decay = min(self.config.ema_decay, (1 + self.update) / (10 + self.update))
+        for name, value in self.average.items():
+            value.lerp_(self.weights[name], 1 - decay)
+
+    def _load_optimizer(self, values: dict[str, Tensor]) -> None:
+        state = self.optimizer.state_dict()
+        for name_and_key, value in values.items():
+            name, _, key = name_and_key.rpartition("/")
+            state["state"].setdefault(list(self.weights).index(name), {})[key] = value
+        self.optimizer.load_state_dict(state)
+
+    def checkpoint(self) -> Checkpoint:
+        """Return everything, to be saved at once: the tensors are not copied."""
+        return Checkpoint(
+            config=self.config,
+            update=self.update,
+            seconds=self.seconds,
+            num_dropped=self.num_dropped,
+            smoothed_loss=self.smoothed_loss,
+            best_validation=self.best_validation,
+            sessions=self.sessions,
+            weights=self.weights,
+            average=self.average,
+            optimizer={
+                f"{name}/{key}": value
+                for name, weight in self.weights.items()
+                for key, value in self.optimizer.state[weight].items()
+            },
+            estimator=self.estimator_state,
+            generator={"main": self.generator.get_state()},
+        )
+
+
+def _loop(
+    config: MetaTrainConfig,
+    out: Path,
+    run: _Run,
+    log: _Log,
+    stop: _StopOnSignal,
+    validate: Callable[[Weights], float] | None,
+) -> None:
+    """Update until the end or a signal; the last update of either is always saved."""
+    saved_update, saved_time = run.update, time.monotonic()
+    while run.update < config.num_updates and stop.signal_number is None:
+        metrics = run.step()
+        if validate is not None and config.validate_every and run.update % config.validate_every == 0:
+            metrics["validation_loss"] = _validate(run, validate)
+        log.write(metrics)
+        due = config.checkpoint_every and run.update % config.checkpoint_every == 0
+        if due or time.monotonic() - saved_time >= config.checkpoint_every_seconds:
+            save(run.checkpoint(), out / "checkpoints")
+            saved_update, saved_time = run.update, time.monotonic()
+    if saved_update != run.update:
+        save(run.checkpoint(), out / "checkpoints")
+
+
+def _validate(run: _Run, validate: Callable[[Weights], float]) -> float:
+    loss = validate(_copy(run.shipped_weights))
+    if math.isfinite(loss) and (run.best_validation is None or loss < run.best_validation["loss"]):
+        run.best_validation = {"update": run.update, "loss": loss}
+    return loss
+
+
+class _StopOnSignal(AbstractContextManager["_StopOnSignal"]):
+    """Remembers the first SIGINT or SIGTERM, and leaves the second to the system.
+
+    Handlers exist in the main thread only; elsewhere nothing is caught.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopOnSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = number
+        signal.signal(number, signal.SIG_DFL)
+        name = signal.Signals(number).name
+        # os.write: print() is not safe in a handler that may have interrupted a print().
+        os.write(2, f"\n{name}: finishing this update, then saving (again to end at once)\n".encode())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class _Log(AbstractContextManager["_Log"]):
+    """Metrics to ``metrics.jsonl`` and TensorBoard, progress to standard error."""
+
+    def __init__(self, config: MetaTrainConfig, out: Path, run: _Run):
+        self._config = config
+        self._board = _open_tensorboard(out, run.update) if config.tensorboard else None
+        self._file = _open_metrics(out / "metrics.jsonl", run.update)
+        self._run = run
+        self._bar: Any = _open_bar(config.num_updates, run.update) if sys.stderr.isatty() else None
+        self._first_update, self._started = run.update, time.monotonic()
+        self._next_line = self._started
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        update = metrics["update"]
+        if update % self._config.log_every == 0 or update == self._config.num_updates or "validation_loss" in metrics:
+            self._file.write(json.dumps({key: _finite(value) for key, value in metrics.items()}) + "\n")
+            self._file.flush()
+            if self._board is not None:
+                for key, value in metrics.items():
+                    if key != "update" and value is not None:
+                        self._board.add_scalar(key, value, update)
+        if self._bar is not None:
+            self._bar.update(1)
+            self._bar.set_postfix_str(f"meta-loss {_number(metrics['smoothed_loss'])}", refresh=False)
+        elif time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+            self._print_line(metrics)
+
+    def _print_line(self, metrics: dict[str, Any]) -> None:
+        update, total = metrics["update"], self._config.num_updates
+        rate = (update - self._first_update) / max(1e-9, time.monotonic() - self._started)
+        left = timedelta(seconds=round((total - update) / rate))
+        loss = _number(metrics["smoothed_loss"])
+        print(f"update {update}/{total}  meta-loss {loss}  {rate:.2f} updates/s  ETA {left}", file=sys.stderr)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._bar is not None:
+            self._bar.close()
+        run = self._run
+        summary = f"{run.update} of {self._config.num_updates} updates in {timedelta(seconds=round(run.seconds))}"
+        summary += f", meta-loss {_number(run.smoothed_loss)}"
+        if run.num_dropped:
+            summary += f", {run.num_dropped} meta-gradients were not finite and were dropped"
+        print(summary, file=sys.stderr)
+
+
+def _open_metrics(path: Path, update: int) -> Any:
+    """Open the metrics for appending, without what was logged after the checkpoint or half written."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["update"] <= update:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text("".join(kept))
+    aside.replace(path)
+    return path.open("a")
+
+
+def _open_tensorboard(out: Path, update: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard=true needs the package: pip install tensorboard") from None
+    return SummaryWriter(str(out / "tensorboard"), purge_step=update + 1)
+
+
+def _open_bar(num_updates: int, update: int) -> Any:
+    """Return a tqdm bar, ``None`` where tqdm is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=num_updates, initial=update, unit="update", dynamic_ncols=True, smoothing=0.05)
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON cannot say by null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+def _norm(meta: MetaGradient) -> Tensor:
+    """Return the Euclidean norm over all weights, in double: a float32 sum of squares overflows at 1e19."""
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in meta.gradient.values()]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _move(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Copy tensors to a device."""
+    return {name: value.detach().to(device, copy=True) for name, value in tensors.items()}
+
+
+def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in tensors.items()}
+
+
+def _check_device(device: str | torch.device) -> torch.device:
+    """Return the device; ``ValueError`` if it cannot be used."""
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _describe_session(device: torch.device, command: str) -> dict[str, Any]:
+    """Return where and how this session runs: what a reader needs to make the run again."""
+    hardware = f"{_processor()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        hardware = f"{torch.cuda.get_device_name(device)}, {hardware}"
+    return {
+        "command": command,
+        "commit": _commit(),
+        "device": str(device),
+        "hardware": hardware,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Return the commit of this checkout, with ``-dirty`` after changes; ``None`` for an installed package."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "..") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,277 @@
+"""Inner training as a pure function, for many runs at once.
+
+A *run* is one optimizee being trained by a rule.  The runs of a family share one architecture and go side by side, under
+``vmap``.  One step of all of them is recorded as a flat graph of tensor operations, and compiled if asked for.
+Legend: ``N`` runs, ``L`` steps of a truncation.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._functorch.compile_utils import fx_graph_cse
+from torch.func import grad_and_value, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from ..flatness import FlatnessMeasure
+from ..rules import Phases, State, StepContext, UpdateRule, Weights, apply_rule, observe_phase
+from ..tasks import Batch, Problems, TaskDistribution
+from .config import ObjectiveConfig, TaskConfig
+from .objective import build_flatness, clip_loss, step_weight
+
+PACK_SIZE = 256
+"""Tensors up to this size are handled side by side: fewer kernels to compile, and small ones cost no more."""
+
+
+class Runs(NamedTuple):
+    """``N`` inner runs; every tensor has them on its first axis."""
+
+    problem: Problems
+    """What is trained on; its initial parameters have been moved to ``params``."""
+    params: dict[str, Tensor]
+    states: dict[str, State]
+    shared: State
+    step: Tensor
+    """Steps taken, ``[N]``."""
+    horizon: Tensor
+    """Steps to take, ``[N]``."""
+    num_steps: Tensor
+    """What the rule is told of the horizon: the same, or ``inf``, ``[N]``."""
+
+
+class StepLosses(NamedTuple):
+    """What one step tells about the runs, ``[N]`` each."""
+
+    objective: Tensor
+    train: Tensor
+    meta: Tensor
+    flatness: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unroll:
+    """Truncated inner training on one family of problems.
+
+    Args:
+        rule: the rule being learned.
+        distribution: where problems come from.
+        task: horizons, and how often the rule is told them.
+        objective: what the runs are judged by.
+        truncation_length: steps per truncation; horizons are multiples of it.
+        device: where the runs live.
+        compiled: compile the recorded step with ``torch.compile``, which takes minutes per family.
+    """
+
+    rule: UpdateRule
+    distribution: TaskDistribution
+    task: TaskConfig
+    objective: ObjectiveConfig
+    truncation_length: int
+    device: torch.device
+    compiled: bool = False
+
+    def start(self, weights_N: Weights, num_pairs: int, copies: int, generator: torch.Generator) -> Runs:
+        """Return ``copies * num_pairs`` fresh runs; copy ``c`` of problem ``i`` is run ``c * num_pairs + i``.
+
+        Args:
+            weights_N: weights of each run, ``[copies * num_pairs, ...]``.
+            num_pairs: number of different problems.
+            copies: runs of each problem, which share initial parameters and batches.
+            generator: CPU generator.
+        """
+        problems = self.distribution.sample_problems(num_pairs, generator, self.device)
+        shortest, longest = self.task.min_steps / self.truncation_length, self.task.max_steps / self.truncation_length
+        draw = torch.rand(num_pairs, generator=generator)
+        log_length = math.log(shortest) + draw * (math.log(longest) - math.log(shortest))
+        horizon = (log_length.exp().round().clamp(min=1) * self.truncation_length).to(self.device)
+        unknown = torch.rand(num_pairs, generator=generator) < self.task.unknown_horizon_probability
+        num_steps = torch.where(unknown.to(self.device), torch.full_like(horizon, math.inf), horizon)
+        repeated = _map(lambda value: value.repeat(copies, *(1,) * (value.dim() - 1)), problems)
+        params = repeated.params
+        init_state = vmap(lambda weights, param: self.rule.init_state(weights, param))
+        return Runs(
+            problem=repeated._replace(params={}),
+            params=params,
+            states={name: init_state(weights_N, param) for name, param in params.items()},
+            shared=vmap(self.rule.init_shared)(weights_N),
+            step=torch.zeros(copies * num_pairs, device=self.device),
+            horizon=horizon.repeat(copies),
+            num_steps=num_steps.repeat(copies),
+        )
+
+    def run(
+        self, weights_N: Weights, runs: Runs, copies: int, generator: torch.Generator
+    ) -> tuple[Runs, StepLosses]:
+        """Run one truncation.
+
+        Returns:
+            The runs afterwards, and the losses ``[L, N]``.
+        """
+        first = _map(lambda value: value[: len(value) // copies], runs)
+        train = self.distribution.sample_batches(first.problem, self.truncation_length, "train", generator)
+        meta = self.distribution.sample_batches(first.problem, self.truncation_length, "meta", generator)
+        measure = build_flatness(self.objective)
+        losses = []
+        for index in range(self.truncation_length):
+            noise = {} if measure is None else _noise(measure, first.params, generator)
+            batches = [Batch(*(torch.cat([part[index]] * copies) for part in batch)) for batch in (train, meta)]
+            noise = {name: torch.cat([value] * copies, dim=1) for name, value in noise.items()}
+            runs, step_losses = self._traced_step(weights_N, runs, batches[0], batches[1], noise)
+            losses.append(step_losses)
+        return runs, StepLosses(*(torch.stack(values) for values in zip(*losses, strict=True)))
+
+    @cached_property
+    def _traced_step(self) -> Callable[..., tuple[Runs, StepLosses]]:
+        return _Trace(self.step, compiled=self.compiled)
+
+    def step(
+        self, weights_N: Weights, runs: Runs, train: Batch, meta: Batch, noise: dict[str, Tensor]
+    ) -> tuple[Runs, StepLosses]:
+        """Take one step of all runs; pure."""
+        config, rule, measure = self.objective, self.rule, build_flatness(self.objective)
+
+        def learn(run: Runs, train: Batch, noise: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+            def loss_fn(params: dict[str, Tensor]) -> Tensor:
+                return self.distribution.loss(run.problem, params, train)
+
+            grads, loss = grad_and_value(loss_fn)(run.params)
+            gap = torch.zeros_like(loss) if measure is None else measure(loss_fn, run.params, noise)
+            return grads, loss, gap
+
+        def observe(
+            weights: Weights, state: State, grad: Tensor, param: Tensor, context: StepContext, total: bool
+        ) -> tuple[State, Tensor]:
+            one = partial(observe_phase, rule, total=total)
+            result: tuple[State, Tensor] = vmap(one)(weights, state, grad, param, context)
+            return result
+
+        phases = Phases(observe, vmap(rule.mix), vmap(rule.propose), batch_dims=1)
+        grads, train_loss, flatness = vmap(learn, in_dims=(0, 0, 1))(runs, train, noise)
+        step = runs.step + 1
+        names = list(runs.params)
+        result = apply_rule(
+            rule,
+            weights_N,
+            [runs.params[name] for name in names],
+            [grads[name] for name in names],
+            [runs.states[name] for name in names],
+            runs.shared,
+            StepContext(step, runs.num_steps),
+            pack_size=PACK_SIZE,
+            phases=phases,
+        )
+        params = {name: runs.params[name] + delta for name, delta in zip(names, result.deltas, strict=True)}
+        states = dict(zip(names, result.states, strict=True))
+
+        train_loss, flatness = clip_loss(train_loss, config.clip), clip_loss(flatness, config.clip)
+        meta_loss = torch.zeros_like(train_loss)
+        if config.meta_weight:
+            meta_loss = clip_loss(vmap(self.distribution.loss)(runs.problem, params, meta), config.clip)
+        value = config.train_weight * train_loss + config.meta_weight * meta_loss
+        value = value + config.flatness_coefficient * flatness
+        objective = step_weight(config, step, runs.horizon, runs.num_steps) * value
+        runs = runs._replace(params=params, states=states, shared=result.shared, step=step)
+        return runs, StepLosses(objective, train_loss, meta_loss, flatness)
+
+
+class _Trace:
+    """A function of tensors as one flat graph, recorded at its first call for every set of shapes.
+
+    Recording takes seconds and rids a step of most of its Python and ``vmap`` overhead; compiling the graph takes minutes
+    for each family of problems.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, compiled: bool):
+        self.function = function
+        self.compiled = compiled
+        self.graphs: dict[Any, tuple[Callable[..., list[Tensor]], pytree.TreeSpec]] = {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        values, form = pytree.tree_flatten(arguments)
+        key = (form, *((value.shape, value.dtype, value.requires_grad) for value in values))
+        if key not in self.graphs:
+            self.graphs[key] = self._record(values, form)
+        graph, result_form = self.graphs[key]
+        return pytree.tree_unflatten(graph(*values), result_form)
+
+    def _record(
+        self, values: list[Tensor], form: pytree.TreeSpec
+    ) -> tuple[Callable[..., list[Tensor]], pytree.TreeSpec]:
+        forms = []
+
+        def flat(*values: Tensor) -> list[Tensor]:
+            results, result_form = pytree.tree_flatten(self.function(*pytree.tree_unflatten(list(values), form)))
+            forms.append(result_form)
+            return results
+
+        recorded = make_fx(flat)(*values)
+        module = torch.fx.GraphModule(recorded, fx_graph_cse(recorded.graph))
+        module.graph.eliminate_dead_code()
+        module.recompile()
+        return torch.compile(module, fullgraph=True, dynamic=False) if self.compiled else module, forms[0]
+
+
+def _noise(measure: FlatnessMeasure, params: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw on the CPU, where the generator lives, whatever the device of the runs."""
+    device = next(iter(params.values())).device
+    on_cpu = {name: torch.empty_like(value, device="cpu") for name, value in params.items()}
+    return {name: value.to(device) for name, value in measure.sample_noise(on_cpu, generator).items()}
+
+
+def replace_runs(old: Runs, new: Runs, where: Tensor) -> Runs:
+    """Return ``old`` with the runs ``where`` (int64 indices) taken from ``new``, one after another."""
+    return merge_trees(lambda a, b: a.index_copy(0, where, b.to(a)), old, new)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Return whether ``torch.compile`` has what it needs here: a C++ compiler, or a GPU."""
+    return device.type == "cuda" or any(shutil.which(name) for name in ("g++", "clang++", "cl"))
+
+
+def flatten_tree(tree: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors of nested dicts and named tuples by ``/``-joined names."""
+    if isinstance(tree, Tensor):
+        return {prefix: tree}
+    items = _items(tree)
+    return {key: value for name in items for key, value in flatten_tree(items[name], f"{prefix}/{name}").items()}
+
+
+def restore_runs(flat: Mapping[str, Tensor], prefix: str = "") -> Runs:
+    """Undo :func:`flatten_tree` for :class:`Runs`."""
+    tree: dict[str, Any] = {"problem": {"params": {}, "param_scales": {}}, "params": {}, "states": {}, "shared": {}}
+    for name, value in flat.items():
+        if name.startswith(f"{prefix}/"):
+            *path, last = name.removeprefix(f"{prefix}/").split("/")
+            node = tree
+            for part in path:
+                node = node.setdefault(part, {})
+            node[last] = value
+    return Runs(**{**tree, "problem": Problems(**tree["problem"])})
+
+
+def _items(tree: Any) -> Mapping[str, Any]:
+    """Return the children of a dict or named tuple by name."""
+    items: Mapping[str, Any] = tree if isinstance(tree, Mapping) else tree._asdict()
+    return items
+
+
+def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Apply a function to every tensor of nested dicts and named tuples."""
+    return merge_trees(lambda value, _: function(value), tree, tree)
+
+
+def merge_trees(function: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any) -> Any:
+    """Apply a function to every pair of tensors of two trees of the same form."""
+    if isinstance(first, Tensor):
+        return function(first, second)
+    ones, others = _items(first), _items(second)
+    merged = {name: merge_trees(function, ones[name], others[name]) for name in ones}
+    return merged if isinstance(first, Mapping) else type(first)(**merged)

@@ -1,0 +1,95 @@
+"""Layers as functions on a dict of parameters; plain arithmetic, so that ``vmap`` batches them cheaply."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._task import Params
+
+Activation = Literal["relu", "tanh", "sigmoid", "gelu"]
+Init = Literal["torch", "he"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+}
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise a ``ValueError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+
+
+def uniform(shape: Sequence[int], bound: float, generator: torch.Generator) -> Tensor:
+    """Draw from ``U(-bound, bound)``."""
+    return torch.empty(*shape, device=generator.device).uniform_(-bound, bound, generator=generator)
+
+
+def normal(shape: Sequence[int], std: float, generator: torch.Generator) -> Tensor:
+    """Draw from ``N(0, std^2)``."""
+    return torch.empty(*shape, device=generator.device).normal_(0.0, std, generator=generator)
+
+
+def init_affine(params: Params, name: str, shape: Sequence[int], generator: torch.Generator, init: Init) -> None:
+    """Add a linear or convolutional layer with weight ``[out, in, *kernel]``.
+
+    ``torch``: weight and bias from ``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``, the default of ``torch.nn`` layers.
+    ``he``: weight from ``N(0, 2/fan_in)``, zero bias (He et al., 2015, https://arxiv.org/abs/1502.01852).
+    """
+    fan_in = math.prod(shape[1:])
+    if init == "he":
+        params[f"{name}.weight"] = normal(shape, math.sqrt(2 / fan_in), generator)
+        params[f"{name}.bias"] = torch.zeros(shape[0], device=generator.device)
+    else:
+        params[f"{name}.weight"] = uniform(shape, 1 / math.sqrt(fan_in), generator)
+        params[f"{name}.bias"] = uniform(shape[:1], 1 / math.sqrt(fan_in), generator)
+
+
+def init_norm(params: Params, name: str, width: int, generator: torch.Generator) -> None:
+    """Add weight one and bias zero."""
+    params[f"{name}.weight"] = torch.ones(width, device=generator.device)
+    params[f"{name}.bias"] = torch.zeros(width, device=generator.device)
+
+
+def matmul(inputs: Tensor, matrix: Tensor) -> Tensor:
+    """Return ``inputs @ matrix`` for ``[..., in]`` and ``[in, out]``."""
+    # Flat on purpose: under vmap, a matmul of more dimensions copies the matrix once per example.
+    return (inputs.reshape(-1, matrix.shape[0]) @ matrix).reshape(*inputs.shape[:-1], matrix.shape[1])
+
+
+def linear(params: Params, name: str, inputs: Tensor) -> Tensor:
+    """Return ``inputs @ weight.T + bias`` for ``[..., in]``."""
+    return matmul(inputs, params[f"{name}.weight"].T) + params[f"{name}.bias"]
+
+
+def layer_norm(params: Params, name: str, inputs: Tensor, eps: float = 1e-5) -> Tensor:
+    """Normalise over the last axis, then scale and shift (Ba et al., 2016, https://arxiv.org/abs/1607.06450)."""
+    centred = inputs - inputs.mean(-1, keepdim=True)
+    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return centred * scale * params[f"{name}.weight"] + params[f"{name}.bias"]
+
+
+def group_norm(params: Params, name: str, inputs: Tensor, num_groups: int, eps: float = 1e-5) -> Tensor:
+    """Normalise ``[B, H, W, C]`` per example over pixels and groups of channels, then scale and shift.
+
+    Reference: Wu and He, 2018, https://arxiv.org/abs/1803.08494
+    """
+    batch, height, width, channels = inputs.shape
+    grouped = inputs.reshape(batch, height * width, num_groups, channels // num_groups)
+    centred = grouped - grouped.mean((1, 3), keepdim=True)
+    normalised = centred * torch.rsqrt(centred.square().mean((1, 3), keepdim=True) + eps)
+    return normalised.reshape(inputs.shape) * params[f"{name}.weight"] + params[f"{name}.bias"]
+
+
+def one_hot(indices: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """Return ``[..., K]`` with a one at each of the ``[...]`` indices; ``vmap`` accepts it, unlike ``F.one_hot``."""
+    return (indices.unsqueeze(-1) == torch.arange(num_classes, device=indices.device)).to(dtype)

@@ -1,0 +1,206 @@
+"""Small grey-scale image data sets in three splits, and image classification as a task.
+
+Digits come with scikit-learn.  Fashion-MNIST (Xiao et al., 2017, https://arxiv.org/abs/1708.07747) is read from its
+four original IDX files, found in a folder or on the Hugging Face Hub.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._layers import check_choice
+from ._task import Batch, ClassificationTask, Optimizee, Params, Split
+
+DATASETS = ("digits", "fashion-mnist")
+
+DATA_VARIABLE = "FLATOPT_DATA"
+"""Environment variable that says where the IDX files are, in the form of the ``root`` of :func:`load_images`."""
+
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+HUB_PREFIX = "hf://"
+
+NUM_META = 10_000
+"""Last images of Fashion-MNIST's training files, kept for meta-objectives."""
+
+
+class ImageSplits(NamedTuple):
+    """Three disjoint sets of images, float32 ``[n, size, size]``, each with its int64 labels ``[n]``."""
+
+    train: Batch
+    meta: Batch
+    test: Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTask(ClassificationTask):
+    """Image classification.
+
+    Args:
+        model: the optimizee, for images of ``size`` by ``size`` pixels.
+        dataset: ``"digits"`` or ``"fashion-mnist"``.
+        size: 8, 14 or 28.
+        batch_size: images per batch.
+        num_train: images of the training split that are used, all when ``None``.
+        standardize: subtract the mean of the training pixels and divide by their standard deviation.
+        root: where the files are, see :func:`load_images`.
+    """
+
+    model: Optimizee
+    dataset: str
+    size: int = 8
+    batch_size: int = 64
+    num_train: int | None = None
+    standardize: bool = False
+    root: str | None = None
+
+    def init(self, generator: torch.Generator) -> Params:
+        """Return fresh parameters of the model."""
+        return self.model.init(generator)
+
+    def examples(self, split: Split) -> Batch:
+        """Return a whole split."""
+        data: Batch = getattr(load_images(self.dataset, self.size, self.root, standardize=self.standardize), split)
+        return Batch(*(tensor[: self.num_train] for tensor in data)) if split == "train" else data
+
+    def sample_batch(self, generator: torch.Generator, split: Split, batch_size: int | None = None) -> Batch:
+        """Draw images ``[B, size, size]`` and labels ``[B]`` with replacement."""
+        data = self.examples(split)
+        chosen = torch.randint(len(data.targets), (batch_size or self.batch_size,), generator=generator)
+        return Batch(data.inputs[chosen], data.targets[chosen])
+
+    def predict(self, params: Params, inputs: Tensor) -> Tensor:
+        """Return logits ``[B, 10]``."""
+        return self.model.predict(params, inputs)
+
+
+def load_images(name: str, size: int, root: str | None = None, *, standardize: bool = False) -> ImageSplits:
+    """Return a data set with pixels in ``[0, 1]``, resized; repeated calls return the same tensors.
+
+    Digits: 1,097 train, 300 meta and 400 test images, by a fixed permutation.
+    Fashion-MNIST: 50,000 train and 10,000 meta images, in the order of the training files, and 10,000 test images.
+
+    Args:
+        name: ``"digits"`` or ``"fashion-mnist"``.
+        size: height and width: 8, 14 or 28.
+        root: for Fashion-MNIST, a folder with the IDX files (plain or ``.gz``), or ``hf://org/name`` or
+            ``hf://org/name@revision`` for a data set repository that holds them.  Default: the environment variable
+            ``FLATOPT_DATA``, else the folder of Debian's package ``dataset-fashion-mnist``.
+        standardize: subtract the mean of the training pixels and divide by their standard deviation.
+
+    Raises:
+        ValueError: unknown name or size, or a file that is not the IDX file it should be.
+        FileNotFoundError: no files; the message says how to get them.
+        ImportError: digits without scikit-learn, or a Hub root without huggingface_hub.
+    """
+    check_choice("name", name, DATASETS)
+    check_choice("size", size, (8, 14, 28))
+    if name == "digits":
+        return _prepared(name, size, "", standardize)
+    return _prepared(name, size, str(root or os.environ.get(DATA_VARIABLE) or DEBIAN_FOLDER), standardize)
+
+
+def read_idx(path: Path, num_dims: int) -> Tensor:
+    """Read an IDX file of unsigned bytes, plain or gzip by its ending, into a uint8 tensor.
+
+    Args:
+        path: the file.
+        num_dims: number of dimensions that it must have.
+
+    Raises:
+        ValueError: another magic number, or more or fewer bytes than the header says; names the file.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: damaged gzip file: {error}") from error
+    magic = bytes([0, 0, 8, num_dims])
+    start = 4 + 4 * num_dims
+    if content[:4] != magic or len(content) < start:
+        raise ValueError(f"{path}: not an IDX file of {num_dims}-dimensional bytes (starts with {content[:4].hex()!r})")
+    shape = [int.from_bytes(content[4 + 4 * dim : 8 + 4 * dim], "big") for dim in range(num_dims)]
+    if len(content) - start != math.prod(shape):
+        raise ValueError(f"{path}: header says {math.prod(shape)} bytes of data, the file has {len(content) - start}")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)[start:].reshape(shape)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Resize ``[n, height, width]`` to ``[n, size, size]``: area average to shrink, bilinear to enlarge."""
+    if images.shape[-1] == size:
+        return images
+    if images.shape[-1] > size:
+        return F.interpolate(images.unsqueeze(1), (size, size), mode="area").squeeze(1)
+    return F.interpolate(images.unsqueeze(1), (size, size), mode="bilinear", align_corners=False).squeeze(1)
+
+
+@lru_cache(maxsize=16)
+def _prepared(name: str, size: int, root: str, standardize: bool) -> ImageSplits:
+    raw = _digits() if name == "digits" else _fashion_mnist(root)
+    splits = ImageSplits(*(Batch(resize(inputs, size), targets) for inputs, targets in raw))
+    if not standardize:
+        return splits
+    std, mean = torch.std_mean(splits.train.inputs)
+    return ImageSplits(*(Batch((inputs - mean) / std, targets) for inputs, targets in splits))
+
+
+def _digits() -> ImageSplits:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the digits need scikit-learn: pip install scikit-learn") from error
+    pixels, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    inputs = torch.from_numpy(pixels).float().reshape(-1, 8, 8)[order] / 16
+    targets = torch.from_numpy(labels).long()[order]
+    sizes = [1097, 300, 400]
+    return ImageSplits(*map(Batch, inputs.split(sizes), targets.split(sizes)))
+
+
+def _fashion_mnist(root: str) -> ImageSplits:
+    train, test = (
+        Batch(
+            read_idx(_find(root, f"{part}-images-idx3-ubyte"), 3).float() / 255,
+            read_idx(_find(root, f"{part}-labels-idx1-ubyte"), 1).long(),
+        )
+        for part in ("train", "t10k")
+    )
+    for inputs, targets in (train, test):
+        if len(inputs) != len(targets):
+            raise ValueError(f"{root}: {len(inputs)} images but {len(targets)} labels")
+    split = len(train.targets) - NUM_META
+    if split <= 0:
+        raise ValueError(f"{root}: {len(train.targets)} training images, more than {NUM_META} are needed")
+    return ImageSplits(Batch(*(x[:split] for x in train)), Batch(*(x[split:] for x in train)), test)
+
+
+def _find(root: str, name: str) -> Path:
+    """Return the path of one of the four files, fetched if the root is on the Hub."""
+    if root.startswith(HUB_PREFIX):
+        return _download(root.removeprefix(HUB_PREFIX), f"{name}.gz")
+    for file in (Path(root) / name, Path(root) / f"{name}.gz"):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(
+        f"Fashion-MNIST: no {name} or {name}.gz in {root}. Install Debian's package dataset-fashion-mnist, or download "
+        f"the four IDX files of https://github.com/zalandoresearch/fashion-mnist and name their folder in "
+        f"{DATA_VARIABLE}, or name there a data set repository that holds them as {HUB_PREFIX}org/name."
+    )
+
+
+def _download(repository: str, name: str) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise ImportError("data on the Hub needs huggingface_hub: pip install huggingface-hub") from error
+    repo_id, _, revision = repository.partition("@")
+    return Path(hf_hub_download(repo_id, name, repo_type="dataset", revision=revision or None))

@@ -1,0 +1,172 @@
+"""Checks that run in processes of their own, started by ``test_integrations.py``; each compares with one process."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from helpers import learned
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from flatopt import FlatOpt
+
+OPTIONS = {"num_steps": 20, "weight_decay": 0.1}
+RULES = ("toy-mixer", "hierarchical-mlp")
+
+
+def run_all(rank: int, world_size: int, folder: str) -> None:
+    """Run every check on one rank."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    try:
+        mesh = init_device_mesh("cpu", (world_size,))
+        for name in RULES:
+            check_placements(name, mesh)
+            check_fsdp2(name, mesh, Path(folder) / name)
+        check_bad_gradient_on_one_rank(mesh)
+        check_ddp()
+        check_zero_redundancy()
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 1))
+
+
+def batch(step: int) -> Tensor:
+    return torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+
+
+def train(model: nn.Module, opt: torch.optim.Optimizer, steps: Iterable[int]) -> None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    shares = isinstance(model, DistributedDataParallel | torch.distributed.fsdp.FSDPModule)
+    for step in steps:
+        opt.zero_grad()
+        x = batch(step)
+        model(x.chunk(world_size)[rank] if shares else x).sub(1).square().mean().backward()
+        opt.step()
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def assert_same(params: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    for param, other in zip(params, expected, strict=True):
+        torch.testing.assert_close(full(param.detach()), other.detach(), rtol=1e-4, atol=1e-6)
+
+
+def check_placements(name: str, mesh: DeviceMesh) -> None:
+    """Uneven and empty shards, shards along the second axis, replicas and plain tensors, in one optimizer."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [((5, 3), [Shard(0)]), ((1, 4), [Shard(0)]), ((2, 3), [Shard(1)]), ((4,), [Replicate()]), ((3,), None)]
+    rows += [((), [Replicate()])]
+    plain = [nn.Parameter(torch.randn(shape, generator=generator)) for shape, _ in rows]
+    placed = [
+        nn.Parameter(value.detach().clone() if how is None else distribute_tensor(value.detach().clone(), mesh, how))
+        for value, (_, how) in zip(plain, rows, strict=True)
+    ]
+    opts = [FlatOpt(params, pretrained=learned(name, perturbation=0.1), **OPTIONS) for params in (plain, placed)]
+    for _ in range(4):
+        for value, param, (_, how) in zip(plain, placed, rows, strict=True):
+            value.grad = torch.randn(value.shape, generator=generator)
+            param.grad = value.grad.clone() if how is None else distribute_tensor(value.grad.clone(), mesh, how)
+        for opt in opts:
+            opt.step()
+    assert_same(placed, plain)
+    for param, value in zip(placed, plain, strict=True):
+        for key, entry in opts[1].state[param].items():
+            if entry.shape[: param.dim()] == param.shape and entry.dim() >= param.dim() > 0 and key != "memory":
+                assert isinstance(entry, DTensor) == isinstance(param, DTensor), key
+                assert not isinstance(entry, DTensor) or entry.placements == param.placements
+            torch.testing.assert_close(full(entry), opts[0].state[value][key], rtol=1e-4, atol=1e-6)
+
+
+def check_fsdp2(name: str, mesh: DeviceMesh, folder: Path) -> None:
+    """Sharded training is the training of one process, before and after a distributed checkpoint."""
+    rule = learned(name, perturbation=0.1)
+
+    def sharded() -> tuple[nn.Module, FlatOpt]:
+        model = make_model()
+        for layer in (model[0], model[3]):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model, FlatOpt(model.parameters(), pretrained=rule, **OPTIONS)
+
+    oracle = make_model()
+    oracle_opt = FlatOpt(oracle.parameters(), pretrained=rule, **OPTIONS)
+    train(oracle, oracle_opt, range(4))
+    model, opt = sharded()
+    train(model, opt, range(4))
+    assert_same(model.parameters(), oracle.parameters())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": model.state_dict(), "opt": get_optimizer_state_dict(model, opt)}, checkpoint_id=folder)
+        other, other_opt = sharded()
+        saved = {"model": other.state_dict(), "opt": get_optimizer_state_dict(other, other_opt)}
+        dcp.load(saved, checkpoint_id=folder)
+        other.load_state_dict(saved["model"])
+        set_optimizer_state_dict(other, other_opt, saved["opt"])
+    for mine, yours in zip(opt.state.values(), other_opt.state.values(), strict=True):
+        assert mine.keys() == yours.keys()
+        for key, value in mine.items():
+            assert torch.equal(full(value), full(yours[key])), key
+    train(other, other_opt, range(4, 7))
+    train(oracle, oracle_opt, range(4, 7))
+    assert_same(other.parameters(), oracle.parameters())
+
+
+def check_bad_gradient_on_one_rank(mesh: DeviceMesh) -> None:
+    """A tensor is skipped on all ranks when one of them sees NaN."""
+    value = torch.ones(4, 3)
+    param = nn.Parameter(distribute_tensor(value.clone(), mesh, [Shard(0)]))
+    opt = FlatOpt([param], pretrained=learned("toy-mixer"))
+    grad = torch.ones(4, 3)
+    grad[0, 0] = float("nan")
+    param.grad = distribute_tensor(grad, mesh, [Shard(0)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opt.step()
+    assert torch.equal(full(param.detach()), value)
+    assert int(opt.state[param]["num_skipped"]) == 1
+
+
+def check_ddp() -> None:
+    """Replicas stay equal, and equal to one process with the whole batch."""
+    oracle = make_model()
+    rule = learned("toy-mixer", perturbation=0.1)
+    train(oracle, FlatOpt(oracle.parameters(), pretrained=rule, **OPTIONS), range(5))
+    model = DistributedDataParallel(make_model())
+    train(model, FlatOpt(model.parameters(), pretrained=rule, **OPTIONS), range(5))
+    assert_same(model.parameters(), oracle.parameters())
+
+
+def check_zero_redundancy() -> None:
+    """Each rank keeps the state of its own parameters; a rule that mixes nothing cannot notice."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # importing it warns of deprecations inside torch
+
+    oracle = make_model()
+    train(oracle, FlatOpt(oracle.parameters(), pretrained=learned("adam"), **OPTIONS), range(5))
+    model = DistributedDataParallel(make_model())
+    zero = ZeroRedundancyOptimizer(model.parameters(), FlatOpt, pretrained=learned("adam"), **OPTIONS)
+    train(model, zero, range(5))
+    assert_same(model.parameters(), oracle.parameters())
+    zero.consolidate_state_dict(to=0)
+    if dist.get_rank() == 0:
+        assert len(copy.deepcopy(zero.state_dict())["state"]) == len(list(model.parameters()))

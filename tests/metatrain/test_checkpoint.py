@@ -1,0 +1,170 @@
+import dataclasses
+import json
+import logging
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from flatopt.metatrain import MetaTrainConfig, TaskConfig
+from flatopt.metatrain.checkpoint import Checkpoint, latest, load, save
+
+FILES = ("state.safetensors", "run.json", "manifest.json")
+
+
+def make_checkpoint(update=3):
+    generator = torch.Generator().manual_seed(update)
+    shared = torch.randn(4, generator=generator)
+    return Checkpoint(
+        config=MetaTrainConfig(recipe="test", rule="adam", tasks=(TaskConfig(name="mlp"),), num_updates=9),
+        update=update,
+        seconds=0.1 + update,
+        num_dropped=1,
+        smoothed_loss=1 / 3,
+        best_validation={"update": 2, "loss": 0.1},
+        sessions=[{"command": "test", "first_update": 0}],
+        weights={"z": shared, "a/b": torch.randn(2, 3, generator=generator).T},
+        average={"z": shared, "a/b": torch.zeros(3, 2)},
+        optimizer={"z/step": torch.tensor(3.0)},
+        estimator={
+            "empty": torch.zeros(0, 5),
+            "wide": torch.tensor(1.5).expand(2, 2),
+            "double": torch.randn(3, generator=generator, dtype=torch.float64),
+            "flags": torch.tensor([True, False]),
+            "count": torch.tensor(2**60),
+            "half": torch.tensor([float("nan"), float("inf")], dtype=torch.bfloat16),
+        },
+        generator={"main": generator.get_state()},
+    )
+
+
+def assert_same(actual, expected):
+    for field in dataclasses.fields(Checkpoint):
+        left, right = getattr(actual, field.name), getattr(expected, field.name)
+        if isinstance(right, dict) and right and isinstance(next(iter(right.values())), torch.Tensor):
+            assert list(left) == list(right), f"order of {field.name}"
+            for key in right:
+                assert left[key].dtype == right[key].dtype
+                torch.testing.assert_close(left[key], right[key], rtol=0, atol=0, equal_nan=True)
+        else:
+            assert left == right, field.name
+
+
+def damage(path, name, how):
+    file = path / name
+    content = file.read_bytes()
+    if how == "missing":
+        file.unlink()
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif how == "longer":
+        file.write_bytes(content + b"x")
+    else:  # one bit in the middle
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+
+
+def test_load_gives_back_every_value_dtype_and_order(tmp_path):
+    checkpoint = make_checkpoint()
+    assert_same(load(save(checkpoint, tmp_path)), checkpoint)
+
+
+def test_shipped_weights_are_the_average_where_there_is_one():
+    checkpoint = make_checkpoint()
+    assert checkpoint.shipped_weights is checkpoint.average
+    assert dataclasses.replace(checkpoint, average={}).shipped_weights is checkpoint.weights
+
+
+def test_latest_is_the_newest_and_two_are_kept(tmp_path):
+    assert latest(tmp_path / "none") is None
+    for update in (2, 9, 10, 100):
+        save(make_checkpoint(update), tmp_path)
+    assert latest(tmp_path).update == 100
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["update-00000010", "update-00000100"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["missing", "empty", "truncated", "longer", "flipped"])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(tmp_path, caplog, name, how):
+    save(make_checkpoint(1), tmp_path)
+    path = save(make_checkpoint(2), tmp_path)
+    damage(path, name, how)
+    with pytest.raises(ValueError, match="update-00000002"):
+        load(path)
+    with caplog.at_level(logging.WARNING):
+        assert_same(latest(tmp_path), make_checkpoint(1))
+    assert "update-00000002" in caplog.text
+
+
+def test_no_flipped_bit_passes_unseen(tmp_path):
+    path, random_ = save(make_checkpoint(), tmp_path), random.Random(0)
+    for name in FILES:
+        content = (path / name).read_bytes()
+        for _ in range(60):
+            flipped = bytearray(content)
+            flipped[random_.randrange(len(content))] ^= 1 << random_.randrange(8)
+            (path / name).write_bytes(flipped)
+            try:
+                assert_same(load(path), make_checkpoint())  # space that became another space
+            except ValueError as error:
+                assert str(path) in str(error)
+        (path / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("calls_before_the_crash", range(6))
+def test_a_crash_while_writing_leaves_the_checkpoint_before(tmp_path, monkeypatch, calls_before_the_crash):
+    save(make_checkpoint(1), tmp_path)
+    calls = iter(range(100))
+    fsync, rename = os.fsync, Path.rename
+
+    def crash_or(function):
+        def call(*arguments):
+            if next(calls) == calls_before_the_crash:
+                raise InterruptedError
+            return function(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", crash_or(fsync))
+        patch.setattr(Path, "rename", crash_or(rename))
+        with pytest.raises(InterruptedError):
+            save(make_checkpoint(2), tmp_path)
+    # Three files, their folder, the name, the folder above: whole from the fifth on.
+    assert_same(latest(tmp_path), make_checkpoint(2 if calls_before_the_crash == 5 else 1))
+
+    save(make_checkpoint(3), tmp_path)
+    assert latest(tmp_path).update == 3
+    assert all(path.name.startswith("update-") for path in tmp_path.iterdir())
+
+
+def test_a_damaged_later_checkpoint_does_not_outlive_the_resumed_run(tmp_path):
+    save(make_checkpoint(5), tmp_path)
+    damage(save(make_checkpoint(8), tmp_path), "state.safetensors", "truncated")
+    save(make_checkpoint(6), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["update-00000005", "update-00000006"]
+
+
+def test_the_same_update_can_be_written_over(tmp_path):
+    damage(save(make_checkpoint(5), tmp_path), "run.json", "empty")
+    save(make_checkpoint(5), tmp_path)
+    assert_same(latest(tmp_path), make_checkpoint(5))
+
+
+def test_a_checkpoint_of_another_format_version_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("flatopt.metatrain.checkpoint.FORMAT_VERSION", 2)
+    path = save(make_checkpoint(), tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="format_version 2 is not 1"):
+        load(path)
+
+
+def test_nothing_but_safetensors_and_json_is_written(tmp_path):
+    path = save(make_checkpoint(), tmp_path)
+    assert sorted(file.name for file in path.iterdir()) == sorted(FILES)
+    for name in ("run.json", "manifest.json"):
+        json.loads((path / name).read_text())

@@ -1,0 +1,119 @@
+import json
+
+import pytest
+
+from flatopt.metatrain import RECIPES, EstimatorConfig, MetaTrainConfig, ObjectiveConfig, TaskConfig
+from flatopt.rules import Adam
+
+
+def make_config(**changes):
+    defaults = {
+        "recipe": "test",
+        "rule": "adam",
+        "rule_options": {"betas": [0.8, 0.9]},
+        "estimator": EstimatorConfig(std=0.02),
+        "tasks": (TaskConfig(name="mlp"), TaskConfig(name="cnn", num_tasks=4)),
+        "objective": ObjectiveConfig(flatness="sharpness"),
+        "num_updates": 12,
+    }
+    return MetaTrainConfig(**{**defaults, **changes})
+
+
+@pytest.mark.parametrize("config", [make_config(), *(recipe() for recipe in RECIPES.values())])
+def test_json_round_trip_is_the_identity(config):
+    assert MetaTrainConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_called_by_its_own_name(name):
+    assert RECIPES[name]().recipe == name
+
+
+@pytest.mark.parametrize(
+    ("assignment", "read", "expected"),
+    [
+        ("num_updates=100", lambda config: config.num_updates, 100),
+        ("meta_lr=1e-3", lambda config: config.meta_lr, 1e-3),
+        ("meta_lr=1", lambda config: config.meta_lr, 1.0),
+        ("estimator.std=.5", lambda config: config.estimator.std, 0.5),
+        ("tasks.cnn.num_tasks=8", lambda config: [task.num_tasks for task in config.tasks], [32, 8]),
+        ('tasks=[{"name": "lstm"}]', lambda config: config.tasks, (TaskConfig(name="lstm"),)),
+        ("max_grad_norm=none", lambda config: config.max_grad_norm, None),
+        ("max_grad_norm=2", lambda config: config.max_grad_norm, 2.0),
+        ("compile=true", lambda config: config.compile, True),
+        ("compile=None", lambda config: config.compile, None),
+        ("objective.flatness=none", lambda config: config.objective.flatness, None),
+        ("objective.flatness=a=b", lambda config: config.objective.flatness, "a=b"),
+        ("rule_options.lr=0.5", lambda config: config.build_rule(), Adam(lr=0.5, betas=(0.8, 0.9))),
+    ],
+)
+def test_override_sets_one_value_with_its_type(assignment, read, expected):
+    value = read(make_config().override([assignment]))
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_overrides_are_checked_together():
+    # Either alone would put the shortest horizon above the longest.
+    config = make_config().override(["tasks.mlp.min_steps=5000", "tasks.mlp.max_steps=9000"])
+    assert (config.tasks[0].min_steps, config.tasks[0].max_steps) == (5000, 9000)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("num_update=1", "unknown key 'num_update': valid are recipe, rule, .*num_updates"),
+        ("estimator.stdev=1", "unknown key 'estimator.stdev': valid are .*estimator.std"),
+        ("tasks.rnn.num_tasks=1", "unknown key 'tasks.rnn.num_tasks': valid are tasks.mlp.KEY, tasks.cnn.KEY"),
+        ("tasks.mlp.size=1", "unknown key 'tasks.mlp.size': valid are .*tasks.mlp.num_tasks"),
+        ("tasks.mlp=1", "unknown key 'tasks.mlp'"),
+        ("rule_options.beta=1", "unknown key 'rule_options.beta': valid are .*rule_options.betas"),
+        ("rule_options.betas=[1]", "rule_options.betas must be a list"),
+        ("seed.low=1", "seed has no parts"),
+        ("rule=sgd", "unknown rule 'sgd': valid are .*adam"),
+        ("num_updates=ten", "num_updates must be an integer, not 'ten'"),
+        ("num_updates=1.5", "num_updates must be an integer, not 1.5"),
+        ("num_updates=true", "num_updates must be an integer, not True"),
+        ("num_updates=none", "num_updates must be an integer, not None"),
+        ("meta_lr=fast", "meta_lr must be a number, not 'fast'"),
+        ("compile=maybe", "compile must be true or false or none, not 'maybe'"),
+        ("tensorboard=1", "tensorboard must be true or false, not 1"),
+        ("objective=1", "objective must be an object, not 1"),
+        ("num_updates=0", "num_updates must be at least 1, not 0"),
+        ("tasks.mlp.max_steps=1", "tasks.mlp.max_steps must be at least min_steps, not 1"),
+        ("tasks=[]", "tasks must name at least one family"),
+        ('tasks=[{"name": "mlp"}, {"name": "mlp"}]', "tasks must have distinct names"),
+        ("ema_decay=1", r"ema_decay must be in \[0, 1\)"),
+        ("meta_lr=-1", "meta_lr must be a positive number, not -1.0"),
+        ("meta_lr=NaN", "meta_lr must be"),
+        ("meta_lr=inf", "meta_lr must be"),
+        ("max_grad_norm=0", "max_grad_norm must be a positive number or none, not 0.0"),
+        ("num_updates", "'num_updates' is not of the form key=value"),
+    ],
+)
+def test_a_wrong_override_says_what_is_valid(assignment, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        make_config().override([assignment])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.pop("seed"), "missing key 'seed'"),
+        (lambda data: data["estimator"].pop("std"), "missing key 'estimator.std'"),
+        (lambda data: data["tasks"][1].pop("weight"), r"missing key 'tasks\[1\].weight'"),
+        (lambda data: data.update(speed=1), "unknown key 'speed'"),
+        (lambda data: data.update(seed="1"), "seed must be an integer, not '1'"),
+    ],
+)
+def test_from_json_is_strict(change, message):
+    data = json.loads(make_config().to_json())
+    change(data)
+    with pytest.raises(ValueError, match=message):
+        MetaTrainConfig.from_json(json.dumps(data))
+
+
+def test_from_json_refuses_what_is_not_json():
+    with pytest.raises(ValueError, match="configuration is not JSON"):
+        MetaTrainConfig.from_json("{")

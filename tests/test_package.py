@@ -1,0 +1,173 @@
+"""What is true of the package as a whole: directions of imports, what an import loads, what a wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "flatopt"
+
+# A room is a module or a subpackage directly inside flatopt.  The rooms that each may import from, besides itself:
+ALLOWED: dict[str, set[str]] = {
+    "rules": set(),
+    "tasks": set(),
+    "flatness": set(),
+    "pretrained": {"rules", "hub"},  # hub only inside LearnedRule.push_to_hub, which hands itself over
+    "hub": {"rules", "pretrained"},
+    "optimizer": {"rules", "pretrained", "hub"},
+    "metatrain": {"rules", "pretrained", "hub", "tasks", "flatness"},
+    "evaluate": {"optimizer", "pretrained", "hub", "tasks", "flatness"},
+    "__init__": {"optimizer", "pretrained", "hub"},
+}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Return the rooms that a source file imports from; ``flatopt`` stands for names of the top module."""
+    package = ["flatopt", *path.relative_to(PACKAGE).parent.parts]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            targets = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for target in targets:
+            parts = target.split(".")
+            if parts[0] == "flatopt":
+                found.add(parts[1] if len(parts) > 1 and parts[1] in ALLOWED else "flatopt")
+    return found
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    room = room_of(path)
+    assert imported_rooms(path) - {room} <= ALLOWED[room]
+
+
+def test_import_reader_sees_every_form_of_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    path = tmp_path / "rules" / "deep" / "rule.py"
+    path.parent.mkdir(parents=True)
+    forms = {
+        "import flatopt.tasks": {"tasks"},
+        "import flatopt.tasks.images as images": {"tasks"},
+        "from flatopt import tasks": {"tasks"},
+        "from flatopt import FlatOpt": {"flatopt"},
+        "from flatopt.metatrain.cli import main": {"metatrain"},
+        "from ... import evaluate": {"evaluate"},
+        "from ...evaluate import cli": {"evaluate"},
+        "from .. import _rule": {"rules"},
+        "from ._rule import State": {"rules"},
+        "def late():\n    from ...hub import push": {"hub"},
+        "import torch": set(),
+    }
+    for source, rooms in forms.items():
+        path.write_text(source)
+        assert imported_rooms(path) == rooms, source
+
+
+def run_python(code: str, *, cwd: Path = ROOT) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_flatopt_loads_only_what_training_needs() -> None:
+    # What torch itself loads (numpy, for one, where installed) does not count.
+    code = """
+import json, sys
+import torch
+before = set(sys.modules)
+import flatopt
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    loaded = json.loads(run_python(code))
+    rooms = {name.split(".")[1] for name in loaded if name.startswith("flatopt.")}
+    assert rooms == {"rules", "pretrained", "hub", "optimizer"}
+    others = {name.split(".")[0] for name in loaded}
+    assert not others & {
+        "huggingface_hub",
+        "sklearn",
+        "matplotlib",
+        "tqdm",
+        "tensorboard",
+        "requests",
+        "httpx",
+        "datasets",
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel with the installed hatchling, so that no network is needed."""
+    pytest.importorskip("hatchling")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(folder), "."]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    (built,) = folder.glob("flatopt-*.whl")
+    return built
+
+
+def test_wheel_holds_the_package_and_the_weights(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    expected = {f"flatopt/{path.relative_to(PACKAGE).as_posix()}" for path in SOURCES} | {"flatopt/py.typed"}
+    shipped = [path for path in (ROOT / "pretrained").rglob("*") if path.is_file()]
+    assert ROOT / "pretrained" / "flat-v1" / "model.safetensors" in shipped
+    expected |= {f"flatopt/_pretrained/{path.relative_to(ROOT / 'pretrained').as_posix()}" for path in shipped}
+    assert expected <= names
+    assert {name.split("/")[0] for name in names} == {"flatopt", f"{wheel.name.split('-py3')[0]}.dist-info"}
+
+
+def test_wheel_requires_exactly_three_distributions(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        (scripts,) = [name for name in archive.namelist() if name.endswith("/entry_points.txt")]
+        headers = HeaderParser().parsestr(archive.read(metadata).decode())
+        commands = archive.read(scripts).decode()
+    required = [line for line in headers.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert sorted(line.split(">")[0] for line in required) == ["huggingface-hub", "safetensors", "torch"]
+    assert set(headers.get_all("Provides-Extra", [])) == {"train", "eval", "test", "docs"}
+    assert headers["License-Expression"] == "Apache-2.0"
+    assert "flatopt-train = flatopt.metatrain.cli:main" in commands
+    assert "flatopt-eval = flatopt.evaluate.cli:main" in commands
+
+
+@pytest.mark.slow
+def test_optimizer_works_from_the_wheel_outside_the_checkout_without_network(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)  # what pip does with a pure Python wheel, scripts aside
+    code = f"""
+import socket, sys
+def refuse(*arguments): raise OSError("network is off")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+sys.path.insert(0, {str(tmp_path)!r})
+import flatopt, torch
+assert flatopt.__file__.startswith({str(tmp_path)!r}), flatopt.__file__
+model = torch.nn.Linear(4, 2)
+before = model.weight.clone()
+optimizer = flatopt.FlatOpt(model.parameters())
+model(torch.ones(1, 4)).sum().backward()
+optimizer.step()
+assert not torch.equal(before, model.weight)
+"""
+    run_python(code, cwd=tmp_path)
