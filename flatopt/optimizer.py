@@ -22,7 +22,7 @@ from .hub import load_pretrained
 from .pretrained import LearnedRule
 from .rules import State, StepContext, UpdateRule, Weights, apply_rule
 
-CHUNK_SIZE = 2**18
+CHUNK_SIZE = 2**15
 """Coordinates handled at once: bounds the memory of a step whatever the size of the tensors."""
 
 PACK_SIZE = 2**14

@@ -33,12 +33,16 @@ class Options:
         fast: toy sizes, to see a subcommand work; the numbers mean nothing.
         pretrained: weights of FlatOpt: shipped name, folder or Hub id.
         cache: file of finished runs.
+        split: ``"test"``, or ``"meta"`` to choose by.
+        tasks: parts of the names of the benchmarks to run; all by default.
     """
 
     num_seeds: int = 5
     fast: bool = False
     pretrained: str = "flat-v1"
     cache: RunCache
+    split: str = "test"
+    tasks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

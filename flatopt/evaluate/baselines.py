@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from flatopt.hub import load_pretrained
 from flatopt.optimizer import FlatOpt
-from flatopt.pretrained import weights_sha256
+from flatopt.pretrained import LearnedRule, weights_sha256
 
 
 class SAM(Optimizer):
@@ -91,27 +91,33 @@ BASELINES: tuple[Contestant, ...] = (
 )
 
 
-def learned_contestants(pretrained: str) -> tuple[Contestant, Contestant]:
-    """Return FlatOpt with the length of the run known, and unknown.
+def learned_contestants(pretrained: str) -> list[Contestant]:
+    """Return FlatOpt with the length of the run known, and unknown, and the same with the rule not trained.
+
+    An untrained rule with zero output layers is its hand-designed core: what the training of the weights is worth.
 
     Args:
         pretrained: shipped name, folder or Hub id, as for :class:`flatopt.FlatOpt`.
     """
     learned = load_pretrained(pretrained)
-    identity = f"{learned.rule!r} {weights_sha256(learned.weights)[:16]}"
-    return (
-        Contestant(
-            name="FlatOpt, horizon known",
-            build=lambda params, lr, num_steps: FlatOpt(params, lr, pretrained=learned, num_steps=num_steps),
-            lrs=(1.0,),
-            cosine=False,
-            identity=identity,
+    untrained = LearnedRule(learned.rule, learned.rule.init_weights(torch.Generator().manual_seed(0)))
+    return [
+        contestant
+        for name, rule in (("FlatOpt", learned), ("untrained core", untrained))
+        for contestant in (
+            _learned_contestant(f"{name}, horizon known", rule, horizon_known=True),
+            _learned_contestant(f"{name}, horizon unknown", rule, horizon_known=False),
+        )
+    ]
+
+
+def _learned_contestant(name: str, learned: LearnedRule, *, horizon_known: bool) -> Contestant:
+    return Contestant(
+        name=name,
+        build=lambda params, lr, num_steps: FlatOpt(
+            params, lr, pretrained=learned, num_steps=num_steps if horizon_known else None
         ),
-        Contestant(
-            name="FlatOpt, horizon unknown",
-            build=lambda params, lr, _: FlatOpt(params, lr, pretrained=learned),
-            lrs=(1.0,),
-            cosine=False,
-            identity=identity,
-        ),
+        lrs=(1.0,),
+        cosine=False,
+        identity=f"{learned.rule!r} {weights_sha256(learned.weights)[:16]}",
     )

@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fast=chosen.fast,
         pretrained=chosen.pretrained,
         cache=RunCache((chosen.cache or chosen.out) / "runs.jsonl"),
+        split=getattr(chosen, "split", "test"),
+        tasks=tuple(getattr(chosen, "tasks", ())),
     )
     print(write_report(report(options), chosen.out))
     print(f"Written to {chosen.out}: table.md, results.json, figure.png")
@@ -49,6 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, default=Path("runs/eval") / name, help="folder of results")
         command.add_argument("--cache", type=Path, help="folder of finished runs, if not --out (to share tuning)")
         command.add_argument("--seeds", type=_positive, default=num_seeds, help="runs per cell (default: %(default)s)")
+        if name == "quality":
+            command.add_argument("--split", choices=("test", "meta"), default="test", help="split of the table")
+        if name in ("quality", "flatness"):
+            command.add_argument("--tasks", nargs="+", default=(), help="parts of the names of the tasks to run")
         command.add_argument("--fast", action="store_true", help="toy sizes: shows that it works, in seconds")
         command.add_argument("--pretrained", default="flat-v1", help="weights of FlatOpt: name, folder or Hub id")
     return parser

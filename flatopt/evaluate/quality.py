@@ -18,7 +18,8 @@ from .benchmarks import BENCHMARKS, FAST_BENCHMARKS
 def report(options: Options) -> Report:
     """Compare test accuracy and loss of all contestants on all benchmarks.
 
-    A baseline's learning rate is chosen per benchmark on the ``meta`` split; the table shows the ``test`` split.
+    A baseline's learning rate is chosen per benchmark on the ``meta`` split; the table shows the ``test`` split, or the
+    ``meta`` split where the table itself is to choose something.
     """
     benchmarks, contestants = entrants(options)
     records = []
@@ -26,14 +27,14 @@ def report(options: Options) -> Report:
     for benchmark, contestant in tqdm(pairs, desc="quality", unit="cell"):
         records.append(compare(benchmark, contestant, options))
     return Report(
-        title="Test accuracy % (test loss)",
+        title=f"Accuracy % (loss) on the {options.split} split",
         header=["task", *(contestant.name for contestant in contestants)],
         rows=_rows(
             records, [benchmark.name for benchmark in benchmarks], [contestant.name for contestant in contestants]
         ),
         records=records,
         draw=lambda figure: _draw(figure, records),
-        note=f"Mean ± standard deviation over {options.num_seeds} seeds (mean test loss in brackets). Baselines: "
+        note=f"Mean ± standard deviation over {options.num_seeds} seeds (mean loss in brackets). Baselines: "
         "cosine schedule, learning rate chosen per task on a split that is not the test split. FlatOpt: nothing tuned.",
     )
 
@@ -43,7 +44,10 @@ def entrants(options: Options) -> tuple[Sequence[Benchmark], Sequence[Contestant
     learned = learned_contestants(options.pretrained)
     if options.fast:
         return FAST_BENCHMARKS, [*learned, *(replace(baseline, lrs=baseline.lrs[2:4]) for baseline in BASELINES)]
-    return BENCHMARKS, [*learned, *BASELINES]
+    chosen = [one for one in BENCHMARKS if not options.tasks or any(part in one.name for part in options.tasks)]
+    if not chosen:
+        raise ValueError(f"no benchmark has {options.tasks} in its name: there are {[one.name for one in BENCHMARKS]}")
+    return chosen, [*learned, *BASELINES]
 
 
 def compare(benchmark: Benchmark, contestant: Contestant, options: Options) -> Record:
@@ -51,8 +55,9 @@ def compare(benchmark: Benchmark, contestant: Contestant, options: Options) -> R
     lr = tuned_lr(benchmark, contestant, options.num_seeds, options.cache)
     runs = [run(benchmark, contestant, lr, seed, options.cache) for seed in range(options.num_seeds)]
     record: Record = {"task": benchmark.name, "optimizer": contestant.name, "lr": lr}
-    for key in ("train_loss", "test_loss", "test_accuracy", "seconds"):
-        record[key] = [result[key] for result in runs]
+    keys = {"train_loss": "train_loss", "loss": f"{options.split}_loss", "accuracy": f"{options.split}_accuracy"}
+    for name, key in (keys | {"seconds": "seconds"}).items():
+        record[name] = [result[key] for result in runs]
     return record
 
 
@@ -62,8 +67,8 @@ def _rows(records: Sequence[Record], tasks: Sequence[str], optimizers: Sequence[
     rows = [[task, *(_cell(cells[task, optimizer]) for optimizer in optimizers)] for task in tasks]
     means = []
     for optimizer in optimizers:
-        accuracy = fmean(fmean(cells[task, optimizer]["test_accuracy"]) for task in tasks)
-        loss = fmean(fmean(cells[task, optimizer]["test_loss"]) for task in tasks)
+        accuracy = fmean(fmean(cells[task, optimizer]["accuracy"]) for task in tasks)
+        loss = fmean(fmean(cells[task, optimizer]["loss"]) for task in tasks)
         means.append(f"{100 * accuracy:.2f} ({loss:.3f})")
     return [*rows, ["mean", *means]]
 
@@ -77,15 +82,15 @@ def _draw(figure: Figure, records: Sequence[Record]) -> None:
     axes = figure.subplots()
     tasks = list(dict.fromkeys(record["task"] for record in records))
     optimizers = list(dict.fromkeys(record["optimizer"] for record in records))
-    centre = {task: fmean(fmean(r["test_accuracy"]) for r in records if r["task"] == task) for task in tasks}
+    centre = {task: fmean(fmean(r["accuracy"]) for r in records if r["task"] == task) for task in tasks}
     for record in records:
         index = optimizers.index(record["optimizer"])
         where = tasks.index(record["task"]) + (index - (len(optimizers) - 1) / 2) * 0.13
-        values = [100 * (value - centre[record["task"]]) for value in record["test_accuracy"]]
+        values = [100 * (value - centre[record["task"]]) for value in record["accuracy"]]
         label = record["optimizer"] if record["task"] == tasks[0] else None
         axes.plot([where] * len(values), values, ".", color=f"C{index}", alpha=0.5, markersize=4)
         axes.plot([where], [fmean(values)], "_", color=f"C{index}", markersize=9, markeredgewidth=2.5, label=label)
     axes.axhline(0, color="0.8", zorder=0)
     axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right", fontsize=8)
-    axes.set_ylabel("test accuracy, points above the task's mean")
+    axes.set_ylabel("accuracy, points above the task's mean")
     axes.legend(fontsize=8, ncols=3)

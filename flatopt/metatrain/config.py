@@ -130,8 +130,8 @@ class MetaTrainConfig:
     """Meta-updates between lines of ``metrics.jsonl``."""
     validate_every: int = 0
     """Meta-updates between validations, where the caller gave a validation; 0 for none."""
-    compile: bool | None = None
-    """Compile the unroll: yes, no, or where a compiler is found."""
+    compile: bool = False
+    """Compile the recorded inner step with ``torch.compile``: takes minutes per family on a CPU."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
 

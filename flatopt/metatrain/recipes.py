@@ -19,7 +19,6 @@ def smoke() -> MetaTrainConfig:
         ema_decay=0.9,
         checkpoint_every=10,
         log_every=1,
-        compile=False,
     )
 
 
@@ -52,7 +51,6 @@ def flat_v1() -> MetaTrainConfig:
         max_grad_norm=1.0,
         ema_decay=0.99,
         checkpoint_every=200,
-        compile=False,
     )
 
 

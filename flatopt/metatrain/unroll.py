@@ -1,7 +1,7 @@
 """Inner training as a pure function, for many runs at once.
 
-A *run* is one optimizee being trained by a rule.  The runs of a family share one architecture and go side by side, under
-``vmap``.  One step of all of them is recorded as a flat graph of tensor operations, and compiled if asked for.
+A *run* is one optimizee being trained by a rule.  The runs of a family share one architecture and go side by side,
+under ``vmap``.  One step of all of them is recorded as a flat graph of tensor operations, and compiled if asked for.
 Legend: ``N`` runs, ``L`` steps of a truncation.
 """
 
@@ -107,9 +107,7 @@ class Unroll:
             num_steps=num_steps.repeat(copies),
         )
 
-    def run(
-        self, weights_N: Weights, runs: Runs, copies: int, generator: torch.Generator
-    ) -> tuple[Runs, StepLosses]:
+    def run(self, weights_N: Weights, runs: Runs, copies: int, generator: torch.Generator) -> tuple[Runs, StepLosses]:
         """Run one truncation.
 
         Returns:
@@ -185,8 +183,8 @@ class Unroll:
 class _Trace:
     """A function of tensors as one flat graph, recorded at its first call for every set of shapes.
 
-    Recording takes seconds and rids a step of most of its Python and ``vmap`` overhead; compiling the graph takes minutes
-    for each family of problems.
+    Recording takes seconds and rids a step of most of its Python and ``vmap`` overhead; compiling the graph takes
+    minutes for each family of problems.
     """
 
     def __init__(self, function: Callable[..., Any], *, compiled: bool):

@@ -10,8 +10,8 @@ so that whole-tensor statistics cost one small reduction per step and large tens
 :func:`apply_rule` drives them: it forms the sums, cuts large tensors and joins small ones.  The optimizer, the
 meta-trainer and the benchmarks all call it.
 
-Shape legend: ``N`` tensors, ``S`` sums per tensor, ``M`` memory per tensor, ``C`` controls per tensor, ``n`` coordinates
-of one call: a tensor, a part of a large one, or several small ones side by side.
+Shape legend: ``N`` tensors, ``S`` sums per tensor, ``M`` memory per tensor, ``C`` controls per tensor, ``n``
+coordinates of one call: a tensor, a part of a large one, or several small ones side by side.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class UpdateRule(ABC):
 
     Rules are out of place, draw no random numbers outside ``init_*``, and branch on shapes only, never on
     values, so that ``torch.func.vmap`` and ``torch.compile`` accept them.  ``observe`` and ``propose`` act on each
-    coordinate by itself: per-tensor numbers come to them with a last axis of 1 or ``n`` and must be used by broadcasting.
+    coordinate by itself: per-tensor numbers come to them with a last axis of 1 or ``n``, for broadcasting.
 
     A rule never sees the learning rate, weight decay or the sign of ``maximize``: those belong to the caller.
     """
@@ -113,7 +113,8 @@ class UpdateRule(ABC):
     ) -> tuple[State, Tensor]:
         """Return the per-coordinate state that changes now, and the step ``[n]`` to *add*.
 
-        ``state`` is what ``observe`` returned, with the per-tensor values; ``control`` is what ``mix`` returned, ``[C, 1]`` or ``[C, n]``.
+        ``state`` is what ``observe`` returned, with the per-tensor values; ``control`` is what ``mix`` returned, as
+        ``[C, 1]`` or ``[C, n]``.
         """
 
     @abstractmethod
@@ -210,7 +211,7 @@ def apply_rule(
         new_n, terms_Sn = phases.observe(weights, old_n | constants, grad_n, param_n, context, alone)
         observed.append(old_n | (new_n if emit is None else _overwrite(pack, new_n, states)))
         for part, terms in zip(pack, terms_Sn.split([1] if alone else _sizes(pack), dim=-1), strict=True):
-            sums[part.index].append(terms.sum(-1))
+            sums[part.tensor].append(terms.sum(-1))
 
     summaries_NS = torch.stack([torch.stack(parts).sum(0) if len(parts) > 1 else parts[0] for parts in sums], dim)
     if all_reduce is not None:
@@ -233,13 +234,13 @@ def apply_rule(
             _overwrite(pack, new_n, states)
         for part, delta in zip(pack, delta_n.split(_sizes(pack), dim=-1), strict=True):
             if emit is None or step_sizes_N is None:
-                deltas[part.index].append(delta)
+                deltas[part.tensor].append(delta)
             else:
-                emit(part.index, part.where, delta, step_sizes_N[part.index])
+                emit(part.tensor, part.where, delta, step_sizes_N[part.tensor])
         if emit is None:
             for key, value in (state_n | new_n).items():
                 for part, piece in zip(pack, value.split(_sizes(pack), dim=dim), strict=True):
-                    updates[part.index].setdefault(key, []).append(piece)
+                    updates[part.tensor].setdefault(key, []).append(piece)
 
     new_states = []
     for index, state in enumerate(states):
@@ -258,7 +259,7 @@ def apply_rule(
 class _Part(NamedTuple):
     """Some coordinates of one tensor."""
 
-    index: int
+    tensor: int
     where: slice
 
     @property
@@ -290,7 +291,7 @@ def _packs(numels: list[int], chunk_size: int | None, pack_size: int) -> list[_P
 
 def _owners(pack: _Pack, device: torch.device) -> Tensor:
     """Return the tensor index of every coordinate of a pack, or ``[1]`` index where they are all the same."""
-    indices = torch.tensor([part.index for part in pack], device=device)
+    indices = torch.tensor([part.tensor for part in pack], device=device)
     if len(pack) == 1:
         return indices
     sizes = torch.tensor([part.size for part in pack], device=device)
@@ -305,16 +306,18 @@ def _gather(pack: _Pack, tensors: Sequence[Tensor], dim: int, keep_dims: int = 0
     """Return coordinates flat on axis ``dim``, in at least float32; the last ``keep_dims`` axes stay."""
     flat = []
     for part in pack:
-        tensor = tensors[part.index]
+        tensor = tensors[part.tensor]
         kept = tensor.shape[tensor.dim() - keep_dims :]
         coordinates = tensor.reshape(*tensor.shape[:dim], -1, *kept).narrow(dim, part.where.start, part.size)
         flat.append(coordinates.to(torch.promote_types(coordinates.dtype, torch.float32)))
     return torch.cat(flat, dim) if len(flat) > 1 else flat[0]
 
 
-def _gather_coordinates(rule: UpdateRule, pack: _Pack, states: Sequence[State], params: Sequence[Tensor], dim: int) -> State:
+def _gather_coordinates(
+    rule: UpdateRule, pack: _Pack, states: Sequence[State], params: Sequence[Tensor], dim: int
+) -> State:
     """Return the per-coordinate state of a pack, ``[*, n, ...]``."""
-    first = pack[0].index
+    first = pack[0].tensor
     return {
         key: _gather(pack, [state[key] for state in states], dim, value.dim() - params[first].dim())
         for key, value in states[first].items()
@@ -325,7 +328,7 @@ def _gather_coordinates(rule: UpdateRule, pack: _Pack, states: Sequence[State], 
 def _gather_constants(rule: UpdateRule, pack: _Pack, states: Sequence[State], steps: list[Tensor]) -> State:
     """Return the per-tensor state of a pack, ``[*, 1]`` or ``[*, n]``, with the step counters already advanced."""
     owners = _owners(pack, steps[0].device)
-    keys = [key for key in states[pack[0].index] if key in rule.tensor_state and key not in ("memory", "step")]
+    keys = [key for key in states[pack[0].tensor] if key in rule.tensor_state and key not in ("memory", "step")]
     values = {key: torch.stack([state[key] for state in states], -1)[..., owners] for key in keys}
     return values | {"step": torch.stack(steps, -1)[..., owners]}
 
@@ -336,7 +339,7 @@ def _overwrite(pack: _Pack, new_n: State, states: Sequence[State]) -> State:
     for key, value in new_n.items():
         start = 0
         for part in pack:
-            storage = states[part.index][key]
+            storage = states[part.tensor][key]
             view = storage.view(-1, *value.shape[1:])[part.where]
             view.copy_(value[start : start + part.size])
             start += part.size

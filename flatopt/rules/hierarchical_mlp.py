@@ -1,4 +1,4 @@
-r"""The flagship rule: a strong hand-designed core, a learned correction per coordinate, a learned controller per tensor.
+r"""The flagship rule: a hand-designed core, a learned correction per coordinate, a learned controller per tensor.
 
 Per coordinate, with gradient :math:`g_t`, two momenta and one second moment (all bias-corrected below)
 
@@ -9,10 +9,12 @@ Per coordinate, with gradient :math:`g_t`, two momenta and one second moment (al
     u^g = g_t / \sqrt{v_t} \qquad u^f = m^f_t / \sqrt{v_t} \qquad u^s = m^s_t / \sqrt{v_t}
 
 Per tensor, the controller (two tanh layers; the second also sees the mean of the first over all tensors) maps
-signal-to-noise ratios, shape and time to :math:`(\lambda, \omega, a_g, a_s, b)`, all zero at initialisation.  The step is
+signal-to-noise ratios, shape and time to :math:`(\lambda, \omega, a_g, a_s, b)`, all zero at initialisation.  The step
+is
 
 .. math::
-    \Delta_t = -\eta_t\, e^{\lambda} \Big( \frac{d}{\mathrm{rms}(d)} + \mathrm{MLP}_b(\text{7 features}) + \omega\, x \Big),
+    \Delta_t = -\eta_t\, e^{\lambda}
+    \Big( \frac{d}{\mathrm{rms}(d)} + \mathrm{MLP}_b(\text{7 features}) + \omega\, x \Big),
     \qquad d = u^f + a_g u^g + a_s u^s, \qquad \eta_t = \frac{0.03}{\sqrt{\text{fan-in}}}\, s_t
 
 with the schedule :math:`s_t` a short linear warm-up times a cosine to zero over a known horizon, or times
@@ -67,7 +69,7 @@ class HierarchicalMLP(UpdateRule):
     Example:
         >>> rule = HierarchicalMLP()
         >>> sum(weight.numel() for weight in rule.init_weights().values())
-        1221
+        1213
     """
 
     name: ClassVar[str] = "hierarchical-mlp"
@@ -205,11 +207,10 @@ class HierarchicalMLP(UpdateRule):
             grad * per_grad,
             debias(state["exp_avg_slow"], self.betas[1], state["step"]) * per_v,
         ]
-        rows = [feature.clamp(-FEATURE_BOUND, FEATURE_BOUND) for feature in features]
-        shift = [bias + extra for bias, extra in zip(weights["coordinate.0.bias"], control[11:], strict=True)]
-        hidden = [row.relu() for row in linear(weights["coordinate.0.weight"], shift, rows)]
-        hidden = [row.relu() for row in linear(weights["coordinate.1.weight"], weights["coordinate.1.bias"], hidden)]
-        (residual,) = linear(weights["coordinate.2.weight"], weights["coordinate.2.bias"], hidden)
+        x_Fn = torch.stack(features).clamp(-FEATURE_BOUND, FEATURE_BOUND)
+        x_Fn = linear(weights, "coordinate.0", x_Fn, shift=control[11:]).relu()
+        x_Fn = linear(weights, "coordinate.1", x_Fn).relu()
+        residual = linear(weights, "coordinate.2", x_Fn)[0]
         moved = (state["exp_avg_sq"] > 0).to(param.dtype)
         return {}, -step_size * moved * (direction + residual + decay * param)
 

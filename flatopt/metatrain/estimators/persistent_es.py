@@ -1,15 +1,15 @@
 r"""Persistent evolution strategies, and truncated ones as a control.
 
-Each problem is run twice, at weights :math:`w \pm \epsilon_{i,k}` with :math:`\epsilon \sim N(0, \sigma^2)` drawn anew for
-every truncation :math:`k`.  With the losses :math:`L^\pm_{i,k}` of the truncation and the perturbations summed since the
-run began,
+Each problem is run twice, at weights :math:`w \pm \epsilon_{i,k}` with :math:`\epsilon \sim N(0, \sigma^2)` drawn anew
+for every truncation :math:`k`.  With the losses :math:`L^\pm_{i,k}` of the truncation and the perturbations summed
+since the run began,
 
 .. math::
     \hat g_k = \frac{1}{P} \sum_i \frac{\xi_{i,k}}{2 \sigma^2} \big( L^+_{i,k} - L^-_{i,k} \big), \qquad
     \xi_{i,k} = \sum_{j \le k} \epsilon_{i,j}.
 
-Unlike truncated backpropagation this counts what earlier steps did to the current state: it is unbiased for the smoothed
-objective.  ``persistent=False`` uses :math:`\epsilon_{i,k}` in place of the sum: truncated ES, biased.
+Unlike truncated backpropagation this counts what earlier steps did to the current state: it is unbiased for the
+smoothed objective.  ``persistent=False`` uses :math:`\epsilon_{i,k}` in place of the sum: truncated ES, biased.
 
 Reference: Vicol, Metz and Sohl-Dickstein, *Unbiased gradient estimation in unrolled computation graphs with persistent
 evolution strategies*, 2021, https://arxiv.org/abs/2112.13835
@@ -19,8 +19,10 @@ Legend: ``P`` pairs, ``D`` scalars of the weights.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -58,6 +60,9 @@ class PersistentES(GradientEstimator):
         for task in config.tasks:
             if task.name not in FAMILIES:
                 raise ValueError(f"unknown task {task.name!r}: valid are {', '.join(FAMILIES)}")
+        compiled = config.compile and can_compile(device)
+        if config.compile and not compiled:
+            warnings.warn("no C++ compiler found: the inner step is recorded but not compiled", stacklevel=2)
         unrolls = [
             Unroll(
                 rule=rule,
@@ -66,7 +71,7 @@ class PersistentES(GradientEstimator):
                 objective=config.objective,
                 truncation_length=config.estimator.truncation_length,
                 device=device,
-                compiled=can_compile(device) if config.compile is None else config.compile,
+                compiled=compiled,
             )
             for task in config.tasks
         ]
@@ -88,8 +93,7 @@ class PersistentES(GradientEstimator):
             start = (start * runs.horizon / unroll.truncation_length).floor() * unroll.truncation_length
             while bool((runs.step < start).any()):
                 advanced, _ = unroll.run(repeated, runs, 2, generator)
-                behind = runs.step < start
-                runs = merge_trees(lambda old, new, behind=behind: _where(behind, new, old), runs, advanced)
+                runs = merge_trees(partial(_choose, runs.step < start), advanced, runs)
             sums = {name: weight.new_zeros(num_pairs, *weight.shape) for name, weight in weights.items()}
             state.update(_name_state(unroll, runs, sums))
         return state
@@ -152,6 +156,6 @@ def _name_state(unroll: Unroll, runs: Runs, sums_P: Weights) -> EstimatorState:
     return flatten_tree(runs, f"{name}/runs") | {f"{name}/sums/{key}": value for key, value in sums_P.items()}
 
 
-def _where(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+def _choose(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     """Choose by run."""
     return torch.where(condition.view(-1, *(1,) * (yes.dim() - 1)), yes, no)
