@@ -9,7 +9,18 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from flatopt.rules import RULES, Adam, HierarchicalMLP, State, StepContext, UpdateRule, Weights
+from flatopt.rules import (
+    L2ODM,
+    RULES,
+    Adam,
+    HierarchicalMLP,
+    L2OScale,
+    RNNProp,
+    State,
+    StepContext,
+    UpdateRule,
+    Weights,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +95,8 @@ class RuleCase(NamedTuple):
     rule: UpdateRule
     max_step: float = float("inf")
     """Bound on the absolute value of every coordinate of every step, for any gradient."""
-    num_steps: float = 30.0
+    descends_untrained: bool = True
+    """Whether random weights already go downhill: those of a network without a hand-made core do not."""
 
 
 # Shipped rules are added by name, with their defaults; a row here only says what differs.
@@ -93,6 +105,11 @@ _ROWS: dict[str, RuleCase] = {
     "adam-other": RuleCase(Adam(lr=0.05, betas=(0.8, 0.95), eps=1e-10), max_step=0.5),
     # 0.03 / sqrt(8) at the peak, the controller's factor up to exp(2), and room for residual and decay.
     "hierarchical-mlp": RuleCase(HierarchicalMLP(), max_step=0.011 * 7.4 * 20),
+    # 0.01 (sum |w| + |b|) with |h| < 1: far below this for weights of a few tenths.
+    "l2o-dm": RuleCase(L2ODM(), max_step=0.01 * 20, descends_untrained=False),
+    "rnnprop": RuleCase(RNNProp(), max_step=0.01, descends_untrained=False),
+    "l2o-scale": RuleCase(L2OScale()),
+    "l2o-scale-last": RuleCase(L2OScale(global_pool="last", min_lr=1e-3, max_lr=1e-3)),
     "toy-mixer": RuleCase(ToyMixer(), max_step=0.01 * 5 * 2.72),
 }
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flatopt import FlatOpt
 
 OPTIONS = {"num_steps": 20, "weight_decay": 0.1}
-RULES = ("toy-mixer", "hierarchical-mlp")
+RULES = ("toy-mixer", "hierarchical-mlp", "l2o-scale")
 
 
 def run_all(rank: int, world_size: int, folder: str) -> None:

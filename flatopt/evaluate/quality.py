@@ -74,7 +74,7 @@ def _rows(records: Sequence[Record], tasks: Sequence[str], optimizers: Sequence[
 
 
 def _cell(record: Record) -> str:
-    return f"{mean_pm_std(record['test_accuracy'], scale=100)} ({fmean(record['test_loss']):.3f})"
+    return f"{mean_pm_std(record['accuracy'], scale=100)} ({fmean(record['loss']):.3f})"
 
 
 def _draw(figure: Figure, records: Sequence[Record]) -> None:

@@ -1,4 +1,4 @@
-"""``flatopt-train``: run, resume and export meta-training.
+"""``flatopt-train``: run, resume and export meta-training; import weights that others published.
 
 Exit codes: 0 when done; 2 for a request that cannot be carried out, with one line that says why; 130 after SIGINT and
 143 after SIGTERM, when the run has been saved and can be resumed.
@@ -17,6 +17,7 @@ from typing import Any
 
 from ..pretrained import LearnedRule, load_folder
 from .checkpoint import Checkpoint
+from .import_weights import FORMATS, import_weights
 from .recipes import RECIPES
 from .trainer import TrainingInterrupted, check_unused, load_run, train
 
@@ -79,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", type=Path, metavar="DIR", help="folder of the run")
     export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where to save")
 
+    imported = add("import", _import, "save published weights as a learned rule")
+    imported.add_argument("file", type=Path, metavar="FILE", help="dill pickle of {module: {variable: array}}")
+    imported.add_argument("--rule", required=True, choices=FORMATS, help="what the weights belong to")
+    imported.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where to save")
+
     push = add("push", _push, "publish an exported folder on the Hugging Face Hub")
     push.add_argument("folder", type=Path, metavar="FOLDER")
     push.add_argument("repo_id", metavar="org/name")
@@ -115,6 +121,11 @@ def _export(arguments: argparse.Namespace) -> None:
     )
     learned.save_pretrained(arguments.to)
     print(f"update {checkpoint.update} of {checkpoint.config.num_updates} saved in {arguments.to}")
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    import_weights(arguments.file, arguments.rule).save_pretrained(arguments.to)
+    print(f"{arguments.file} saved in {arguments.to}")
 
 
 def _push(arguments: argparse.Namespace) -> None:

@@ -30,6 +30,8 @@ class EstimatorConfig:
     """Standard deviation of the perturbations of the weights (evolution strategies only)."""
     families_per_update: int | None = None
     """Task families that one update runs, in turn; all if ``None`` (evolution strategies only)."""
+    second_derivatives: bool = False
+    """Differentiate through the inner gradients too (``truncated-backprop`` only)."""
 
     def __post_init__(self) -> None:
         _require(self.truncation_length >= 1, "estimator.truncation_length must be at least 1", self.truncation_length)
@@ -115,6 +117,8 @@ class MetaTrainConfig:
     """Peak learning rate of the meta-optimizer, Adam."""
     meta_lr_final_fraction: float = 0.0
     """What is left of it at the end of the cosine."""
+    schedule_updates: int | None = None
+    """Length of the cosine, ``num_updates`` if ``None``; a run may end before its cosine does."""
     warmup_updates: int = 0
     """Meta-updates of linear warm-up."""
     max_grad_norm: float | None = 1.0
@@ -131,7 +135,8 @@ class MetaTrainConfig:
     validate_every: int = 0
     """Meta-updates between validations, where the caller gave a validation; 0 for none."""
     compile: bool = False
-    """Compile the recorded inner step with ``torch.compile``: takes minutes per family on a CPU."""
+    """Compile the recorded inner step with ``torch.compile``: takes minutes per family on a CPU
+    (evolution strategies only)."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
 
@@ -147,6 +152,8 @@ class MetaTrainConfig:
         for key in ("warmup_updates", "checkpoint_every", "validate_every"):
             _require(getattr(self, key) >= 0, f"{key} must not be negative", getattr(self, key))
         _require(0 < self.meta_lr < math.inf, "meta_lr must be a positive number", self.meta_lr)
+        length = self.schedule_updates
+        _require(length is None or length >= 1, "schedule_updates must be at least 1 or none", length)
         limit = self.max_grad_norm
         _require(limit is None or 0 < limit < math.inf, "max_grad_norm must be a positive number or none", limit)
         _require(0 <= self.ema_decay < 1, "ema_decay must be in [0, 1)", self.ema_decay)

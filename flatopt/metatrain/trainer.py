@@ -138,7 +138,8 @@ def learning_rate(config: MetaTrainConfig, update: int) -> float:
     """
     if update < config.warmup_updates:
         return config.meta_lr * (update + 1) / config.warmup_updates
-    fraction = (update - config.warmup_updates) / max(1, config.num_updates - config.warmup_updates)
+    length = config.schedule_updates or config.num_updates
+    fraction = min(1.0, (update - config.warmup_updates) / max(1, length - config.warmup_updates))
     final = config.meta_lr_final_fraction
     return config.meta_lr * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * fraction)))
 

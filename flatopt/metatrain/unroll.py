@@ -47,6 +47,17 @@ class Runs(NamedTuple):
     """What the rule is told of the horizon: the same, or ``inf``, ``[N]``."""
 
 
+class Draws(NamedTuple):
+    """All randomness of one truncation of ``P`` problems."""
+
+    train: Batch
+    """What is trained on, ``[L, P, ...]``."""
+    meta: Batch
+    """What the runs are judged on, ``[L, P, ...]``."""
+    noise: dict[str, Tensor]
+    """Noise of the flatness term, ``[L, perturbations, P, ...]`` by parameter; empty without one."""
+
+
 class StepLosses(NamedTuple):
     """What one step tells about the runs, ``[N]`` each."""
 
@@ -68,6 +79,7 @@ class Unroll:
         truncation_length: steps per truncation; horizons are multiples of it.
         device: where the runs live.
         compiled: compile the recorded step with ``torch.compile``, which takes minutes per family.
+        second_derivatives: differentiate with respect to the weights through the inner gradients too.
     """
 
     rule: UpdateRule
@@ -77,6 +89,7 @@ class Unroll:
     truncation_length: int
     device: torch.device
     compiled: bool = False
+    second_derivatives: bool = False
 
     def start(self, weights_N: Weights, num_pairs: int, copies: int, generator: torch.Generator) -> Runs:
         """Return ``copies * num_pairs`` fresh runs; copy ``c`` of problem ``i`` is run ``c * num_pairs + i``.
@@ -113,16 +126,33 @@ class Unroll:
         Returns:
             The runs afterwards, and the losses ``[L, N]``.
         """
+        return self.unroll(weights_N, runs, self.draw(runs, copies, generator), copies)
+
+    def draw(self, runs: Runs, copies: int, generator: torch.Generator) -> Draws:
+        """Draw the batches and the noise of one truncation, the same for all copies of a problem."""
         first = _map(lambda value: value[: len(value) // copies], runs)
         train = self.distribution.sample_batches(first.problem, self.truncation_length, "train", generator)
         meta = self.distribution.sample_batches(first.problem, self.truncation_length, "meta", generator)
         measure = build_flatness(self.objective)
+        if measure is None:
+            return Draws(train, meta, {})
+        noise = [_noise(measure, first.params, generator) for _ in range(self.truncation_length)]
+        return Draws(train, meta, {name: torch.stack([step[name] for step in noise]) for name in noise[0]})
+
+    def unroll(self, weights_N: Weights, runs: Runs, draws: Draws, copies: int) -> tuple[Runs, StepLosses]:
+        """Run one truncation with given draws; pure, and differentiable with respect to the weights.
+
+        Returns:
+            The runs afterwards, and the losses ``[L, N]``.
+        """
+        # A recorded graph holds the backward pass of the inner loss as plain operations, cut off from autograd.
+        differentiated = any(weight.requires_grad for weight in weights_N.values())
+        one_step = self.step if differentiated else self._traced_step
         losses = []
         for index in range(self.truncation_length):
-            noise = {} if measure is None else _noise(measure, first.params, generator)
-            batches = [Batch(*(torch.cat([part[index]] * copies) for part in batch)) for batch in (train, meta)]
-            noise = {name: torch.cat([value] * copies, dim=1) for name, value in noise.items()}
-            runs, step_losses = self._traced_step(weights_N, runs, batches[0], batches[1], noise)
+            batches = [Batch(*(torch.cat([part[index]] * copies) for part in batch)) for batch in draws[:2]]
+            noise = {name: torch.cat([value[index]] * copies, dim=1) for name, value in draws.noise.items()}
+            runs, step_losses = one_step(weights_N, runs, batches[0], batches[1], noise)
             losses.append(step_losses)
         return runs, StepLosses(*(torch.stack(values) for values in zip(*losses, strict=True)))
 
@@ -151,8 +181,13 @@ class Unroll:
             result: tuple[State, Tensor] = vmap(one)(weights, state, grad, param, context)
             return result
 
-        phases = Phases(observe, vmap(rule.mix), vmap(rule.propose), batch_dims=1)
+        phases = Phases(observe, vmap(rule.prepare), vmap(rule.mix), vmap(rule.propose), batch_dims=1)
         grads, train_loss, flatness = vmap(learn, in_dims=(0, 0, 1))(runs, train, noise)
+        if self.second_derivatives:
+            # Where a gradient is exactly zero, as behind a dead input, so is its derivative; rules have 0 * inf there.
+            grads = {name: torch.where(grad == 0, torch.zeros_like(grad), grad) for name, grad in grads.items()}
+        else:
+            grads = {name: grad.detach() for name, grad in grads.items()}
         step = runs.step + 1
         names = list(runs.params)
         result = apply_rule(
@@ -245,6 +280,19 @@ def flatten_tree(tree: Any, prefix: str = "") -> dict[str, Tensor]:
 def restore_runs(flat: Mapping[str, Tensor], prefix: str = "") -> Runs:
     """Undo :func:`flatten_tree` for :class:`Runs`."""
     tree: dict[str, Any] = {"problem": {"params": {}, "param_scales": {}}, "params": {}, "states": {}, "shared": {}}
+    _nest(flat, prefix, tree)
+    return Runs(**{**tree, "problem": Problems(**tree["problem"])})
+
+
+def restore_draws(flat: Mapping[str, Tensor], prefix: str = "") -> Draws:
+    """Undo :func:`flatten_tree` for :class:`Draws`."""
+    tree: dict[str, Any] = {"noise": {}}
+    _nest(flat, prefix, tree)
+    return Draws(Batch(**tree["train"]), Batch(**tree["meta"]), tree["noise"])
+
+
+def _nest(flat: Mapping[str, Tensor], prefix: str, tree: dict[str, Any]) -> None:
+    """Put the tensors whose names begin with ``prefix/`` into nested dicts."""
     for name, value in flat.items():
         if name.startswith(f"{prefix}/"):
             *path, last = name.removeprefix(f"{prefix}/").split("/")
@@ -252,7 +300,6 @@ def restore_runs(flat: Mapping[str, Tensor], prefix: str = "") -> Runs:
             for part in path:
                 node = node.setdefault(part, {})
             node[last] = value
-    return Runs(**{**tree, "problem": Problems(**tree["problem"])})
 
 
 def _items(tree: Any) -> Mapping[str, Any]:

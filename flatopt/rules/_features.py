@@ -32,3 +32,12 @@ def embed_step(step: Tensor, scales: tuple[float, ...]) -> list[Tensor]:
 def fan_in(param: Tensor) -> int:
     """Return the number of inputs of one output: coordinates per slice of the first axis."""
     return math.prod(param.shape[1:])
+
+
+def log_sign(grad: Tensor, exponent: float = 5.0) -> Tensor:
+    """Return logarithmic size and clipped value of a gradient, ``[2, n]`` (after Andrychowicz et al., 2016).
+
+    They are ``max(log(|g| + eps) / exponent, -1)`` and ``clip(g * e^exponent, -1, 1)``, with float32's epsilon.
+    """
+    size = (grad.abs() + torch.finfo(torch.float32).eps).log() / exponent
+    return torch.stack([size.clamp(min=-1), (grad * math.exp(exponent)).clamp(-1, 1)])

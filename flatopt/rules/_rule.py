@@ -7,11 +7,15 @@ so that whole-tensor statistics cost one small reduction per step and large tens
 2. ``mix``      tensors: turn the sums of all tensors into a few control numbers per tensor;
 3. ``propose``  coordinates: turn accumulators and control numbers into a step.
 
+A rule whose accumulators depend on the tensor as a whole adds ``prepare`` before them, which turns what is remembered
+of the earlier steps into a few numbers per tensor for ``observe``; so it, too, needs one reduction per step.
+
 :func:`apply_rule` drives them: it forms the sums, cuts large tensors and joins small ones.  The optimizer, the
 meta-trainer and the benchmarks all call it.
 
-Shape legend: ``N`` tensors, ``S`` sums per tensor, ``M`` memory per tensor, ``C`` controls per tensor, ``n``
-coordinates of one call: a tensor, a part of a large one, or several small ones side by side.
+Shape legend: ``N`` tensors, ``S`` sums per tensor, ``M`` memory per tensor, ``C`` controls per tensor, ``G``
+numbers per tensor given to ``observe``, ``n`` coordinates of one call: a tensor, a part of a large one, or several
+small ones side by side.
 """
 
 from __future__ import annotations
@@ -80,6 +84,13 @@ class UpdateRule(ABC):
         """Return the state that all parameters of one model share, before the first step; usually empty."""
         return {}
 
+    def prepare(self, weights: Weights, memory_NM: Tensor, shared: State, context: StepContext) -> Tensor:
+        """Return ``[N, G]`` numbers for ``observe``, from the memory of all tensors that take this step.
+
+        Called once per step, before every ``observe``; ``G`` is 0 for most rules.
+        """
+        return memory_NM.new_zeros(memory_NM.shape[0], 0)
+
     @abstractmethod
     def observe(
         self, weights: Weights, state: State, grad: Tensor, param: Tensor, context: StepContext
@@ -89,6 +100,7 @@ class UpdateRule(ABC):
         Args:
             weights: the rule's weights.
             state: per-coordinate values ``[n, ...]`` and per-tensor values ``[1]`` or ``[n]``; ``step`` is this step's.
+                If ``prepare`` returned numbers they are there as ``given``, ``[G, 1]`` or ``[G, n]``.
             grad: gradient, ``[n]``.
             param: parameter, ``[n]``.
             context: where in the run the step is taken.
@@ -145,6 +157,7 @@ class Phases(NamedTuple):
 
     observe: Callable[[Weights, State, Tensor, Tensor, StepContext, bool], tuple[State, Tensor]]
     """``UpdateRule.observe``, followed by :func:`observe_phase`'s sum if the last argument is True."""
+    prepare: Callable[[Weights, Tensor, State, StepContext], Tensor]
     mix: Callable[[Weights, Tensor, Tensor, State, StepContext], tuple[Tensor, Tensor, State]]
     propose: Callable[[Weights, State, Tensor, Tensor, Tensor, StepContext], tuple[State, Tensor]]
     batch_dims: int = 0
@@ -160,7 +173,7 @@ def observe_phase(
 
 def plain_phases(rule: UpdateRule) -> Phases:
     """Return the phases for one model."""
-    return Phases(partial(observe_phase, rule), rule.mix, rule.propose)
+    return Phases(partial(observe_phase, rule), rule.prepare, rule.mix, rule.propose)
 
 
 def apply_rule(
@@ -201,12 +214,19 @@ def apply_rule(
     dim = phases.batch_dims
     packs = _packs([math.prod(param.shape[dim:]) for param in params], chunk_size, pack_size)
     steps = [state["step"] + 1 for state in states]
+    if "memory" in states[0]:
+        memory_NM = torch.stack([state["memory"] for state in states], dim)
+    else:
+        memory_NM = steps[0].new_zeros(*steps[0].shape, len(states), 0)
+    given_GN = phases.prepare(weights, memory_NM, shared, context).transpose(-1, -2)
     observed: list[State] = []
     sums: list[list[Tensor]] = [[] for _ in params]
     for pack in packs:
         grad_n, param_n = _gather(pack, grads, dim), _gather(pack, params, dim)
         old_n = _gather_coordinates(rule, pack, states, params, dim)
         constants = _gather_constants(rule, pack, states, steps)
+        if given_GN.shape[-2]:
+            constants["given"] = given_GN[..., _owners(pack, given_GN.device)]
         alone = len(pack) == 1
         new_n, terms_Sn = phases.observe(weights, old_n | constants, grad_n, param_n, context, alone)
         observed.append(old_n | (new_n if emit is None else _overwrite(pack, new_n, states)))
@@ -216,10 +236,6 @@ def apply_rule(
     summaries_NS = torch.stack([torch.stack(parts).sum(0) if len(parts) > 1 else parts[0] for parts in sums], dim)
     if all_reduce is not None:
         summaries_NS = all_reduce(summaries_NS)
-    if "memory" in states[0]:
-        memory_NM = torch.stack([state["memory"] for state in states], dim)
-    else:
-        memory_NM = summaries_NS.new_zeros(*summaries_NS.shape[:-1], 0)
     control_NC, memory_NM, shared = phases.mix(weights, summaries_NS, memory_NM, shared, context)
     step_sizes_N = None if emit is None else rule.step_size(weights, control_NC, context)
 

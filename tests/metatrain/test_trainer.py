@@ -143,6 +143,14 @@ def test_learning_rate_warms_up_then_falls_to_its_final_fraction():
     assert learning_rate(config, 999) == pytest.approx(0.2, abs=1e-4)
 
 
+def test_a_run_that_ends_before_its_cosine_follows_the_longer_run():
+    longer = toy_config(num_updates=1000, warmup_updates=100)
+    shorter = toy_config(num_updates=400, schedule_updates=1000, warmup_updates=100)
+    assert [learning_rate(shorter, update) for update in (0, 99, 250, 399)] == [
+        learning_rate(longer, update) for update in (0, 99, 250, 399)
+    ]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_is_dropped_counted_and_reported(tmp_path, capsys, bad):
     def gradient(weights, call):

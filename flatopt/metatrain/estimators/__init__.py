@@ -9,7 +9,7 @@ from ..config import MetaTrainConfig
 from ._estimator import EstimatorState, GradientEstimator, MetaGradient
 from .truncated_backprop import Inner, TruncatedBackprop
 
-ESTIMATORS = ("persistent-es", "truncated-es")
+ESTIMATORS = ("persistent-es", "truncated-es", "truncated-backprop")
 """Names that ``estimator.name`` of a configuration may have."""
 
 
@@ -23,8 +23,11 @@ def build_estimator(config: MetaTrainConfig, rule: UpdateRule, device: torch.dev
         valid = ", ".join(ESTIMATORS)
         raise ValueError(f"unknown estimator.name {config.estimator.name!r}: valid are {valid}")
     # Imported here: the inner problems behind it need data, which a toy estimator does without.
+    from ._runs import InnerRuns, build_unrolls
     from .persistent_es import PersistentES
 
+    if config.estimator.name == "truncated-backprop":
+        return TruncatedBackprop(inner=InnerRuns(unrolls=build_unrolls(config, rule, device)))
     return PersistentES.from_config(config, rule, device)
 
 

@@ -19,7 +19,6 @@ Legend: ``P`` pairs, ``D`` scalars of the weights.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,9 +28,9 @@ from torch import Tensor
 
 from ...rules import UpdateRule, Weights
 from ..config import MetaTrainConfig
-from ..families import FAMILIES
-from ..unroll import Runs, Unroll, can_compile, flatten_tree, merge_trees, replace_runs, restore_runs
+from ..unroll import Runs, Unroll, flatten_tree, merge_trees, replace_runs, restore_runs
 from ._estimator import EstimatorState, GradientEstimator, MetaGradient
+from ._runs import build_unrolls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,26 +56,8 @@ class PersistentES(GradientEstimator):
         Raises:
             ValueError: for an unknown family; the message lists the valid ones.
         """
-        for task in config.tasks:
-            if task.name not in FAMILIES:
-                raise ValueError(f"unknown task {task.name!r}: valid are {', '.join(FAMILIES)}")
-        compiled = config.compile and can_compile(device)
-        if config.compile and not compiled:
-            warnings.warn("no C++ compiler found: the inner step is recorded but not compiled", stacklevel=2)
-        unrolls = [
-            Unroll(
-                rule=rule,
-                distribution=FAMILIES[task.name](),
-                task=task,
-                objective=config.objective,
-                truncation_length=config.estimator.truncation_length,
-                device=device,
-                compiled=compiled,
-            )
-            for task in config.tasks
-        ]
         return cls(
-            unrolls=unrolls,
+            unrolls=build_unrolls(config, rule, device),
             std=config.estimator.std,
             families_per_update=config.estimator.families_per_update,
             persistent=config.estimator.name == "persistent-es",

@@ -1,0 +1,319 @@
+"""Weights that others published, as learned rules of this package.
+
+The files of L2O-DM and RNNProp are dill pickles of ``{module: {variable: float32 array}}``.  A pickle is a program, so
+nothing that it names is ever looked up: the few names that such files need stand for inert records in here, any other
+is an error, and arrays are made from their bytes.  Neither dill nor numpy is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..pretrained import LearnedRule
+from ..rules import L2ODM, RNNProp, UpdateRule, Weights
+
+MAX_FILE_BYTES = 2**20
+"""The published files have about 30 kB."""
+
+Arrays = Mapping[tuple[str, str], Tensor]
+"""Tensors by module and variable."""
+
+
+def import_weights(file: Path, rule: str) -> LearnedRule:
+    """Read the published weights of a rule.
+
+    Args:
+        file: dill pickle of ``{module: {variable: float32 array}}``.
+        rule: ``"l2o-dm"`` or ``"rnnprop"``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the rule is another, or if the file holds anything else than the weights of that rule; a pickle
+            that names anything but what such files need is refused, naming it, and nothing of it is executed.
+    """
+    if rule not in FORMATS:
+        raise ValueError(f"no published weights of {rule!r} can be read, only of: {', '.join(FORMATS)}")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    with file.open("rb") as opened:
+        content = opened.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"{file}: larger than {MAX_FILE_BYTES} bytes")
+    published = FORMATS[rule]
+    try:
+        weights = published.convert(_check_arrays(read_arrays(content), published.shapes))
+        metadata = {"imported_from": file.name, "sha256": hashlib.sha256(content).hexdigest()}
+        return LearnedRule(published.rule, weights, _make_card(rule, metadata), metadata)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def read_arrays(content: bytes) -> dict[tuple[str, str], Tensor]:
+    """Return the arrays of a dill pickle of ``{module: {variable: float32 array}}``, executing nothing.
+
+    Raises:
+        ValueError: if the bytes are anything else.
+    """
+    try:
+        tree = _Unpickler(io.BytesIO(content), encoding="latin1").load()
+    except _RefusedError as error:
+        raise ValueError(str(error)) from error
+    except Exception as error:  # a broken or hostile stream can fail in any way inside the stack machine
+        raise ValueError(f"not a pickle of arrays: {type(error).__name__}: {str(error)[:200]}") from error
+    if not isinstance(tree, dict) or not all(isinstance(module, dict) for module in tree.values()):
+        raise ValueError("not a mapping of modules to variables")
+    return {
+        (_check_name(module), _check_name(variable)): _to_tensor(array, f"{module}/{variable}")
+        for module, variables in tree.items()
+        for variable, array in variables.items()
+    }
+
+
+class _RefusedError(Exception):
+    """A pickle wants something that no file of weights needs."""
+
+    def __init__(self, what: str):
+        super().__init__(f"refused, nothing was executed: the pickle {what[:300]}")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Resolves every global name to one of the stand-ins below."""
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        known = {
+            ("collections", "defaultdict"): _Function(_make_mapping),
+            ("numpy", "ndarray"): _Name("numpy.ndarray"),
+            ("numpy", "dtype"): _Function(_make_dtype),
+        }
+        for home in _HOMES_OF_RECONSTRUCT:  # newer versions of dill name it like any other function
+            known[home, "_reconstruct"] = _Function(_reconstruct)
+        for dill in ("dill.dill", "dill._dill"):  # where older and newer versions keep their helpers
+            known[dill, "_load_type"] = _Function(_load_type)
+            known[dill, "_import_module"] = _Function(_import_module)
+            known[dill, "_get_attr"] = _Function(_get_attr)
+        if (module, name) not in known:
+            raise _RefusedError(f"names {module}.{name}")
+        return known[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise _RefusedError("names a persistent object")
+
+
+class _Inert:
+    """A record that a pickle can pass around but not change."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise _RefusedError(f"changes {self!r}")
+
+
+class _Name(_Inert):
+    """Stands for an object by its name."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class _Function(_Inert):
+    """Stands for a function; does what the stand-in does."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+    def __repr__(self) -> str:
+        return self.function.__name__.lstrip("_")
+
+
+class _Record(_Inert):
+    """Stands for an array or a dtype: keeps what it is made of, once."""
+
+    __slots__ = ("arguments", "kind", "state")
+
+    def __init__(self, kind: str, arguments: tuple[Any, ...]):
+        self.kind, self.arguments = kind, arguments
+        self.state: tuple[Any, ...] = ()
+
+    def __setstate__(self, state: Any) -> None:
+        if self.state != () or not isinstance(state, tuple):
+            super().__setstate__(state)
+        self.state = state
+
+    def __repr__(self) -> str:
+        return self.kind
+
+
+def _show(value: Any) -> str:
+    """Return text, or a name; of other objects only the type, because nested ones may have endless representations."""
+    return str(value) if isinstance(value, str | _Inert) else type(value).__name__
+
+
+def _make_mapping(factory: Any = None) -> dict[Any, Any]:
+    return {}
+
+
+def _make_dtype(*arguments: Any) -> _Record:
+    return _Record("numpy.dtype", arguments)
+
+
+def _load_type(name: Any) -> _Name:
+    if name not in ("dict", "DictType"):
+        raise _RefusedError(f"names the type {_show(name)}")
+    return _Name("dict")
+
+
+def _import_module(name: Any, safe: Any = False) -> Any:
+    if name in _HOMES_OF_RECONSTRUCT:
+        return _Name(name)
+    raise _RefusedError(f"imports {_show(name)}")
+
+
+_HOMES_OF_RECONSTRUCT = tuple(
+    f"numpy.{core}.{module}" for core in ("core", "_core") for module in ("multiarray", "_multiarray_umath")
+)
+"""Where the versions of numpy keep the function that makes an empty array."""
+
+
+def _get_attr(owner: Any, name: Any) -> _Function:
+    if isinstance(owner, _Name) and owner.name in _HOMES_OF_RECONSTRUCT and name == "_reconstruct":
+        return _Function(_reconstruct)
+    raise _RefusedError(f"names {_show(name)} of {_show(owner)}")
+
+
+def _reconstruct(*arguments: Any) -> _Record:
+    return _Record("numpy.ndarray", arguments)
+
+
+def _to_tensor(record: Any, where: str) -> Tensor:
+    """Make the tensor of an array: ``state`` is version, shape, dtype, whether Fortran order, and the bytes."""
+    if not (isinstance(record, _Record) and record.kind == "numpy.ndarray" and len(record.state) == 5):
+        raise ValueError(f"{where} is not an array")
+    _, shape, dtype, is_fortran, data = record.state
+    is_float32 = (
+        isinstance(dtype, _Record)
+        and dtype.kind == "numpy.dtype"
+        and dtype.arguments[:1] == ("f4",)
+        and dtype.state[1:2] in (("<",), ("=",))
+    )
+    if not is_float32:
+        raise ValueError(f"{where} is not an array of little-endian float32")
+    if not (isinstance(shape, tuple) and all(type(size) is int and 0 <= size <= MAX_FILE_BYTES for size in shape)):
+        raise ValueError(f"{where} has no proper shape")
+    if isinstance(data, str):  # Python 2 wrote bytes as text
+        data = data.encode("latin1")
+    if not isinstance(data, bytes) or len(data) != 4 * math.prod(shape):
+        raise ValueError(f"{where} does not hold the numbers of its shape {shape}")
+    if is_fortran:
+        shape = shape[::-1]
+    tensor = torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(shape) if data else torch.zeros(shape)
+    return tensor.permute(*range(tensor.dim() - 1, -1, -1)) if is_fortran else tensor
+
+
+def _check_name(name: Any) -> str:
+    if not isinstance(name, str) or len(name) > 200:
+        raise ValueError("a module or variable is not called by a name")
+    return name
+
+
+# --- conversion ----------------------------------------------------------------------------------------------------
+
+_VARIABLES = {"w_gates": "w", "b_gates": "b"}
+"""The LSTM modules of Sonnet call their variables so."""
+
+
+class _Format(NamedTuple):
+    """What is published of a rule."""
+
+    rule: UpdateRule
+    shapes: dict[tuple[str, str], tuple[int, ...]]
+    convert: Callable[[Arrays], Weights]
+
+
+def _check_arrays(arrays: Arrays, shapes: Mapping[tuple[str, str], tuple[int, ...]]) -> Arrays:
+    """Return the arrays under the names ``w`` and ``b``, if all are there and have their shapes."""
+    renamed = {(module, _VARIABLES.get(variable, variable)): array for (module, variable), array in arrays.items()}
+    if renamed.keys() != shapes.keys() or len(renamed) != len(arrays):
+        found, wanted = (", ".join(sorted("/".join(key) for key in keys)) for keys in (arrays, shapes))
+        raise ValueError(f"holds {found[:500] or 'nothing'} instead of {wanted}")
+    for key, shape in shapes.items():
+        if tuple(renamed[key].shape) != shape:
+            raise ValueError(f"{'/'.join(key)} has shape {tuple(renamed[key].shape)} instead of {shape}")
+    return renamed
+
+
+def _convert_lstm(arrays: Arrays, module: str, name: str) -> Weights:
+    """Convert columns input, candidate, forget, output to our rows; Sonnet adds 1 to the forget gate when it runs."""
+    weight, bias = ([*arrays[module, variable].chunk(4, dim=-1)] for variable in "wb")
+    (w_i, w_g, w_f, w_o), (b_i, b_g, b_f, b_o) = weight, bias
+    return {
+        f"{name}.weight": torch.cat([w_i, w_f, w_g, w_o], dim=1).T,
+        f"{name}.bias": torch.cat([b_i, b_f + 1, b_g, b_o]),
+    }
+
+
+def _convert_linear(arrays: Arrays, module: str, name: str) -> Weights:
+    return {f"{name}.weight": arrays[module, "w"].T, f"{name}.bias": arrays[module, "b"]}
+
+
+def _convert_l2o_dm(arrays: Arrays) -> Weights:
+    return {
+        **_convert_lstm(arrays, "lstm_1", "lstm_0"),
+        **_convert_lstm(arrays, "lstm_2", "lstm_1"),
+        **_convert_linear(arrays, "linear", "readout"),
+    }
+
+
+def _convert_rnnprop(arrays: Arrays) -> Weights:
+    return {**_convert_linear(arrays, "input_projection", "projection"), **_convert_l2o_dm(arrays)}
+
+
+def _shapes(**modules: tuple[int, int]) -> dict[tuple[str, str], tuple[int, ...]]:
+    """Return the shapes of ``w`` and ``b`` of modules, from those of ``w``."""
+    return {
+        (name, variable): of for name, shape in modules.items() for variable, of in (("w", shape), ("b", shape[1:]))
+    }
+
+
+FORMATS = {
+    "l2o-dm": _Format(L2ODM(), _shapes(lstm_1=(22, 80), lstm_2=(40, 80), linear=(20, 1)), _convert_l2o_dm),
+    "rnnprop": _Format(
+        RNNProp(),
+        _shapes(input_projection=(2, 20), lstm_1=(40, 80), lstm_2=(40, 80), linear=(20, 1)),
+        _convert_rnnprop,
+    ),
+}
+"""What can be read, by the name of the rule."""
+
+
+def _make_card(rule: str, metadata: Mapping[str, str]) -> str:
+    """Return the card of imported weights."""
+    return "\n".join(
+        [
+            f"# {rule}, imported",
+            "",
+            f"Weights of the rule `{rule}`, made by others and imported from a file.",
+            "",
+            f"- File: `{metadata['imported_from']}`, SHA-256 `{metadata['sha256']}`",
+            "- Whoever passes them on must keep the licence notice of whoever published them.",
+            "",
+        ]
+    )

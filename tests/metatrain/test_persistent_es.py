@@ -1,0 +1,256 @@
+"""The estimator on runs of ``x <- a x + w + noise`` with loss ``x^2 / 2``, whose meta-gradient has a closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import pytest
+import torch
+from small import assert_trees_equal, make_unroll, random_weights
+from torch import Tensor
+
+import flatopt.metatrain.estimators.persistent_es as module
+from flatopt.metatrain import TaskConfig
+from flatopt.metatrain.estimators.persistent_es import PersistentES
+
+DECAY, WEIGHT, STD = 0.9, 0.5, 0.05
+
+
+class ToyRuns(NamedTuple):
+    x: Tensor
+    step: Tensor
+    horizon: Tensor
+    problem: Tensor
+
+
+class ToyLosses(NamedTuple):
+    objective: Tensor
+    train: Tensor
+    meta: Tensor
+    flatness: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyUnroll:
+    """The part of ``Unroll`` that the estimator uses."""
+
+    task: TaskConfig
+    truncation_length: int = 2
+    num_truncations: tuple[int, int] = (4, 4)
+    log: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def start(self, weights_N, num_pairs, copies, generator):
+        low, high = self.num_truncations
+        truncations = torch.randint(low, high + 1, (num_pairs,), generator=generator)
+        problem = torch.randn(num_pairs, generator=generator)
+        zeros = torch.zeros(copies * num_pairs)
+        self.log.append({"started": problem})
+        horizon = (truncations * self.truncation_length).float()
+        return ToyRuns(zeros, zeros, horizon.repeat(copies), problem.repeat(copies))
+
+    def run(self, weights_N, runs, copies, generator):
+        noise = 0.1 * torch.randn(self.truncation_length, len(runs.x) // copies, generator=generator)
+        noise = noise.repeat(1, copies)
+        self.log.append({"weights": weights_N["w"].clone(), "noise": noise, "problem": runs.problem, "step": runs.step})
+        losses = []
+        for batch in noise:
+            x = DECAY * runs.x + weights_N["w"] + batch
+            runs = runs._replace(x=x, step=runs.step + 1)
+            losses.append(x.square() / 2)
+        loss = torch.stack(losses)
+        return runs, ToyLosses(loss, loss, loss, loss)
+
+
+@pytest.fixture(autouse=True)
+def toy_runs_are_restored(monkeypatch):
+    original = module.restore_runs
+
+    def restore(state, prefix):
+        if f"{prefix}/x" in state:
+            return ToyRuns(*(state[f"{prefix}/{name}"] for name in ToyRuns._fields))
+        return original(state, prefix)
+
+    monkeypatch.setattr(module, "restore_runs", restore)
+
+
+def make_toy(name="toy", num_tasks=4, weight=1.0, **options):
+    return ToyUnroll(task=TaskConfig(name=name, num_tasks=num_tasks, weight=weight), **options)
+
+
+def make_estimator(*unrolls, **options):
+    return PersistentES(unrolls=unrolls or [make_toy()], std=STD, **options)
+
+
+def begin(estimator, seed=0):
+    weights = {"w": torch.tensor(WEIGHT)}
+    generator = torch.Generator().manual_seed(seed)
+    return weights, estimator.init(weights, generator), generator
+
+
+def exact_gradient(num_steps: int) -> float:
+    """Derivative of the mean loss of a run: ``E x_t = c_t w`` with ``c_t = a c_{t-1} + 1``; the noise drops out."""
+    c, total = 0.0, 0.0
+    for _ in range(num_steps):
+        c = DECAY * c + 1
+        total += c * c * WEIGHT
+    return total / num_steps
+
+
+def standard_errors_off(persistent: bool) -> float:
+    """Distance of the mean estimate over all phases of a run from the exact gradient, in its standard errors."""
+    num_pairs, num_repeats = 500, 20
+    estimates = []
+    for seed in range(num_repeats):
+        unroll = make_toy(num_tasks=num_pairs)
+        estimator = make_estimator(unroll, persistent=persistent)
+        weights, state, generator = begin(estimator, seed)
+        # A run's perturbations before the first update are not in its sum, so every run first begins anew.
+        for _ in range(4):
+            _, state = estimator.estimate(weights, state, generator)
+        gradients = []
+        for _ in range(4):  # each run once through all of its phases
+            meta, state = estimator.estimate(weights, state, generator)
+            gradients.append(meta.gradient["w"])
+        estimates.append(torch.stack(gradients).mean())
+    estimates = torch.stack(estimates)
+    error = estimates.std() / num_repeats**0.5
+    assert error < 0.02 * exact_gradient(8)  # sharp enough to tell
+    return float((estimates.mean() - exact_gradient(8)).abs() / error)
+
+
+def test_persistent_estimate_is_unbiased():
+    assert standard_errors_off(persistent=True) < 4
+
+
+def test_truncated_estimate_fails_the_same_test():
+    assert standard_errors_off(persistent=False) > 4
+
+
+def test_copies_of_a_pair_share_problem_and_batches_and_differ_by_sign():
+    unroll = make_toy(num_tasks=5)
+    estimator = make_estimator(unroll)
+    weights, state, generator = begin(estimator)
+    unroll.log.clear()
+    for _ in range(6):
+        _, state = estimator.estimate(weights, state, generator)
+    for entry in unroll.log:
+        for name in entry.keys() & {"noise", "problem", "step"}:
+            first, second = entry[name].chunk(2, -1)
+            assert torch.equal(first, second), name
+        if "weights" in entry:
+            plus, minus = entry["weights"].chunk(2)
+            torch.testing.assert_close(plus + minus, torch.full((5,), 2 * WEIGHT))
+            assert len(plus.unique()) == 5
+            assert 0.2 * STD < float((plus - WEIGHT).abs().mean()) < 3 * STD
+    pluses = torch.stack([entry["weights"][:5] for entry in unroll.log if "weights" in entry])
+    assert len(pluses.unique()) == pluses.numel()  # drawn anew for every truncation
+
+
+def test_estimate_is_the_formula():
+    unroll = make_toy(num_tasks=3, num_truncations=(2, 5))
+    estimator = make_estimator(unroll)
+    weights, state, generator = begin(estimator)
+    sums = torch.zeros(3)
+    for _ in range(7):
+        before = restore(state)
+        unroll.log.clear()
+        meta, state = estimator.estimate(weights, state, generator)
+        run = unroll.log[-1]
+        noise = run["weights"][:3] - WEIGHT
+        done = (before.step >= before.horizon)[:3]
+        sums = torch.where(done, torch.zeros(()), sums) + noise
+        # A run that begins anew does so on another problem, from its start.
+        assert (run["step"][:3][done] == 0).all()
+        assert torch.equal(run["step"][:3][~done], before.step[:3][~done])
+        assert torch.equal(run["problem"][:3] == before.problem[:3], ~done)
+        torch.testing.assert_close(state["toy/sums/w"], sums)
+        x = torch.where(done.repeat(2), torch.zeros(()), before.x)
+        loss = torch.zeros(6)
+        for batch in run["noise"]:
+            x = DECAY * x + run["weights"] + batch
+            loss += x.square() / 2 / 2
+        slope = (loss[:3] - loss[3:]) / (2 * STD**2)
+        torch.testing.assert_close(meta.gradient["w"], (sums * slope).mean(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(meta.loss, loss.mean())
+        torch.testing.assert_close(meta.metrics["toy/train"], float(loss.mean()))
+
+
+def restore(state, name="toy"):
+    return module.restore_runs(state, f"{name}/runs")
+
+
+def test_runs_begin_spread_over_their_horizons():
+    unroll = make_toy(num_tasks=400, num_truncations=(10, 10))
+    _, state, _ = begin(make_estimator(unroll))
+    runs = restore(state)
+    assert (runs.step % 2 == 0).all() and (runs.step < runs.horizon).all()
+    assert torch.equal(runs.step[:400], runs.step[400:])
+    counts = torch.bincount((runs.step[:400] / 2).long(), minlength=10)
+    assert counts.min() > 20 and counts.max() < 70  # 40 expected, deviation 6
+    # They have been trained up to there: E x_t = c_t w.
+    c = (1 - DECAY**runs.step) / (1 - DECAY)
+    assert float((runs.x - c * WEIGHT).abs().mean()) < 0.3
+    assert (state["toy/sums/w"] == 0).all()
+
+
+def test_families_take_turns():
+    unrolls = [make_toy(name, num_tasks=1) for name in ("a", "b", "c")]
+    estimator = make_estimator(*unrolls, families_per_update=2)
+    weights, state, generator = begin(estimator)
+    seen = []
+    for _ in range(4):
+        meta, state = estimator.estimate(weights, state, generator)
+        seen.append("".join(sorted(key[0] for key in meta.metrics if key.endswith("/train"))))
+    assert seen == ["ab", "ac", "bc", "ab"]
+
+
+def test_families_that_do_not_take_part_stay_as_they_are():
+    estimator = make_estimator(make_toy("a"), make_toy("b"), families_per_update=1)
+    weights, state, generator = begin(estimator)
+    _, after = estimator.estimate(weights, state, generator)
+    for name in state:
+        if name.startswith("b/"):
+            assert torch.equal(state[name], after[name])
+    assert not torch.equal(state["a/runs/x"], after["a/runs/x"])
+
+
+def test_families_count_by_their_weight():
+    a, b = make_toy("a", weight=1.0), make_toy("b", weight=3.0)
+    both = make_estimator(a, b)
+    weights, state, _ = begin(both)
+    meta, _ = both.estimate(weights, state, torch.Generator().manual_seed(7))
+    generator = torch.Generator().manual_seed(7)
+    alone = [
+        make_estimator(unroll).estimate(weights, state | {"turn": torch.tensor(0)}, generator) for unroll in (a, b)
+    ]
+    torch.testing.assert_close(meta.loss, (alone[0][0].loss + 3 * alone[1][0].loss) / 4)
+    expected = (alone[0][0].gradient["w"] + 3 * alone[1][0].gradient["w"]) / 4
+    torch.testing.assert_close(meta.gradient["w"], expected)
+
+
+def test_estimates_repeat_from_a_copied_state_and_generator():
+    estimator = PersistentES(unrolls=[make_unroll("mlp", task=[("max_steps", 9)])], std=0.05)
+    weights, generator = random_weights(), torch.Generator().manual_seed(0)
+    state = estimator.init(weights, generator)
+    saved = {name: value.clone() for name, value in state.items()}, generator.get_state()
+    ends = []
+    for _ in range(2):
+        for _ in range(4):  # long enough for runs to begin anew
+            meta, state = estimator.estimate(weights, state, generator)
+        ends.append((meta, state))
+        state = {name: value.clone() for name, value in saved[0].items()}
+        generator.set_state(saved[1])
+    assert_trees_equal(ends[0][0].gradient, ends[1][0].gradient)
+    assert_trees_equal(ends[0][1], ends[1][1])
+    assert ends[0][0].metrics == ends[1][0].metrics
+    assert all(torch.isfinite(value).all() and value.abs().max() > 0 for value in meta.gradient.values())
+
+
+def test_state_does_not_share_storage_with_the_weights():
+    estimator = make_estimator()
+    weights, state, generator = begin(estimator)
+    meta, state = estimator.estimate(weights, state, generator)
+    before = {name: value.clone() for name, value in (state | meta.gradient | {"loss": meta.loss}).items()}
+    weights["w"].zero_()
+    assert_trees_equal(state | meta.gradient | {"loss": meta.loss}, before)

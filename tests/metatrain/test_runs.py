@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from small import assert_trees_equal, make_unroll, random_weights
+from torch import Tensor
+
+from flatopt.metatrain import MetaTrainConfig, ObjectiveConfig, TaskConfig
+from flatopt.metatrain.cli import main
+from flatopt.metatrain.estimators import Inner, TruncatedBackprop, build_estimator
+from flatopt.metatrain.estimators._runs import InnerRuns
+from flatopt.metatrain.recipes import smoke
+from flatopt.rules import Weights
+
+PLAIN = ObjectiveConfig(train_weight=0.5)
+
+
+def in_double(tree: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.double() if value.is_floating_point() else value for name, value in tree.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InDouble(Inner):
+    """Problems and data are float32; differences need more."""
+
+    inner: Inner
+
+    def reset(self, weights, generator):
+        return in_double(self.inner.reset(weights, generator))
+
+    def refresh(self, weights, state, generator):
+        return self.inner.refresh(weights, state, generator)
+
+    def draw(self, state, generator):
+        return in_double(self.inner.draw(state, generator))
+
+    def unroll(self, weights, state, draws):
+        return self.inner.unroll(weights, state, draws)
+
+
+def make_inner(*names: str, length: int = 3, second_derivatives: bool = True, **options) -> InDouble:
+    unrolls = [
+        make_unroll(
+            name,
+            objective=PLAIN,
+            truncation_length=length,
+            second_derivatives=second_derivatives,
+            task=[("num_tasks", 2), ("weight", 1.0 + index), ("min_steps", 12), *options.items()],
+        )
+        for index, name in enumerate(names)
+    ]
+    return InDouble(inner=InnerRuns(unrolls=unrolls))
+
+
+def as_leaves(weights: Weights) -> Weights:
+    """Weights that are differentiated are not worth seconds of recording a step."""
+    return {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+
+
+def meta_gradient(inner: Inner, weights: Weights, state: dict[str, Tensor]) -> Weights:
+    return TruncatedBackprop(inner=inner).estimate(weights, state, torch.Generator().manual_seed(2))[0].gradient
+
+
+def slope(function: Callable[[Weights], Tensor], weights: Weights, direction: Weights, width: float = 1e-5) -> Tensor:
+    """Central difference."""
+    plus, minus = (
+        function({name: value + shift * direction[name] for name, value in weights.items()})
+        for shift in (width, -width)
+    )
+    return (plus - minus) / (2 * width)
+
+
+@pytest.mark.parametrize("names", [("mlp",), ("mlp", "cnn")])
+def test_gradient_equals_finite_differences(names):
+    inner, weights = make_inner(*names), in_double(random_weights())
+    generator = torch.Generator().manual_seed(1)
+    state = inner.reset(weights, generator)
+    _, state = TruncatedBackprop(inner=inner).estimate(weights, state, generator)  # momenta that are not zero
+    gradient = meta_gradient(inner, weights, state)
+
+    def loss(moved: Weights) -> Tensor:
+        draws = inner.draw(state, torch.Generator().manual_seed(2))
+        return inner.unroll(as_leaves(moved), state, draws)[0].detach()
+
+    noise = in_double(random_weights(seed=5, std=1.0))
+    for only in weights:
+        direction = {name: noise[name] * (name == only) for name in weights}
+        actual = (gradient[only] * direction[only]).sum()
+        torch.testing.assert_close(actual, slope(loss, weights, direction), rtol=1e-5, atol=1e-9)
+        assert actual != 0
+
+
+def test_inner_gradients_are_constant_unless_asked_for():
+    weights = in_double(random_weights())
+    gradients = {}
+    for length in (1, 3):
+        for second in (False, True):
+            inner = make_inner("mlp", length=length, second_derivatives=second)
+            state = inner.reset(weights, torch.Generator().manual_seed(1))
+            gradients[length, second] = meta_gradient(inner, weights, state)
+    # The first gradient of a truncation does not depend on the weights, later ones do.
+    torch.testing.assert_close(gradients[1, False], gradients[1, True], rtol=1e-9, atol=1e-12)
+    one, other = (torch.cat([value.view(-1) for value in gradients[3, second].values()]) for second in (False, True))
+    assert (one - other).norm() > 1e-3 * other.norm()
+
+
+def test_runs_that_reached_their_horizon_start_anew():
+    inner = make_inner("mlp", "norm", num_tasks=4, min_steps=3, max_steps=30).inner
+    estimator = TruncatedBackprop(inner=inner)
+    weights, generator = random_weights(), torch.Generator().manual_seed(0)
+    state = inner.reset(weights, generator)
+    num_refreshed = 0
+    for _ in range(4):
+        old = state
+        state = inner.refresh(weights, old, generator)
+        for name in ("mlp", "norm"):
+            done = old[f"{name}/step"] >= old[f"{name}/horizon"]
+            num_refreshed += int(done.sum())
+            assert (state[f"{name}/step"] < state[f"{name}/horizon"]).all()
+            for key in (key for key in state if key.startswith(f"{name}/")):
+                assert torch.equal(state[key][~done], old[key][~done]), key
+                if key.endswith("exp_avg") or key.endswith("step"):
+                    assert (state[key][done] == 0).all(), key
+        _, state = estimator.estimate(weights, state, generator)
+    assert 0 < num_refreshed < 4 * 8
+
+
+def test_families_count_by_their_weight():
+    weights, generator = as_leaves(random_weights()), torch.Generator().manual_seed(0)
+    inner = make_inner("mlp", "norm").inner
+    state = inner.reset(weights, generator)
+    draws = inner.draw(state, generator)
+    loss, _ = inner.unroll(weights, state, draws)
+    alone = [InnerRuns(unrolls=[unroll]).unroll(weights, state, draws)[0] for unroll in inner.unrolls]
+    torch.testing.assert_close(loss, (1 * alone[0] + 2 * alone[1]) / 3)
+    assert abs(float((alone[0] - alone[1]).detach())) > 0.01
+
+
+def test_state_after_an_update_can_be_named_and_found_again():
+    weights, generator = random_weights(), torch.Generator().manual_seed(0)
+    estimator = TruncatedBackprop(inner=make_inner("mlp").inner)
+    state = estimator.init(weights, generator)
+    first = estimator.estimate(weights, state, torch.Generator().manual_seed(3))
+    copied = {name: value.clone() for name, value in state.items()}
+    again = estimator.estimate(weights, copied, torch.Generator().manual_seed(3))
+    assert_trees_equal(first[1], again[1])
+    assert_trees_equal(first[0].gradient, again[0].gradient)
+    assert not any(value.requires_grad for value in first[1].values())
+
+
+def test_configuration_names_the_estimator():
+    config = smoke().override(["estimator.name=truncated-backprop", "estimator.second_derivatives=true"])
+    estimator = build_estimator(config, config.build_rule(), torch.device("cpu"))
+    assert isinstance(estimator, TruncatedBackprop)
+    assert [unroll.second_derivatives for unroll in estimator.inner.unrolls] == [True]
+
+
+@pytest.mark.parametrize("name", ["persistent-es", "truncated-backprop"])
+def test_an_unknown_family_is_named(name):
+    config = MetaTrainConfig(recipe="", rule="adam", tasks=(TaskConfig(name="rnn"),), num_updates=1).override(
+        [f"estimator.name={name}"]
+    )
+    with pytest.raises(ValueError, match="unknown task 'rnn': valid are mlp, .*transformer"):
+        build_estimator(config, config.build_rule(), torch.device("cpu"))
+
+
+def test_command_line_trains_by_backpropagation(tmp_path):
+    options = ["estimator.name=truncated-backprop", "estimator.truncation_length=2", "num_updates=3"]
+    assert main(["run", "smoke", *options, "tasks.mlp.min_steps=2", "--out", str(tmp_path / "run")]) == 0
+    assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "export")]) == 0
+    assert (tmp_path / "export" / "model.safetensors").exists()

@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import ToyMixer
+from small import WITH_FLATNESS, assert_trees_equal, make_unroll, stack_weights
+from torch import Tensor
+
+from flatopt.flatness import PerturbationGap
+from flatopt.metatrain import ObjectiveConfig
+from flatopt.metatrain.objective import build_flatness, clip_loss, step_weight
+from flatopt.metatrain.unroll import (
+    Draws,
+    Runs,
+    StepLosses,
+    Unroll,
+    can_compile,
+    flatten_tree,
+    replace_runs,
+    restore_draws,
+    restore_runs,
+)
+from flatopt.rules import StepContext, Weights, apply_rule
+from flatopt.tasks import Batch
+
+NUM_PAIRS, COPIES = 2, 2
+META_ONLY = ObjectiveConfig()
+
+
+def start(unroll: Unroll, num_pairs: int = NUM_PAIRS, copies: int = COPIES) -> tuple[Weights, Runs]:
+    weights = stack_weights(num_pairs * copies, rule=unroll.rule)
+    return weights, unroll.start(weights, num_pairs, copies, torch.Generator().manual_seed(1))
+
+
+def row(tree: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    return {name: value[index] for name, value in tree.items()}
+
+
+def train_one(unroll: Unroll, weights: Weights, runs: Runs, draws: Draws, run: int) -> tuple[Runs, StepLosses]:
+    """Train one run, step by step, with autograd, the driver's defaults and the formulas of the objective."""
+    problem = restore_runs(row(flatten_tree(runs), run)).problem
+    params, states = row(runs.params, run), {name: row(state, run) for name, state in runs.states.items()}
+    shared, config, pair = row(runs.shared, run), unroll.objective, run % NUM_PAIRS
+    losses: list[list[float]] = []
+    for index in range(unroll.truncation_length):
+        step = float(runs.step[run]) + index + 1
+        train, meta = (Batch(batch.inputs[index, pair], batch.targets[index, pair]) for batch in draws[:2])
+        leaves = {name: value.clone().requires_grad_() for name, value in params.items()}
+        loss = unroll.distribution.loss(problem, leaves, train)
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        moved = {
+            name: value + config.flatness_radius * value.square().mean().sqrt() * draws.noise[name][index, 0, pair]
+            for name, value in params.items()
+        }
+        gap = float(unroll.distribution.loss(problem, moved, train)) - float(loss.detach())
+        result = apply_rule(
+            unroll.rule,
+            row(weights, run),
+            list(params.values()),
+            list(grads),
+            list(states.values()),
+            shared,
+            StepContext(torch.tensor(step), runs.num_steps[run]),
+        )
+        params = {name: value + delta for (name, value), delta in zip(params.items(), result.deltas, strict=True)}
+        states, shared = dict(zip(states, result.states, strict=True)), result.shared
+        after = float(unroll.distribution.loss(problem, params, meta))
+        weight = 0.1 + 3 * (step / float(runs.horizon[run])) ** 4
+        if math.isinf(runs.num_steps[run]):
+            weight = 0.1 + 3 / 5
+        value = 0.5 * float(loss.detach()) + after + 0.3 * gap
+        losses.append([weight * value, float(loss.detach()), after, gap])
+    final = runs._replace(params=params, states=states, shared=shared, step=torch.tensor(step))
+    return final, StepLosses(*torch.tensor(losses).unbind(1))
+
+
+@pytest.fixture(scope="module")
+def unrolls() -> dict[str, Unroll]:
+    """Recorded once for all tests: it takes seconds."""
+    return {name: make_unroll(name) for name in ("mlp", "norm", "cnn")}
+
+
+@pytest.mark.parametrize("name", ["mlp", "norm", "cnn"])
+def test_recorded_steps_of_many_runs_equal_a_loop_over_single_runs(unrolls, name):
+    unroll = unrolls[name]
+    weights, runs = start(unroll)
+    runs = runs._replace(num_steps=torch.where(torch.tensor([True, False, True, False]), math.inf, runs.horizon))
+    draws = unroll.draw(runs, COPIES, torch.Generator().manual_seed(2))
+    after, losses = unroll.unroll(weights, runs, draws, COPIES)
+    for run in range(len(runs.step)):
+        expected, expected_losses = train_one(unroll, weights, runs, draws, run)
+        for key in ("params", "states", "shared", "step"):
+            torch.testing.assert_close(
+                row(flatten_tree(getattr(after, key)), run),
+                flatten_tree(getattr(expected, key)),
+                rtol=1e-3,
+                atol=1e-5,
+            )
+        actual = StepLosses(*(value[:, run] for value in losses))
+        torch.testing.assert_close(actual, expected_losses, rtol=1e-4, atol=1e-4)
+    # Same problems and batches, but other weights: the copies went different ways.
+    assert (losses.train[0, :NUM_PAIRS] == losses.train[0, NUM_PAIRS:]).all()
+    assert (losses.train[-1, :NUM_PAIRS] != losses.train[-1, NUM_PAIRS:]).all()
+
+
+def test_recorded_step_equals_the_step(unrolls):
+    unroll = unrolls["mlp"]
+    weights, runs = start(unroll)
+    draws = unroll.draw(runs, COPIES, torch.Generator().manual_seed(2))
+    recorded = unroll.unroll(weights, runs, draws, COPIES)
+    leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
+    plain = unroll.unroll(leaves, runs, draws, COPIES)
+    for one, other in zip(recorded, plain, strict=True):
+        torch.testing.assert_close(flatten_tree(one), flatten_tree(other), rtol=1e-4, atol=1e-6)
+    assert plain[1].objective.requires_grad and not recorded[1].objective.requires_grad
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself, when inductor is imported
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="needs a C++ compiler")
+def test_compiled_step_equals_the_recorded_one():
+    # The toy rule uses every path of the driver and compiles in a fraction of the flagship's minutes.
+    recorded, compiled = (
+        make_unroll("linear", rule=ToyMixer(), compiled=compiled, objective=META_ONLY) for compiled in (False, True)
+    )
+    weights, runs = start(recorded)
+    draws = recorded.draw(runs, COPIES, torch.Generator().manual_seed(2))
+    one, other = (unroll.unroll(weights, runs, draws, COPIES) for unroll in (recorded, compiled))
+    torch.testing.assert_close(flatten_tree(one[0]), flatten_tree(other[0]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(one[1].objective, other[1].objective, rtol=1e-3, atol=1e-4)
+
+
+def test_two_truncations_equal_one_of_twice_the_length(unrolls):
+    short, long = unrolls["mlp"], make_unroll("mlp", truncation_length=6)
+    object.__setattr__(long, "_traced_step", short._traced_step)  # the same step
+    weights, runs = start(short)
+    draws = long.draw(runs, COPIES, torch.Generator().manual_seed(2))
+    whole, whole_losses = long.unroll(weights, runs, draws, COPIES)
+    parts = []
+    for half in (slice(0, 3), slice(3, 6)):
+        flat = {name: value[half] for name, value in flatten_tree(draws).items()}
+        runs, losses = short.unroll(weights, runs, restore_draws(flat), COPIES)
+        parts.append(losses)
+    assert_trees_equal(flatten_tree(runs), flatten_tree(whole))
+    joined = StepLosses(*(torch.cat(pair) for pair in zip(*parts, strict=True)))
+    assert_trees_equal(flatten_tree(joined), flatten_tree(whole_losses))
+
+
+def test_running_is_drawing_then_unrolling(unrolls):
+    unroll = unrolls["mlp"]
+    weights, runs = start(unroll)
+    one = unroll.run(weights, runs, COPIES, torch.Generator().manual_seed(2))
+    draws = unroll.draw(runs, COPIES, torch.Generator().manual_seed(2))
+    other = unroll.unroll(weights, runs, draws, COPIES)
+    assert_trees_equal(flatten_tree(one[0]), flatten_tree(other[0]))
+    assert_trees_equal(flatten_tree(one[1]), flatten_tree(other[1]))
+
+
+def test_draws_have_train_and_meta_batches_then_noise_of_step_after_step():
+    unroll = make_unroll("mlp")
+    _, runs = start(unroll)
+    draws = unroll.draw(runs, COPIES, torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    first = restore_runs({name: value[:NUM_PAIRS] for name, value in flatten_tree(runs).items()})
+    for split, actual in (("train", draws.train), ("meta", draws.meta)):
+        expected = unroll.distribution.sample_batches(first.problem, 3, split, generator)
+        assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+    for index in range(3):
+        expected = PerturbationGap(radius=0.1).sample_noise(first.params, generator)
+        assert_trees_equal({name: value[index] for name, value in draws.noise.items()}, expected)
+
+
+def test_copies_share_problem_start_and_horizon():
+    unroll = make_unroll("norm")
+    weights, runs = start(unroll, num_pairs=3, copies=2)
+    for name, value in flatten_tree(runs).items():
+        if not name.startswith("/states"):
+            assert torch.equal(value[:3], value[3:]), name
+    assert not torch.equal(runs.params["layers.0.weight"][0], runs.params["layers.0.weight"][1])
+    assert (runs.step == 0).all()
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+def test_horizons_are_log_uniform_multiples_of_the_truncation(probability):
+    bounds = [("min_steps", 30), ("max_steps", 3000), ("unknown_horizon_probability", probability)]
+    unroll = make_unroll("mlp", task=bounds)
+    runs = start(unroll, num_pairs=800, copies=1)[1]
+    assert (runs.horizon % 3 == 0).all() and (runs.horizon >= 30).all() and (runs.horizon <= 3000).all()
+    # Uniform between log 30 and log 3000: mean 5.7, deviation log(100) / sqrt(12); four standard errors.
+    log = runs.horizon.log()
+    deviation = math.log(100) / math.sqrt(12)
+    assert abs(float(log.mean()) - math.log(300)) < 4 * deviation / math.sqrt(800)
+    assert abs(float(log.std()) - deviation) < 0.1
+    unknown = torch.isinf(runs.num_steps)
+    assert torch.equal(runs.num_steps[~unknown], runs.horizon[~unknown])
+    spread = math.sqrt(probability * (1 - probability) / 800)
+    assert abs(float(unknown.float().mean()) - probability) <= 4 * spread
+
+
+def test_horizon_is_at_least_one_truncation():
+    unroll = make_unroll("mlp", task=[("min_steps", 1), ("max_steps", 2)])
+    assert (start(unroll)[1].horizon == 3).all()
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_flat_names_bring_back_runs_and_draws(name):
+    unroll = make_unroll(name)
+    _, runs = start(unroll)
+    draws = unroll.draw(runs, COPIES, torch.Generator().manual_seed(0))
+    both = flatten_tree(runs, "a/runs") | flatten_tree(draws, "a/runs2")
+    assert_trees_equal(flatten_tree(restore_runs(both, "a/runs")), flatten_tree(runs))
+    assert_trees_equal(flatten_tree(restore_draws(both, "a/runs2")), flatten_tree(draws))
+
+
+def test_replaced_runs_are_the_named_ones():
+    unroll = make_unroll("mlp")
+    _, old = start(unroll, num_pairs=4, copies=1)
+    fresh = unroll.start(stack_weights(2), 2, 1, torch.Generator().manual_seed(9))
+    mixed = replace_runs(old, fresh, torch.tensor([3, 1]))
+    for name, value in flatten_tree(mixed).items():
+        one, other = flatten_tree(old)[name], flatten_tree(fresh)[name]
+        assert torch.equal(value, torch.stack([one[0], other[1], one[2], other[0]])), name
+
+
+def test_draws_do_not_depend_on_the_runs_being_compiled_or_differentiated():
+    flat = [
+        flatten_tree(make_unroll("mlp", **options).draw(start(make_unroll())[1], 2, torch.Generator().manual_seed(0)))
+        for options in ({}, {"compiled": True}, {"second_derivatives": True})
+    ]
+    assert_trees_equal(flat[0], flat[1])
+    assert_trees_equal(flat[0], flat[2])
+
+
+def test_flatness_term_counts_by_its_coefficient():
+    objectives = (ObjectiveConfig(train_weight=0.5), WITH_FLATNESS)
+    found = []
+    for objective in objectives:
+        unroll = make_unroll("mlp", objective=objective)
+        weights, runs = start(unroll)
+        draws = make_unroll("mlp").draw(runs, COPIES, torch.Generator().manual_seed(2))
+        leaves = {name: value.requires_grad_() for name, value in weights.items()}
+        found.append(unroll.unroll(leaves, runs, draws if objective.flatness else draws._replace(noise={}), COPIES)[1])
+    without, with_it = found
+    assert (without.flatness == 0).all() and (with_it.flatness != 0).all()
+    steps = torch.arange(1.0, 4.0)[:, None].expand(3, 4)
+    weight = step_weight(WITH_FLATNESS, steps, runs.horizon, runs.num_steps)
+    expected = without.objective + weight * 0.3 * with_it.flatness
+    torch.testing.assert_close(with_it.objective, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("split", ["train", "meta"])
+def test_objective_may_ask_for_one_loss_only(split):
+    objective = ObjectiveConfig(train_weight=float(split == "train"), meta_weight=float(split == "meta"))
+    unroll = make_unroll("mlp", objective=objective)
+    weights, runs = start(unroll)
+    leaves = {name: value.requires_grad_() for name, value in weights.items()}
+    _, losses = unroll.run(leaves, runs, COPIES, torch.Generator().manual_seed(2))
+    steps = torch.arange(1.0, 4.0)[:, None].expand(3, 4)
+    weight = step_weight(objective, steps, runs.horizon, runs.num_steps)
+    torch.testing.assert_close(losses.objective, weight * getattr(losses, split))
+    assert split == "meta" or (losses.meta == 0).all()
+
+
+def test_a_diverged_run_counts_as_the_bound_and_leaves_the_others_alone():
+    unroll = make_unroll("mlp")
+    weights, runs = start(unroll)
+    draws = unroll.draw(runs, COPIES, torch.Generator().manual_seed(2))
+    leaves = {name: value.requires_grad_() for name, value in weights.items()}
+    good, expected = unroll.unroll(leaves, runs, draws, COPIES)
+    broken = runs._replace(params={name: value.clone() for name, value in runs.params.items()})
+    broken.params["layers.1.bias"][1] = math.nan
+    _, losses = unroll.unroll(leaves, broken, draws, COPIES)
+    assert (losses.train[:, 1] == 6).all() and (losses.meta[:, 1] == 6).all()
+    others = [0, 2, 3]
+    torch.testing.assert_close(losses.objective[:, others], expected.objective[:, others])
+
+
+def test_step_weight_is_the_formula_and_its_mean_without_a_horizon():
+    config = ObjectiveConfig(base_weight=0.2, final_weight=2.0, final_power=3.0)
+    step, horizon = torch.tensor([1.0, 50.0, 100.0]), torch.tensor(100.0)
+    known = step_weight(config, step, horizon, horizon)
+    torch.testing.assert_close(known, torch.tensor([0.2 + 2e-6, 0.2 + 2 / 8, 2.2]))
+    unknown = step_weight(config, step, horizon, torch.tensor(math.inf))
+    torch.testing.assert_close(unknown, torch.full((3,), 0.2 + 2 / 4))
+    steps = torch.arange(1.0, 10_001.0)
+    mean = step_weight(config, steps, torch.tensor(10_000.0), torch.tensor(10_000.0)).mean()
+    torch.testing.assert_close(mean, unknown[0], rtol=1e-3, atol=0)
+
+
+def test_losses_are_clipped_on_both_sides_and_not_a_number_is_bad():
+    losses = torch.tensor([1.5, -1.5, 7.0, -7.0, math.inf, -math.inf, math.nan])
+    assert clip_loss(losses, 6.0).tolist() == [1.5, -1.5, 6.0, -6.0, 6.0, 6.0, 6.0]
+
+
+def test_flatness_is_built_by_name():
+    assert build_flatness(ObjectiveConfig()) is None
+    config = ObjectiveConfig(flatness="perturbation-gap", flatness_radius=0.2)
+    assert build_flatness(config) == PerturbationGap(radius=0.2)
+    with pytest.raises(ValueError, match="unknown objective.flatness 'sharpness': valid are none, perturbation-gap"):
+        build_flatness(ObjectiveConfig(flatness="sharpness"))
