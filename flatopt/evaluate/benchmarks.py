@@ -86,6 +86,20 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark(name="digits CNN", source="digits", size=8, num_train=None, build=models.cnn),
 )
 
+META_BENCHMARKS: tuple[Benchmark, ...] = tuple(
+    Benchmark(name=name, source="fashion-mnist", size=size, num_train=num_train, build=build, num_steps=400)
+    for name, size, num_train, build in (
+        ("MLP 8x8 w32", 8, 1000, partial(models.mlp, width=32)),
+        ("LN MLP 8x8 d4", 8, 4000, partial(models.mlp, width=32, depth=4, normalise=True)),
+        ("deep MLP 8x8 d4", 8, 4000, partial(models.mlp, width=32, depth=4)),
+        ("CNN 8x8 w12", 8, 4000, partial(models.cnn, width=12)),
+        ("LSTM 8x8", 8, 4000, partial(models.lstm, width=24)),
+        ("MLP 14x14 w64", 14, 4000, partial(models.mlp, width=64)),
+        ("transformer 8x8", 8, 4000, partial(models.transformer, width=16)),
+    )
+)
+"""Meta-validation: what weights and recipes are chosen by, on the ``meta`` split."""
+
 FAST_BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark(name="toy MLP", source="digits", size=8, num_train=200, build=partial(models.mlp, width=8), num_steps=20),
     Benchmark(

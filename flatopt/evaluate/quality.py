@@ -12,14 +12,14 @@ from tqdm import tqdm
 from ._report import Record, Report, mean_pm_std
 from ._training import Benchmark, Options, run, tuned_lr
 from .baselines import BASELINES, Contestant, learned_contestants
-from .benchmarks import BENCHMARKS, FAST_BENCHMARKS
+from .benchmarks import BENCHMARKS, FAST_BENCHMARKS, META_BENCHMARKS
 
 
 def report(options: Options) -> Report:
     """Compare test accuracy and loss of all contestants on all benchmarks.
 
-    A baseline's learning rate is chosen per benchmark on the ``meta`` split; the table shows the ``test`` split, or the
-    ``meta`` split where the table itself is to choose something.
+    A baseline's learning rate is chosen per benchmark on the ``meta`` split; the table shows the ``test`` split.  With
+    ``split="meta"`` it shows the meta-validation tasks on the ``meta`` split: a table to choose weights by.
     """
     benchmarks, contestants = entrants(options)
     records = []
@@ -44,9 +44,10 @@ def entrants(options: Options) -> tuple[Sequence[Benchmark], Sequence[Contestant
     learned = learned_contestants(options.pretrained)
     if options.fast:
         return FAST_BENCHMARKS, [*learned, *(replace(baseline, lrs=baseline.lrs[2:4]) for baseline in BASELINES)]
-    chosen = [one for one in BENCHMARKS if not options.tasks or any(part in one.name for part in options.tasks)]
+    benchmarks = META_BENCHMARKS if options.split == "meta" else BENCHMARKS
+    chosen = [one for one in benchmarks if not options.tasks or any(part in one.name for part in options.tasks)]
     if not chosen:
-        raise ValueError(f"no benchmark has {options.tasks} in its name: there are {[one.name for one in BENCHMARKS]}")
+        raise ValueError(f"no benchmark has {options.tasks} in its name: there are {[one.name for one in benchmarks]}")
     return chosen, [*learned, *BASELINES]
 
 
