@@ -177,7 +177,7 @@ def load_folder(folder: str | os.PathLike[str]) -> LearnedRule:
     config = read_config(folder / CONFIG_FILE)
     weights = _read_weights(folder / WEIGHTS_FILE, config.rule, config.weights_sha256)
     card_path = folder / CARD_FILE
-    card = _decode_text(_read_bounded(card_path, MAX_TEXT_BYTES), card_path) if card_path.exists() else ""
+    card = _decode_text(read_bounded(card_path, MAX_TEXT_BYTES), card_path) if card_path.exists() else ""
     return LearnedRule(config.rule, weights, card, config.metadata, name=str(folder))
 
 
@@ -196,7 +196,7 @@ def read_config(path: Path) -> Config:
         FileNotFoundError: if there is no such file.
         ValueError: if a field is missing, unknown, of the wrong type, or from a newer format.
     """
-    config = _parse_json(_decode_text(_read_bounded(path, MAX_TEXT_BYTES), path), path)
+    config = _parse_json(_decode_text(read_bounded(path, MAX_TEXT_BYTES), path), path)
     if not isinstance(config, dict) or "format_version" not in config:
         raise ValueError(f"{path}: no 'format_version': this is not the configuration of a flatopt rule")
     version = config["format_version"]
@@ -263,7 +263,7 @@ def _shipped_root() -> Path:
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def _read_bounded(path: Path, limit: int) -> bytes:
+def read_bounded(path: Path, limit: int) -> bytes:
     """Return the bytes of a regular file that has at most ``limit`` of them."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -357,7 +357,7 @@ def _convert(value: Any, kind: Any) -> Any:
 
 def _read_weights(path: Path, rule: UpdateRule, sha256: str) -> Weights:
     """Read the tensors of a rule; the header is checked before any tensor is made."""
-    content = _read_bounded(path, MAX_WEIGHTS_BYTES)
+    content = read_bounded(path, MAX_WEIGHTS_BYTES)
     length = int.from_bytes(content[:_HEADER_LENGTH_BYTES], "little")
     if len(content) < _HEADER_LENGTH_BYTES or length > min(MAX_TEXT_BYTES, len(content) - _HEADER_LENGTH_BYTES):
         raise ValueError(f"{path}: header: truncated, or longer than {MAX_TEXT_BYTES} bytes")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..pretrained import LearnedRule
+from ..pretrained import LearnedRule, read_bounded
 from ..rules import L2ODM, RNNProp, UpdateRule, Weights
 
 MAX_FILE_BYTES = 2**20
@@ -42,12 +42,7 @@ def import_weights(file: Path, rule: str) -> LearnedRule:
     """
     if rule not in FORMATS:
         raise ValueError(f"no published weights of {rule!r} can be read, only of: {', '.join(FORMATS)}")
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    with file.open("rb") as opened:
-        content = opened.read(MAX_FILE_BYTES + 1)
-    if len(content) > MAX_FILE_BYTES:
-        raise ValueError(f"{file}: larger than {MAX_FILE_BYTES} bytes")
+    content = read_bounded(file, MAX_FILE_BYTES)
     published = FORMATS[rule]
     try:
         weights = published.convert(_check_arrays(read_arrays(content), published.shapes))

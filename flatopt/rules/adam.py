@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ._features import advance_average, debias
 from ._rule import State, StepContext, UpdateRule, Weights
 
 
@@ -50,8 +51,8 @@ class Adam(UpdateRule):
         """Advance both moments; no sums are needed."""
         beta1, beta2 = self.betas
         new = {
-            "exp_avg": torch.lerp(state["exp_avg"], grad, 1 - beta1),
-            "exp_avg_sq": torch.lerp(state["exp_avg_sq"], grad.square(), 1 - beta2),
+            "exp_avg": advance_average(state["exp_avg"], grad, beta1),
+            "exp_avg_sq": advance_average(state["exp_avg_sq"], grad.square(), beta2),
         }
         return new, grad.new_zeros(0, len(grad))
 
@@ -60,8 +61,8 @@ class Adam(UpdateRule):
     ) -> tuple[State, Tensor]:
         """Return ``-lr * m_hat / (sqrt(v_hat) + eps)``."""
         beta1, beta2 = self.betas
-        m_hat = state["exp_avg"] / (1 - beta1 ** state["step"])
-        v_hat = state["exp_avg_sq"] / (1 - beta2 ** state["step"])
+        m_hat = debias(state["exp_avg"], beta1, state["step"])
+        v_hat = debias(state["exp_avg_sq"], beta2, state["step"])
         return {}, -self.lr * m_hat / (v_hat.sqrt() + self.eps)
 
     def step_size(self, weights: Weights, control_NC: Tensor, context: StepContext) -> Tensor:
