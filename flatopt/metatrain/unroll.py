@@ -78,7 +78,7 @@ class Unroll:
         objective: what the runs are judged by.
         truncation_length: steps per truncation; horizons are multiples of it.
         device: where the runs live.
-        compiled: compile the recorded step with ``torch.compile``, which takes minutes per family.
+        compiled: compile the step with ``torch.compile``, which takes a minute or two per family.
         second_derivatives: differentiate with respect to the weights through the inner gradients too.
     """
 
@@ -110,7 +110,7 @@ class Unroll:
         repeated = _map(lambda value: value.repeat(copies, *(1,) * (value.dim() - 1)), problems)
         params = repeated.params
         init_state = vmap(lambda weights, param: self.rule.init_state(weights, param))
-        return Runs(
+        runs = Runs(
             problem=repeated._replace(params={}),
             params=params,
             states={name: init_state(weights_N, param) for name, param in params.items()},
@@ -119,6 +119,8 @@ class Unroll:
             horizon=horizon.repeat(copies),
             num_steps=num_steps.repeat(copies),
         )
+        # In the layout that a step returns, so that one compiled step serves them all.
+        return _map(torch.Tensor.contiguous, runs)
 
     def run(self, weights_N: Weights, runs: Runs, copies: int, generator: torch.Generator) -> tuple[Runs, StepLosses]:
         """Run one truncation.
@@ -147,18 +149,18 @@ class Unroll:
         """
         # A recorded graph holds the backward pass of the inner loss as plain operations, cut off from autograd.
         differentiated = any(weight.requires_grad for weight in weights_N.values())
-        one_step = self.step if differentiated else self._traced_step
+        one_step = self.step if differentiated else self._fast_step
         losses = []
         for index in range(self.truncation_length):
-            batches = [Batch(*(torch.cat([part[index]] * copies) for part in batch)) for batch in draws[:2]]
-            noise = {name: torch.cat([value[index]] * copies, dim=1) for name, value in draws.noise.items()}
-            runs, step_losses = one_step(weights_N, runs, batches[0], batches[1], noise)
+            train, meta = (Batch(*(_repeat(part[index], copies) for part in batch)) for batch in draws[:2])
+            noise = {name: _repeat(value[index], copies, dim=1) for name, value in draws.noise.items()}
+            runs, step_losses = one_step(weights_N, runs, train, meta, noise)
             losses.append(step_losses)
         return runs, StepLosses(*(torch.stack(values) for values in zip(*losses, strict=True)))
 
     @cached_property
-    def _traced_step(self) -> Callable[..., tuple[Runs, StepLosses]]:
-        return _Trace(self.step, compiled=self.compiled)
+    def _fast_step(self) -> Callable[..., tuple[Runs, StepLosses]]:
+        return torch.compile(self.step, fullgraph=True, dynamic=False) if self.compiled else _Trace(self.step)
 
     def step(
         self, weights_N: Weights, runs: Runs, train: Batch, meta: Batch, noise: dict[str, Tensor]
@@ -218,13 +220,11 @@ class Unroll:
 class _Trace:
     """A function of tensors as one flat graph, recorded at its first call for every set of shapes.
 
-    Recording takes seconds and rids a step of most of its Python and ``vmap`` overhead; compiling the graph takes
-    minutes for each family of problems.
+    Recording takes seconds and rids a step of most of its Python and ``vmap`` overhead.
     """
 
-    def __init__(self, function: Callable[..., Any], *, compiled: bool):
+    def __init__(self, function: Callable[..., Any]):
         self.function = function
-        self.compiled = compiled
         self.graphs: dict[Any, tuple[Callable[..., list[Tensor]], pytree.TreeSpec]] = {}
 
     def __call__(self, *arguments: Any) -> Any:
@@ -249,7 +249,11 @@ class _Trace:
         module = torch.fx.GraphModule(recorded, fx_graph_cse(recorded.graph))
         module.graph.eliminate_dead_code()
         module.recompile()
-        return torch.compile(module, fullgraph=True, dynamic=False) if self.compiled else module, forms[0]
+        return module, forms[0]
+
+
+def _repeat(value: Tensor, copies: int, dim: int = 0) -> Tensor:
+    return torch.cat([value] * copies, dim) if copies > 1 else value
 
 
 def _noise(measure: FlatnessMeasure, params: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:

@@ -20,7 +20,12 @@ def advance_average(average: Tensor, value: Tensor, decay: float) -> Tensor:
 
 def debias(average: Tensor, decay: float, step: Tensor) -> Tensor:
     """Undo the pull of an average towards its zero start (Kingma and Ba, 2015, section 3)."""
-    return average / (1 - decay**step)
+    return average * debiasing(decay, step)
+
+
+def debiasing(decay: float, step: Tensor) -> Tensor:
+    """Return ``1 / (1 - decay^step)``, what :func:`debias` multiplies by."""
+    return 1 / (1 - decay**step)
 
 
 def embed_step(step: Tensor, scales: tuple[float, ...]) -> list[Tensor]:

@@ -7,8 +7,8 @@ so that whole-tensor statistics cost one small reduction per step and large tens
 2. ``mix``      tensors: turn the sums of all tensors into a few control numbers per tensor;
 3. ``propose``  coordinates: turn accumulators and control numbers into a step.
 
-A rule whose accumulators depend on the tensor as a whole adds ``prepare`` before them, which turns what is remembered
-of the earlier steps into a few numbers per tensor for ``observe``; so it, too, needs one reduction per step.
+A rule may add ``prepare`` before them, which turns what is remembered of the earlier steps into a few numbers per
+tensor for the coordinates: bias corrections, say, or what accumulators need to know of the tensor as a whole.
 
 :func:`apply_rule` drives them: it forms the sums, cuts large tensors and joins small ones.  The optimizer, the
 meta-trainer and the benchmarks all call it.
@@ -84,10 +84,13 @@ class UpdateRule(ABC):
         """Return the state that all parameters of one model share, before the first step; usually empty."""
         return {}
 
-    def prepare(self, weights: Weights, memory_NM: Tensor, shared: State, context: StepContext) -> Tensor:
-        """Return ``[N, G]`` numbers for ``observe``, from the memory of all tensors that take this step.
+    def prepare(
+        self, weights: Weights, steps_N: Tensor, memory_NM: Tensor, shared: State, context: StepContext
+    ) -> Tensor:
+        """Return ``[N, G]`` numbers for ``observe`` and ``propose``, before this step's gradients are looked at.
 
-        Called once per step, before every ``observe``; ``G`` is 0 for most rules.
+        Called once per step, before every ``observe``, with the step counters ``[N]`` (1 at the first step) and the
+        memory of all tensors that take this step; ``G`` is 0 by default.
         """
         return memory_NM.new_zeros(memory_NM.shape[0], 0)
 
@@ -99,8 +102,8 @@ class UpdateRule(ABC):
 
         Args:
             weights: the rule's weights.
-            state: per-coordinate values ``[n, ...]`` and per-tensor values ``[1]`` or ``[n]``; ``step`` is this step's.
-                If ``prepare`` returned numbers they are there as ``given``, ``[G, 1]`` or ``[G, n]``.
+            state: per-coordinate values ``[n, ...]`` and per-tensor values ``[1]`` or ``[n]``; ``step`` is this step's,
+                and ``given`` what ``prepare`` returned, as ``[G, 1]`` or ``[G, n]``.
             grad: gradient, ``[n]``.
             param: parameter, ``[n]``.
             context: where in the run the step is taken.
@@ -157,7 +160,7 @@ class Phases(NamedTuple):
 
     observe: Callable[[Weights, State, Tensor, Tensor, StepContext, bool], tuple[State, Tensor]]
     """``UpdateRule.observe``, followed by :func:`observe_phase`'s sum if the last argument is True."""
-    prepare: Callable[[Weights, Tensor, State, StepContext], Tensor]
+    prepare: Callable[[Weights, Tensor, Tensor, State, StepContext], Tensor]
     mix: Callable[[Weights, Tensor, Tensor, State, StepContext], tuple[Tensor, Tensor, State]]
     propose: Callable[[Weights, State, Tensor, Tensor, Tensor, StepContext], tuple[State, Tensor]]
     batch_dims: int = 0
@@ -218,15 +221,13 @@ def apply_rule(
         memory_NM = torch.stack([state["memory"] for state in states], dim)
     else:
         memory_NM = steps[0].new_zeros(*steps[0].shape, len(states), 0)
-    given_GN = phases.prepare(weights, memory_NM, shared, context).transpose(-1, -2)
+    given_NG = phases.prepare(weights, torch.stack(steps, dim), memory_NM, shared, context)
     observed: list[State] = []
     sums: list[list[Tensor]] = [[] for _ in params]
     for pack in packs:
         grad_n, param_n = _gather(pack, grads, dim), _gather(pack, params, dim)
         old_n = _gather_coordinates(rule, pack, states, params, dim)
-        constants = _gather_constants(rule, pack, states, steps)
-        if given_GN.shape[-2]:
-            constants["given"] = given_GN[..., _owners(pack, given_GN.device)]
+        constants = _gather_constants(rule, pack, states, steps, given_NG)
         alone = len(pack) == 1
         new_n, terms_Sn = phases.observe(weights, old_n | constants, grad_n, param_n, context, alone)
         observed.append(old_n | (new_n if emit is None else _overwrite(pack, new_n, states)))
@@ -244,7 +245,7 @@ def apply_rule(
     for pack, state_n in zip(packs, observed, strict=True):
         grad_n, param_n = _gather(pack, grads, dim), _gather(pack, params, dim)
         control_Cn = control_NC.transpose(-1, -2)[..., _owners(pack, control_NC.device)]
-        constants = _gather_constants(rule, pack, states, steps)
+        constants = _gather_constants(rule, pack, states, steps, given_NG)
         new_n, delta_n = phases.propose(weights, state_n | constants, grad_n, param_n, control_Cn, context)
         if emit is not None:
             _overwrite(pack, new_n, states)
@@ -341,12 +342,15 @@ def _gather_coordinates(
     }
 
 
-def _gather_constants(rule: UpdateRule, pack: _Pack, states: Sequence[State], steps: list[Tensor]) -> State:
+def _gather_constants(
+    rule: UpdateRule, pack: _Pack, states: Sequence[State], steps: list[Tensor], given_NG: Tensor
+) -> State:
     """Return the per-tensor state of a pack, ``[*, 1]`` or ``[*, n]``, with the step counters already advanced."""
     owners = _owners(pack, steps[0].device)
     keys = [key for key in states[pack[0].tensor] if key in rule.tensor_state and key not in ("memory", "step")]
     values = {key: torch.stack([state[key] for state in states], -1)[..., owners] for key in keys}
-    return values | {"step": torch.stack(steps, -1)[..., owners]}
+    given_Gn = given_NG.transpose(-1, -2)[..., owners]
+    return values | {"step": torch.stack(steps, -1)[..., owners], "given": given_Gn}
 
 
 def _overwrite(pack: _Pack, new_n: State, states: Sequence[State]) -> State:

@@ -38,11 +38,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ._features import advance_average, debias, embed_step, fan_in, tiny
-from ._networks import init_linear, linear
+from ._features import advance_average, debiasing, embed_step, fan_in, tiny
+from ._networks import coordinate_mlp, init_linear
 from ._rule import State, StepContext, UpdateRule, Weights
 
 NUM_FEATURES = 7
+NUM_LAYERS = 3
 NUM_TENSOR_FEATURES = 20
 STEP_SCALES = (10.0, 100.0, 1000.0)
 FEATURE_BOUND = 5.0
@@ -107,6 +108,12 @@ class HierarchicalMLP(UpdateRule):
             "memory": torch.tensor([param.numel(), fan, is_vector], dtype=param.dtype, device=param.device),
         }
 
+    def prepare(
+        self, weights: Weights, steps_N: Tensor, memory_NM: Tensor, shared: State, context: StepContext
+    ) -> Tensor:
+        """Return the bias corrections of the three averages, ``[N, 3]``."""
+        return torch.stack([debiasing(decay, steps_N) for decay in self.betas], dim=-1)
+
     def observe(
         self, weights: Weights, state: State, grad: Tensor, param: Tensor, context: StepContext
     ) -> tuple[State, Tensor]:
@@ -117,18 +124,9 @@ class HierarchicalMLP(UpdateRule):
             "exp_avg_slow": advance_average(state["exp_avg_slow"], grad, slow),
             "exp_avg_sq": advance_average(state["exp_avg_sq"], grad.square(), square),
         }
-        u_g, u_f, u_s, v = self._directions(new | {"step": state["step"]}, grad)
+        u_g, u_f, u_s, v = _directions(new, grad, state["given"])
         products = [u_g * u_g, u_f * u_f, u_s * u_s, u_g * u_f, u_g * u_s, u_f * u_s, param * param, v, grad * grad]
         return new, torch.stack(products)
-
-    def _directions(self, state: State, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return ``u^g, u^f, u^s`` and the bias-corrected second moment."""
-        fast, slow, square = self.betas
-        v = debias(state["exp_avg_sq"], square, state["step"])
-        scale = 1 / (v.sqrt() + tiny(v) ** 0.5)
-        u_f = debias(state["exp_avg"], fast, state["step"]) * scale
-        u_s = debias(state["exp_avg_slow"], slow, state["step"]) * scale
-        return grad * scale, u_f, u_s, v
 
     def mix(
         self, weights: Weights, summaries_NS: Tensor, memory_NM: Tensor, shared: State, context: StepContext
@@ -136,7 +134,7 @@ class HierarchicalMLP(UpdateRule):
         """Run the controller.
 
         Returns:
-            ``[N, 11 + hidden]`` controls: step size, decay, a_g, a_s, 1 / rms(d), then what normalises the seven
+            ``[N, 12 + hidden]`` controls: step size, decay, a_g, a_s, 1 / rms(d), then what normalises the seven
             features, then the shifts ``b`` of the first hidden layer.
         """
         numel, fan, is_vector = memory_NM.unbind(-1)
@@ -170,8 +168,10 @@ class HierarchicalMLP(UpdateRule):
         a_g, a_s = out[:, 2].clamp(-2, 2), out[:, 3].clamp(-2, 2)
         dd = ff + a_g**2 * gg + a_s**2 * ss + 2 * (a_g * gf + a_s * fs + a_g * a_s * gs)
         step_size = self.base_step / fan.sqrt() * self._schedule(context).to(fan) * log_step.exp()
-        scales = [(value + eps).rsqrt() for value in (torch.maximum(dd, MIX_FLOOR * ff), gg, ff, ss, xx, v, grad_sq)]
-        control = torch.stack([step_size, decay, a_g, a_s, *scales], dim=-1)
+        # Not rsqrt: its derivative at the least value overflows.
+        squares = (torch.maximum(dd, MIX_FLOOR * ff), gg, ff, ss, xx, v, grad_sq)
+        scales = [(value + eps).sqrt().reciprocal() for value in squares]
+        control = torch.stack([step_size, decay, a_g, a_s, *scales, -(v + eps).log() / 2], dim=-1)
         return torch.cat([control, out[:, 4:].clamp(-3, 3)], dim=-1), memory_NM, shared
 
     def _embed_horizon(self, context: StepContext) -> list[Tensor]:
@@ -195,25 +195,31 @@ class HierarchicalMLP(UpdateRule):
         self, weights: Weights, state: State, grad: Tensor, param: Tensor, control: Tensor, context: StepContext
     ) -> tuple[State, Tensor]:
         """Return the step: core direction plus learned residual plus decay, times the step size."""
-        step_size, decay, a_g, a_s, per_d, per_g, per_f, per_s, per_x, per_v, per_grad = control[:11]
-        u_g, u_f, u_s, v = self._directions(state, grad)
+        step_size, decay, a_g, a_s, per_d, per_g, per_f, per_s, per_x, per_v, per_grad, log_per_v = control[:12]
+        u_g, u_f, u_s, v = _directions(state, grad, state["given"])
         direction = ((u_f + a_g * u_g + a_s * u_s) * per_d).clamp(-DIRECTION_BOUND, DIRECTION_BOUND)
         features = [
             u_g * per_g,
             u_f * per_f,
             u_s * per_s,
             param * per_x,
-            (v + tiny(v)).log() / 2 + per_v.log(),
+            (v + tiny(v)).log() / 2 + log_per_v,
             grad * per_grad,
-            debias(state["exp_avg_slow"], self.betas[1], state["step"]) * per_v,
+            state["exp_avg_slow"] * state["given"][1] * per_v,
         ]
-        x_Fn = torch.stack(features).clamp(-FEATURE_BOUND, FEATURE_BOUND)
-        x_Fn = linear(weights, "coordinate.0", x_Fn, shift=control[11:]).relu()
-        x_Fn = linear(weights, "coordinate.1", x_Fn).relu()
-        residual = linear(weights, "coordinate.2", x_Fn)[0]
+        bounded = [feature.clamp(-FEATURE_BOUND, FEATURE_BOUND) for feature in features]
+        (residual,) = coordinate_mlp(weights, "coordinate", bounded, NUM_LAYERS, shift=control[12:])
         moved = (state["exp_avg_sq"] > 0).to(param.dtype)
         return {}, -step_size * moved * (direction + residual + decay * param)
 
     def step_size(self, weights: Weights, control_NC: Tensor, context: StepContext) -> Tensor:
         """Return the step size of every tensor."""
         return control_NC[:, 0]
+
+
+def _directions(state: State, grad: Tensor, corrections: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ``u^g, u^f, u^s`` and the bias-corrected second moment."""
+    fast, slow, square = corrections
+    v = state["exp_avg_sq"] * square
+    scale = 1 / (v.sqrt() + tiny(v) ** 0.5)
+    return grad * scale, state["exp_avg"] * fast * scale, state["exp_avg_slow"] * slow * scale, v

@@ -143,7 +143,9 @@ class L2OScale(UpdateRule):
         """Return the learned start of the network of the whole model."""
         return {"hidden": weights["global.start"].clone()}
 
-    def prepare(self, weights: Weights, memory_NM: Tensor, shared: State, context: StepContext) -> Tensor:
+    def prepare(
+        self, weights: Weights, steps_N: Tensor, memory_NM: Tensor, shared: State, context: StepContext
+    ) -> Tensor:
         """Return the mean of ``log_lr`` over the model, and the shifts of the biases per tensor, ``[N, 1 + 30]``."""
         numel, sum_log_lr = memory_NM[:, 0], memory_NM[:, 1]
         mean_log_lr = sum_log_lr.sum() / numel.sum().clamp(min=1)
