@@ -1,4 +1,4 @@
-"""Throughput of the inner loop of meta-training, recorded and compiled, beside the plain ``vmap`` it replaces.
+"""Throughput of the inner loop of meta-training, recorded and compiled, beside the plain, eager one.
 
 The one module of this folder that imports :mod:`flatopt.metatrain`: it is what it measures.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 
 import torch
 from matplotlib.figure import Figure
 
 from ..metatrain.config import MetaTrainConfig, ObjectiveConfig, TaskConfig
-from ..metatrain.estimators.persistent_es import PersistentES
-from ..metatrain.unroll import Unroll, can_compile
+from ..metatrain.estimators._runs import build_unrolls
+from ..metatrain.unroll import Mode, can_compile
 from ._report import Record, Report
 from ._training import Options
 
@@ -29,7 +30,7 @@ def report(options: Options) -> Report:
     objective; drawing both batches is included.
     """
     num_rounds = 2 if options.fast else 3 * options.num_seeds
-    modes = ["vmap", "recorded"]
+    modes: list[Mode] = ["plain", "recorded"]
     if not options.fast and can_compile(torch.device("cpu")):
         modes.append("compiled")
     measured = {mode: _prepare(mode) for mode in modes}
@@ -60,7 +61,7 @@ def report(options: Options) -> Report:
     )
 
 
-def _prepare(mode: str) -> Callable[[], object]:
+def _prepare(mode: Mode) -> Callable[[], object]:
     """Return a function that runs one truncation of all problems, warmed up."""
     config = MetaTrainConfig(
         recipe="meta-speed",
@@ -68,12 +69,9 @@ def _prepare(mode: str) -> Callable[[], object]:
         tasks=(TaskConfig(name="mlp", num_tasks=NUM_PROBLEMS),),
         objective=ObjectiveConfig(),
         num_updates=1,
-        compile=mode == "compiled",
     )
     rule = config.build_rule()
-    unroll: Unroll = PersistentES.from_config(config, rule, torch.device("cpu")).unrolls[0]
-    if mode == "vmap":
-        object.__setattr__(unroll, "_traced_step", unroll.step)
+    unroll = replace(build_unrolls(config, rule, torch.device("cpu"))[0], mode=mode)
     generator = torch.Generator().manual_seed(0)
     weights = rule.init_weights(generator)
     weights_N = {name: weight.repeat(NUM_PROBLEMS, *(1,) * weight.dim()) for name, weight in weights.items()}

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +23,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ..flatness import FlatnessMeasure
-from ..rules import Phases, State, StepContext, UpdateRule, Weights, apply_rule, observe_phase
+from ..rules import Phases, State, StepContext, UpdateRule, Weights, apply_rule, observe_phase, spell_out_products
 from ..tasks import Batch, Problems, TaskDistribution
 from .config import ObjectiveConfig, TaskConfig
 from .objective import build_flatness, clip_loss, step_weight
 
 PACK_SIZE = 256
 """Tensors up to this size are handled side by side: fewer kernels to compile, and small ones cost no more."""
+
+
+Mode = Literal["plain", "recorded", "compiled"]
+"""How a step is executed."""
 
 
 class Runs(NamedTuple):
@@ -78,7 +83,8 @@ class Unroll:
         objective: what the runs are judged by.
         truncation_length: steps per truncation; horizons are multiples of it.
         device: where the runs live.
-        compiled: compile the step with ``torch.compile``, which takes a minute or two per family.
+        mode: how a step is executed where nothing is differentiated: ``"plain"``, under ``vmap``; ``"recorded"`` once
+            and run as a flat graph; or ``"compiled"``, that graph through ``torch.compile``.
         second_derivatives: differentiate with respect to the weights through the inner gradients too.
     """
 
@@ -88,7 +94,7 @@ class Unroll:
     objective: ObjectiveConfig
     truncation_length: int
     device: torch.device
-    compiled: bool = False
+    mode: Mode = "recorded"
     second_derivatives: bool = False
 
     def start(self, weights_N: Weights, num_pairs: int, copies: int, generator: torch.Generator) -> Runs:
@@ -119,7 +125,6 @@ class Unroll:
             horizon=horizon.repeat(copies),
             num_steps=num_steps.repeat(copies),
         )
-        # In the layout that a step returns, so that one compiled step serves them all.
         return _map(torch.Tensor.contiguous, runs)
 
     def run(self, weights_N: Weights, runs: Runs, copies: int, generator: torch.Generator) -> tuple[Runs, StepLosses]:
@@ -149,7 +154,7 @@ class Unroll:
         """
         # A recorded graph holds the backward pass of the inner loss as plain operations, cut off from autograd.
         differentiated = any(weight.requires_grad for weight in weights_N.values())
-        one_step = self.step if differentiated else self._fast_step
+        one_step = self.step if differentiated or self.mode == "plain" else self._traced_step
         losses = []
         for index in range(self.truncation_length):
             train, meta = (Batch(*(_repeat(part[index], copies) for part in batch)) for batch in draws[:2])
@@ -159,8 +164,8 @@ class Unroll:
         return runs, StepLosses(*(torch.stack(values) for values in zip(*losses, strict=True)))
 
     @cached_property
-    def _fast_step(self) -> Callable[..., tuple[Runs, StepLosses]]:
-        return torch.compile(self.step, fullgraph=True, dynamic=False) if self.compiled else _Trace(self.step)
+    def _traced_step(self) -> Callable[..., tuple[Runs, StepLosses]]:
+        return _Trace(self.step, compiled=self.mode == "compiled")
 
     def step(
         self, weights_N: Weights, runs: Runs, train: Batch, meta: Batch, noise: dict[str, Tensor]
@@ -214,17 +219,21 @@ class Unroll:
         value = value + config.flatness_coefficient * flatness
         objective = step_weight(config, step, runs.horizon, runs.num_steps) * value
         runs = runs._replace(params=params, states=states, shared=result.shared, step=step)
+        # The layout of fresh and of restored runs: a step compiled for one serves all of them, to the same bits.
+        runs = _map(torch.Tensor.contiguous, runs)
         return runs, StepLosses(objective, train_loss, meta_loss, flatness)
 
 
 class _Trace:
     """A function of tensors as one flat graph, recorded at its first call for every set of shapes.
 
-    Recording takes seconds and rids a step of most of its Python and ``vmap`` overhead.
+    Recording takes seconds and rids a step of most of its Python and ``vmap`` overhead.  Compiling the graph takes a
+    minute or two for each family of problems.
     """
 
-    def __init__(self, function: Callable[..., Any]):
+    def __init__(self, function: Callable[..., Any], *, compiled: bool):
         self.function = function
+        self.compiled = compiled
         self.graphs: dict[Any, tuple[Callable[..., list[Tensor]], pytree.TreeSpec]] = {}
 
     def __call__(self, *arguments: Any) -> Any:
@@ -245,11 +254,12 @@ class _Trace:
             forms.append(result_form)
             return results
 
-        recorded = make_fx(flat)(*values)
+        with spell_out_products() if self.compiled else nullcontext():
+            recorded = make_fx(flat)(*values)
         module = torch.fx.GraphModule(recorded, fx_graph_cse(recorded.graph))
         module.graph.eliminate_dead_code()
         module.recompile()
-        return module, forms[0]
+        return torch.compile(module, fullgraph=True, dynamic=False) if self.compiled else module, forms[0]
 
 
 def _repeat(value: Tensor, copies: int, dim: int = 0) -> Tensor:

@@ -1,5 +1,6 @@
 """Pure update rules: the contract, the driver, and one file per rule."""
 
+from ._networks import spell_out_products
 from ._rule import Phases, RuleResult, State, StepContext, UpdateRule, Weights, apply_rule, observe_phase
 from .adam import Adam
 from .hierarchical_mlp import HierarchicalMLP
@@ -25,4 +26,5 @@ __all__ = [
     "Weights",
     "apply_rule",
     "observe_phase",
+    "spell_out_products",
 ]

@@ -123,7 +123,7 @@ def test_recorded_step_equals_the_step(unrolls):
 def test_compiled_step_equals_the_recorded_one():
     # The toy rule uses every path of the driver and compiles in a fraction of the flagship's minutes.
     recorded, compiled = (
-        make_unroll("linear", rule=ToyMixer(), compiled=compiled, objective=META_ONLY) for compiled in (False, True)
+        make_unroll("linear", rule=ToyMixer(), mode=mode, objective=META_ONLY) for mode in ("recorded", "compiled")
     )
     weights, runs = start(recorded)
     draws = recorded.draw(runs, COPIES, torch.Generator().manual_seed(2))
@@ -227,7 +227,7 @@ def test_replaced_runs_are_the_named_ones():
 def test_draws_do_not_depend_on_the_runs_being_compiled_or_differentiated():
     flat = [
         flatten_tree(make_unroll("mlp", **options).draw(start(make_unroll())[1], 2, torch.Generator().manual_seed(0)))
-        for options in ({}, {"compiled": True}, {"second_derivatives": True})
+        for options in ({}, {"mode": "compiled"}, {"second_derivatives": True})
     ]
     assert_trees_equal(flat[0], flat[1])
     assert_trees_equal(flat[0], flat[2])

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...rules import UpdateRule, Weights
 from ..config import MetaTrainConfig
 from ..families import FAMILIES
-from ..unroll import Unroll, can_compile, flatten_tree, replace_runs, restore_draws, restore_runs
+from ..unroll import Mode, Unroll, can_compile, flatten_tree, replace_runs, restore_draws, restore_runs
 from .truncated_backprop import Draws, Inner, InnerState
 
 
@@ -25,8 +25,8 @@ def build_unrolls(config: MetaTrainConfig, rule: UpdateRule, device: torch.devic
     for task in config.tasks:
         if task.name not in FAMILIES:
             raise ValueError(f"unknown task {task.name!r}: valid are {', '.join(FAMILIES)}")
-    compiled = config.compile and can_compile(device)
-    if config.compile and not compiled:
+    mode: Mode = "compiled" if config.compile and can_compile(device) else "recorded"
+    if config.compile and mode == "recorded":
         warnings.warn("no C++ compiler found: the inner step is recorded but not compiled", stacklevel=2)
     return [
         Unroll(
@@ -36,7 +36,7 @@ def build_unrolls(config: MetaTrainConfig, rule: UpdateRule, device: torch.devic
             objective=config.objective,
             truncation_length=config.estimator.truncation_length,
             device=device,
-            compiled=compiled,
+            mode=mode,
             second_derivatives=config.estimator.second_derivatives,
         )
         for task in config.tasks

@@ -68,7 +68,7 @@ class PersistentES(GradientEstimator):
         state: EstimatorState = {"turn": torch.zeros((), dtype=torch.int64)}
         for unroll in self.unrolls:
             num_pairs = unroll.task.num_tasks
-            repeated = {name: weight.expand(2 * num_pairs, *weight.shape) for name, weight in weights.items()}
+            repeated = {name: weight.repeat(2 * num_pairs, *(1,) * weight.dim()) for name, weight in weights.items()}
             runs = unroll.start(repeated, num_pairs, 2, generator)
             start = torch.rand(num_pairs, generator=generator).repeat(2).to(runs.horizon)
             start = (start * runs.horizon / unroll.truncation_length).floor() * unroll.truncation_length
