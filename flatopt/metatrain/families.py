@@ -21,6 +21,16 @@ def mlp_deep() -> TaskDistribution:
     return TaskDistribution(model=MLP(sizes=(64, 24, 24, 24, 24, 10), initialization="he"), init_scale_range=(0.7, 1.4))
 
 
+def mlp_deeper() -> TaskDistribution:
+    """Return plain, narrow ReLU nets with eight hidden layers."""
+    return TaskDistribution(model=MLP(sizes=(64, *[16] * 8, 10), initialization="he"), init_scale_range=(0.8, 1.25))
+
+
+def mlp_wide() -> TaskDistribution:
+    """Return ReLU nets with one hidden layer on 14x14 images: five times the parameters of the others."""
+    return TaskDistribution(model=MLP(sizes=(196, 64, 10)), size=14)
+
+
 def mlp_sigmoid() -> TaskDistribution:
     """Return sigmoid nets with one hidden layer."""
     return TaskDistribution(model=MLP(sizes=(64, 24, 10), activation="sigmoid"))
@@ -64,6 +74,8 @@ def transformer() -> TaskDistribution:
 FAMILIES: dict[str, Callable[[], TaskDistribution]] = {
     "mlp": mlp,
     "mlp-deep": mlp_deep,
+    "mlp-deeper": mlp_deeper,
+    "mlp-wide": mlp_wide,
     "mlp-sigmoid": mlp_sigmoid,
     "mlp-layernorm": mlp_layernorm,
     "mlp-residual": mlp_residual,
