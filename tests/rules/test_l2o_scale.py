@@ -208,8 +208,9 @@ def test_tensors_that_sit_a_step_out_do_not_count_for_the_mean_learning_rate() -
     params = [torch.ones(3, dtype=torch.float64), torch.ones(5, dtype=torch.float64)]
     states = [rule.init_state(weights, param, torch.Generator().manual_seed(1)) for param in params]
     shared, context = rule.init_shared(weights), context_at(1, dtype=torch.float64)
-    alone = rule.prepare(weights, states[0]["memory"][None], shared, context)
+    alone = rule.prepare(weights, torch.ones(1), states[0]["memory"][None], shared, context)
     torch.testing.assert_close(alone[0, 0], states[0]["log_lr"].mean())
-    both = rule.prepare(weights, torch.stack([state["memory"] for state in states]), shared, context)
+    memories = torch.stack([state["memory"] for state in states])
+    both = rule.prepare(weights, torch.ones(2), memories, shared, context)
     together = torch.cat([state["log_lr"] for state in states]).mean()
     torch.testing.assert_close(both[:, 0], together.expand(2))

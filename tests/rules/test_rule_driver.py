@@ -46,7 +46,8 @@ def step_by_hand(model: Model, grads: Sequence[Tensor], context: StepContext) ->
     """Call the phases on flat tensors, one at a time."""
     rule, weights = model.rule, model.weights
     memory = torch.stack([state["memory"] for state in model.states])
-    given = rule.prepare(weights, memory, model.shared, context)
+    steps = torch.stack([state["step"] + 1 for state in model.states])
+    given = rule.prepare(weights, steps, memory, model.shared, context)
     observed, sums = [], []
     for index, (param, grad, state) in enumerate(zip(model.params, grads, model.states, strict=True)):
         flat = {
@@ -54,11 +55,9 @@ def step_by_hand(model: Model, grads: Sequence[Tensor], context: StepContext) ->
             for key, value in state.items()
             if key not in rule.tensor_state
         }
-        constants = {"step": state["step"].view(1) + 1}
-        if given.shape[1]:
-            constants["given"] = given[index][:, None]
+        constants = {"step": state["step"].view(1) + 1, "given": given[index][:, None]}
         new, terms = rule.observe(weights, flat | constants, grad.reshape(-1), param.reshape(-1), context)
-        observed.append({**flat, **new, "step": state["step"].view(1) + 1})
+        observed.append({**flat, **new, **constants})
         sums.append(terms.sum(1))
     controls, memory, shared = rule.mix(weights, torch.stack(sums), memory, model.shared, context)
     deltas, states = [], []
@@ -68,7 +67,7 @@ def step_by_hand(model: Model, grads: Sequence[Tensor], context: StepContext) ->
         )
         deltas.append(delta.view(param.shape))
         final = {**observed[index], **new, "memory": memory[index]}
-        states.append({key: value.view(model.states[index][key].shape) for key, value in final.items()})
+        states.append({key: final[key].view(old.shape) for key, old in model.states[index].items()})
     return RuleResult(deltas, states, shared)
 
 
