@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .config import EstimatorConfig, MetaTrainConfig, ObjectiveConfig, TaskConfig
+from .config import EstimatorConfig, FlatnessConfig, MetaTrainConfig, ObjectiveConfig, TaskConfig
 
 
 def smoke() -> MetaTrainConfig:
@@ -44,9 +44,9 @@ def flat_v1() -> MetaTrainConfig:
             base_weight=0.1,
             final_weight=3.0,
             final_power=4.0,
-            flatness="perturbation-gap",
-            flatness_coefficient=0.3,
-            flatness_radius=0.1,
+            flatness=FlatnessConfig(
+                name="perturbation-gap", coefficient=0.3, options={"radius": 0.1}, signed=True, clip=6.0
+            ),
         ),
         num_updates=2_739,
         schedule_updates=4_000,
