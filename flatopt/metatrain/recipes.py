@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
-from .config import EstimatorConfig, FlatnessConfig, MetaTrainConfig, ObjectiveConfig, TaskConfig
+from .config import (
+    CurriculumConfig,
+    EstimatorConfig,
+    FlatnessConfig,
+    ImitationConfig,
+    MetaTrainConfig,
+    ObjectiveConfig,
+    TaskConfig,
+    ValidationConfig,
+)
 
 
 def smoke() -> MetaTrainConfig:
@@ -58,5 +68,70 @@ def flat_v1() -> MetaTrainConfig:
     )
 
 
-RECIPES: dict[str, Callable[[], MetaTrainConfig]] = {"smoke": smoke, "flat-v1": flat_v1}
+PENALTIES = {
+    "": FlatnessConfig(),
+    # One product for the value, five without a graph for the vector; at the end of a run, where the minimum is.
+    "hessian": FlatnessConfig(
+        name="top-eigenvalue", coefficient=0.01, options={"num_iterations": 5}, schedule="every", every=2
+    ),
+    "entropy": FlatnessConfig(
+        name="local-entropy",
+        coefficient=0.1,
+        options={"gamma": 1.0, "num_steps": 5, "step_size": 0.1, "temperature": 1e-6},
+        schedule="every",
+        every=2,
+    ),
+}
+"""The penalties of the published rules by the end of the recipe's name."""
+
+IMITATION = {"l2o-dm": (0.0, 0.1, 0.3), "rnnprop": (0.3,), "l2o-scale": (0.1,)}
+"""Share of imitation in each stage, by rule."""
+
+
+def published(rule: str, penalty: str = "") -> MetaTrainConfig:
+    """Return the enhanced training of a published rule on the 784-20-10 net: curriculum, imitation, held-out selection.
+
+    The objective is the training loss after each step, its logarithm for L2O-Scale, and a penalty on sharpness if any.
+
+    Args:
+        rule: ``l2o-dm``, ``rnnprop`` or ``l2o-scale``.
+        penalty: a key of ``PENALTIES``: none, ``hessian`` or ``entropy``.
+    """
+    return MetaTrainConfig(
+        recipe=f"{rule}-{penalty}" if penalty else rule,
+        rule=rule,
+        estimator=EstimatorConfig(name="truncated-backprop", truncation_length=20),
+        tasks=(
+            TaskConfig(name="mnist-mlp", num_tasks=1, min_steps=100, max_steps=100, unknown_horizon_probability=1.0),
+        ),
+        objective=ObjectiveConfig(
+            meta_split="train",
+            transform="log" if rule == "l2o-scale" else "none",
+            base_weight=1.0,
+            final_weight=0.0,
+            flatness=PENALTIES[penalty],
+            clip=100.0,
+        ),
+        curriculum=CurriculumConfig(stages=(100, 200, 500), min_num_eval=3),
+        # The loss is measured in units of the teacher's step: one Adam serves both kinds of updates.
+        imitation=ImitationConfig(probabilities=IMITATION[rule], lr=0.01, coefficient=1e4),
+        validation=ValidationConfig(num_tasks=2),
+        num_updates=800,
+        meta_lr=1e-3,
+        meta_lr_final_fraction=0.1,
+        max_grad_norm=1.0,
+        validate_every=50,
+        checkpoint_every=50,
+    )
+
+
+RECIPES: dict[str, Callable[[], MetaTrainConfig]] = {
+    "smoke": smoke,
+    "flat-v1": flat_v1,
+    **{
+        f"{rule}-{penalty}" if penalty else rule: partial(published, rule, penalty)
+        for rule in IMITATION
+        for penalty in PENALTIES
+    },
+}
 """Every recipe by the name that the command line uses."""

@@ -133,7 +133,7 @@ def test_families_count_by_their_weight():
     inner = make_inner("mlp", "norm").inner
     state = inner.reset(weights, generator)
     draws = inner.draw(state, generator)
-    loss, _ = inner.unroll(weights, state, draws)
+    loss, *_ = inner.unroll(weights, state, draws)
     alone = [InnerRuns(unrolls=[unroll]).unroll(weights, state, draws)[0] for unroll in inner.unrolls]
     torch.testing.assert_close(loss, (1 * alone[0] + 2 * alone[1]) / 3)
     assert abs(float((alone[0] - alone[1]).detach())) > 0.01
