@@ -95,7 +95,7 @@ def _list(arguments: argparse.Namespace) -> None:
     for name, recipe in RECIPES.items():
         config = recipe()
         first_line = (recipe.__doc__ or "").partition("\n")[0]
-        print(f"{name:12} {config.rule}, {config.num_updates} updates.  {first_line}")
+        print(f"{name:18} {config.rule}, {config.num_updates} updates.  {first_line}")
 
 
 def _run(arguments: argparse.Namespace) -> None:
