@@ -36,6 +36,7 @@ from .perturbation import SamGap as SamGap
 from .perturbation import sam_gap as sam_gap
 from .spectrum import Quadrature as Quadrature
 from .spectrum import SpectralDensity as SpectralDensity
+from .spectrum import SpectralPenalty as SpectralPenalty
 from .spectrum import plot_spectral_density as plot_spectral_density
 from .spectrum import spectral_density as spectral_density
 from .spectrum import spectral_quadrature as spectral_quadrature

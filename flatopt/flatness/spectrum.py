@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._curvature import hessian_operator
 from ._lanczos import eigh, lanczos
-from ._measure import LossFn, Params
+from ._measure import FlatnessMeasure, LossFn, Noise, Params
 from ._vectors import check_positive, num_coordinates, probes, rademacher
 
 if TYPE_CHECKING:
@@ -33,6 +34,67 @@ class Quadrature(NamedTuple):
 
     nodes: Tensor
     weights: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralPenalty(FlatnessMeasure):
+    """Mean size of the eigenvalues by quadrature, ``trace(h(H)) / d`` with ``h(x) = |x|`` or ``max(x, 0)``.
+
+    With ``s(x) = h(x) / x``, the sign or the step function, each probe of signs gives
+
+        u = s(H) z  ~  ||z|| Q s(T) e_1,      R = u^T H z / d
+
+    where the Lanczos iteration that finds ``u`` has no graph and ``u`` is held fixed.  The value is that of the
+    quadrature rule, never negative, and as ``h`` is homogeneous its gradient ``z^T s(H) dH z / d`` is an unbiased
+    estimate of that of ``trace(h(H)) / d``, as far as ``num_lanczos`` resolves the spectrum.  ``h(x) = x`` and
+    ``h(x) = x^2`` need no quadrature: :class:`HutchinsonTrace`, :class:`SquaredTrace`.
+
+    Cost: ``num_lanczos + 1`` Hessian-vector products per probe.
+
+    Attributes:
+        function: ``"magnitude"`` for ``|x|``, ``"positive"`` for ``max(x, 0)``.
+        num_matvecs: number of probes.
+        num_lanczos: steps of the iteration, at most ``d``.
+
+    References:
+        Ghorbani et al., 2019, https://arxiv.org/abs/1901.10159
+
+    Example:
+        >>> params = {"x": torch.tensor([1.0, -2.0])}
+        >>> measure = SpectralPenalty()
+        >>> measure(lambda params: (params["x"] ** 3).sum(), params, measure.sample_noise(params)).round(decimals=3)
+        tensor(9.)
+    """
+
+    function: Literal["magnitude", "positive"] = "magnitude"
+    num_matvecs: int = 1
+    num_lanczos: int = 10
+
+    def __post_init__(self) -> None:
+        check_positive(num_matvecs=self.num_matvecs, num_lanczos=self.num_lanczos)
+        if self.function not in ("magnitude", "positive"):
+            raise ValueError(f"function must be 'magnitude' or 'positive', got {self.function!r}")
+
+    def sample_noise(self, params: Params, generator: torch.Generator | None = None) -> Noise:
+        """Draw ``num_matvecs`` vectors of signs."""
+        return rademacher(params, self.num_matvecs, generator)
+
+    def __call__(self, loss_fn: LossFn, params: Params, noise: Noise) -> Tensor:
+        """Return the mean of ``u^T H z / d``."""
+        hessian = hessian_operator(loss_fn, params)
+        values = [self._filtered(loss_fn, params, z) @ hessian(z) for z in probes(noise)]
+        return torch.stack(values).mean() / num_coordinates(params)
+
+    def _filtered(self, loss_fn: LossFn, params: Params, z: Tensor) -> Tensor:
+        """Return ``u``."""
+        with torch.no_grad():
+            num_steps = min(self.num_lanczos, num_coordinates(params))
+            krylov = deque(lanczos(hessian_operator(loss_fn, params), z, num_steps), maxlen=1).pop()
+            nodes, vectors = eigh(krylov.tridiagonal)
+            signs = nodes.sign() if self.function == "magnitude" else (nodes > 0).to(nodes)
+            # NaN nodes, of a loss that is not finite, must stay NaN.
+            signs = torch.where(nodes.isfinite(), signs, nodes)
+            return (torch.linalg.vector_norm(z) * ((vectors @ (signs * vectors[0])) @ krylov.basis)).detach()
 
 
 class SpectralDensity(NamedTuple):

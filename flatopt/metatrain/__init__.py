@@ -1,15 +1,28 @@
 """Meta-training: learning the weights of a rule.  Nothing outside this folder imports it."""
 
-from .config import EstimatorConfig, MetaTrainConfig, ObjectiveConfig, TaskConfig
+from .config import (
+    CurriculumConfig,
+    EstimatorConfig,
+    FlatnessConfig,
+    ImitationConfig,
+    MetaTrainConfig,
+    ObjectiveConfig,
+    TaskConfig,
+    ValidationConfig,
+)
 from .recipes import RECIPES
 from .trainer import TrainingInterrupted, train
 
 __all__ = [
     "RECIPES",
+    "CurriculumConfig",
     "EstimatorConfig",
+    "FlatnessConfig",
+    "ImitationConfig",
     "MetaTrainConfig",
     "ObjectiveConfig",
     "TaskConfig",
     "TrainingInterrupted",
+    "ValidationConfig",
     "train",
 ]

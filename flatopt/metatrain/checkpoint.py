@@ -26,12 +26,12 @@ from torch import Tensor
 from ..rules import Weights
 from .config import MetaTrainConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WRITING = ".writing-"
 """Prefix of what is not finished; may be removed by anyone who knows that no run is writing."""
 
-_GROUPS = ("weights", "average", "optimizer", "estimator", "generator")
-_COUNTERS = ("update", "seconds", "num_dropped", "smoothed_loss", "best_validation", "sessions")
+_GROUPS = ("weights", "average", "best", "optimizer", "estimator", "generator")
+_COUNTERS = ("update", "seconds", "num_dropped", "smoothed_loss", "best_validation", "progress", "sessions")
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -49,12 +49,16 @@ class Checkpoint:
     smoothed_loss: float | None
     """Moving average of the meta-loss."""
     best_validation: dict[str, Any] | None
-    """Lowest validation loss so far: ``update`` and ``loss``."""
+    """Lowest validation loss so far: ``update`` and ``loss``, and ``num_steps`` of its runs in a curriculum."""
+    progress: dict[str, Any]
+    """Where in the curriculum the run is: the fields of :class:`~flatopt.metatrain.curriculum.Progress`."""
     sessions: list[dict[str, Any]]
     """Where and how each session of the run was started."""
     weights: Weights
     average: Weights
     """Moving average of the weights, empty where none is kept."""
+    best: Weights
+    """Weights of the lowest validation loss, empty before the first validation."""
     optimizer: dict[str, Tensor]
     """State of the meta-optimizer by ``weight/key``."""
     estimator: dict[str, Tensor]
@@ -64,8 +68,8 @@ class Checkpoint:
 
     @property
     def shipped_weights(self) -> Weights:
-        """The weights to export: the moving average where one is kept."""
-        return self.average or self.weights
+        """The weights to export: the best by validation, else the moving average, where there are such."""
+        return self.best or self.average or self.weights
 
 
 def save(checkpoint: Checkpoint, folder: Path, *, keep: int = 2) -> Path:

@@ -95,7 +95,7 @@ def _list(arguments: argparse.Namespace) -> None:
     for name, recipe in RECIPES.items():
         config = recipe()
         first_line = (recipe.__doc__ or "").partition("\n")[0]
-        print(f"{name:12} {config.rule}, {config.num_updates} updates.  {first_line}")
+        print(f"{name:18} {config.rule}, {config.num_updates} updates.  {first_line}")
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -147,20 +147,24 @@ def make_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
 def make_card(checkpoint: Checkpoint) -> str:
     """Return the card of a learned rule: where it comes from and how to make it again."""
     config = checkpoint.config
-    average = f"moving average, decay {config.ema_decay}" if checkpoint.average else "of the last update"
+    kind = f"moving average, decay {config.ema_decay}" if checkpoint.average else "of the last update"
+    if checkpoint.best and checkpoint.best_validation is not None:
+        average = "moving average" if checkpoint.average else "no average"
+        kind = f"the best by validation, of update {checkpoint.best_validation['update']} ({average})"
     facts = {
         "Recipe": f"`{config.recipe}`",
         "Rule": f"`{config.rule}`",
         "Seed": config.seed,
         "Meta-updates": f"{checkpoint.update} of {config.num_updates}",
-        "Weights": f"{sum(value.numel() for value in checkpoint.weights.values())} numbers, {average}",
+        "Weights": f"{sum(value.numel() for value in checkpoint.weights.values())} numbers, {kind}",
         "Time": f"{timedelta(seconds=round(checkpoint.seconds))} (h:mm:ss)",
         "Meta-loss, smoothed": _number(checkpoint.smoothed_loss),
         "Meta-gradients dropped (not finite)": checkpoint.num_dropped,
     }
     if checkpoint.best_validation is not None:
         best = checkpoint.best_validation
-        facts["Lowest validation loss"] = f"{_number(best['loss'])} at update {best['update']}"
+        length = f", runs of {best['num_steps']} steps" if "num_steps" in best else ""
+        facts["Lowest validation loss"] = f"{_number(best['loss'])} at update {best['update']}{length}"
     lines = [f"# {config.recipe}", "", f"A learned optimizer for flatopt: weights of the rule `{config.rule}`."]
     lines += ["", "## Where it comes from", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]

@@ -13,9 +13,41 @@ from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from ..flatness import (
+    EntropySurrogate,
+    FlatnessMeasure,
+    GradientNorm,
+    HutchinsonTrace,
+    PerturbationGap,
+    SamGap,
+    SpectralPenalty,
+    SquaredTrace,
+    TopEigenvalue,
+)
 from ..rules import RULES, UpdateRule
 
 T = TypeVar("T")
+
+MEASURES: dict[str, type[FlatnessMeasure]] = {
+    "top-eigenvalue": TopEigenvalue,
+    "trace": HutchinsonTrace,
+    "squared-trace": SquaredTrace,
+    "spectral-quadrature": SpectralPenalty,
+    "local-entropy": EntropySurrogate,
+    "gradient-norm": GradientNorm,
+    "sam-gap": SamGap,
+    "perturbation-gap": PerturbationGap,
+}
+"""Every measure of flatness by the name that configurations use."""
+
+MEASURE_DEFAULTS: dict[str, dict[str, Any]] = {"top-eigenvalue": {"tol": 0.0, "num_iterations": 5}}
+"""Where meta-training needs other defaults: an early stop looks at values, which a recorded step cannot."""
+
+SCHEDULES = ("always", "first", "last", "every")
+EVOLUTION_STRATEGIES = ("persistent-es", "truncated-es")
+META_OPTIMIZERS = ("adam", "rmsprop-tf")
+TRANSFORMS = ("none", "log")
+TEACHERS = ("adam", "rmsprop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +88,13 @@ class TaskConfig:
     """Fraction of the runs in which the rule is not told the horizon."""
     weight: float = 1.0
     """Weight of the family in the meta-loss."""
+    random_scaling: float = 0.0
+    """Bound ``b`` of random scaling: the parameters are held in units of ``exp(U(-b, b))`` per coordinate; 0 for none.
+    Never in validation."""
 
     def __post_init__(self) -> None:
         key = f"tasks.{self.name}"
+        _require(0 <= self.random_scaling < 20, f"{key}.random_scaling must be in [0, 20)", self.random_scaling)
         _require(self.num_tasks >= 1, f"{key}.num_tasks must be at least 1", self.num_tasks)
         _require(self.min_steps >= 1, f"{key}.min_steps must be at least 1", self.min_steps)
         _require(self.max_steps >= self.min_steps, f"{key}.max_steps must be at least min_steps", self.max_steps)
@@ -67,27 +103,158 @@ class TaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FlatnessConfig:
+    """A measure of flatness as a penalty: which one, how much, and at which steps of a run.
+
+    The penalty is ``coefficient * measure`` at the steps where the schedule is on and 0 at the others.  A measure that
+    can be negative counts as 0 there, so that negative curvature is never rewarded, unless ``signed``.
+
+    Example:
+        >>> FlatnessConfig(name="trace", options={"num_matvecs": 2}).build_measure()
+        HutchinsonTrace(num_matvecs=2)
+    """
+
+    name: str | None = None
+    """A key of the named measures (``top-eigenvalue``, ``trace``, ...), no penalty if ``None``."""
+    coefficient: float = 0.0
+    """Weight of the measure."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Fields of the measure that differ from their defaults; JSON values."""
+    schedule: str = "always"
+    """``always``, the ``first`` or ``last`` part of the horizon, or ``every`` so many steps."""
+    fraction: float = 0.5
+    """Size of that part, as a fraction of the horizon."""
+    every: int = 1
+    """On at steps ``every, 2 every, ...``, counted from 1."""
+    signed: bool = False
+    """Let negative values count.  For a difference of losses whose mean is wanted, such as ``perturbation-gap``."""
+    clip: float = 100.0
+    """Values above this count as this."""
+
+    def __post_init__(self) -> None:
+        key = "flatness"
+        valid = ", ".join(SCHEDULES)
+        _require(self.schedule in SCHEDULES, f"{key}.schedule must be one of {valid}", self.schedule)
+        _require(0 < self.fraction <= 1, f"{key}.fraction must be in (0, 1]", self.fraction)
+        _require(self.every >= 1, f"{key}.every must be at least 1", self.every)
+        _require(self.coefficient >= 0, f"{key}.coefficient must not be negative", self.coefficient)
+        _require(self.clip > 0, f"{key}.clip must be positive", self.clip)
+        if self.name is None:
+            _require(not self.options, f"{key}.options need a {key}.name", self.options)
+        self.build_measure()
+
+    def build_measure(self) -> FlatnessMeasure | None:
+        """Return the measure with its options, or ``None``.
+
+        Raises:
+            ValueError: for an unknown name or option, naming the valid ones, or a value that does not fit.
+        """
+        if self.name is None:
+            return None
+        if self.name not in MEASURES:
+            raise ValueError(f"unknown flatness.name {self.name!r}: valid are none, {_names(MEASURES)}")
+        options = MEASURE_DEFAULTS.get(self.name, {}) | self.options
+        measure: FlatnessMeasure = _convert(options, MEASURES[self.name], "flatness.options")
+        if isinstance(measure, TopEigenvalue) and measure.tol > 0:
+            raise ValueError(f"flatness.options.tol must be 0: a recorded step has no early stop, not {measure.tol}")
+        if isinstance(measure, EntropySurrogate) and measure.subtract_loss:
+            raise ValueError("flatness.options.subtract_loss must be false: the difference rewards negative curvature")
+        return measure
+
+
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """What an inner run is judged by, at each of its steps."""
 
     train_weight: float = 0.0
-    """Weight of the loss on a fresh batch of the training split."""
+    """Weight of the loss before the step, on the batch of the training split whose gradient the rule sees."""
     meta_weight: float = 1.0
-    """Weight of the loss on a fresh batch of a split that is never trained on."""
+    """Weight of the loss after the step, on a fresh batch of ``meta_split``."""
+    meta_split: str = "meta"
+    """Where that batch is from: ``meta``, never trained on, or ``train``, as published."""
+    transform: str = "none"
+    """What both losses go through: ``none``, or ``log`` for the logarithm of the loss over that at the start of the
+    run."""
     base_weight: float = 0.1
     """Weight of every step of the run."""
     final_weight: float = 3.0
     """Additional weight, times ``final_power``-th power of the fraction of the horizon."""
     final_power: float = 4.0
     """Exponent that moves the weight to the end of the run."""
-    flatness: str | None = None
-    """Name of the flatness term, none if ``None``."""
-    flatness_coefficient: float = 0.0
-    """Weight of the flatness term."""
-    flatness_radius: float = 0.1
-    """Radius of its perturbation, relative to the RMS of each parameter."""
+    flatness: FlatnessConfig = field(default_factory=FlatnessConfig)
+    """Penalty on the meta-objective: the *rule* learns to find flat minima."""
+    inner_flatness: FlatnessConfig = field(default_factory=FlatnessConfig)
+    """Penalty on the inner loss whose gradient the rule sees: the *optimizee* is regularised, as a baseline."""
     clip: float = 6.0
     """Losses above this count as this."""
+
+    def __post_init__(self) -> None:
+        splits = ("meta", "train")
+        _require(self.meta_split in splits, "objective.meta_split must be one of meta, train", self.meta_split)
+        _require(
+            self.transform in TRANSFORMS, f"objective.transform must be one of {', '.join(TRANSFORMS)}", self.transform
+        )
+        _require(self.clip > 0, "objective.clip must be positive", self.clip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumConfig:
+    """Ever longer runs: a stage ends when validation no longer improves; see :mod:`flatopt.metatrain.curriculum`."""
+
+    stages: tuple[int, ...] = ()
+    """Steps of the training runs of each stage, in place of the horizons of the tasks; no curriculum if empty.
+    Validation runs have the length of the next stage, in the last one that of the stage itself."""
+    min_num_eval: int = 3
+    """Validations that a stage has at least."""
+
+    def __post_init__(self) -> None:
+        key, stages = "curriculum.stages", self.stages
+        _require(all(stage >= 1 for stage in stages), f"{key} must be at least 1", stages)
+        _require(list(stages) == sorted(set(stages)), f"{key} must increase", stages)
+        _require(self.min_num_eval >= 1, "curriculum.min_num_eval must be at least 1", self.min_num_eval)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImitationConfig:
+    """Updates in which the rule imitates known optimizers; see :mod:`flatopt.metatrain.imitation`."""
+
+    probabilities: tuple[float, ...] = ()
+    """Share of such updates in each stage of the curriculum, the last repeated; none if empty."""
+    teachers: tuple[str, ...] = ("adam",)
+    """``adam`` or ``rmsprop`` (Adam without its first moment); one is drawn for each imitation update."""
+    lr: float = 0.01
+    """Learning rate of the teachers."""
+    coefficient: float = 1.0
+    """Weight of the imitation loss; ``1 / lr^2`` measures it in units of the teacher's step."""
+
+    def __post_init__(self) -> None:
+        for probability in self.probabilities:
+            _require(0 <= probability <= 1, "imitation.probabilities must be in [0, 1]", probability)
+        for teacher in self.teachers:
+            _require(teacher in TEACHERS, f"imitation.teachers must be of {', '.join(TEACHERS)}", teacher)
+        _require(len(self.teachers) > 0, "imitation.teachers must name at least one", self.teachers)
+        _require(self.lr > 0, "imitation.lr must be positive", self.lr)
+        _require(self.coefficient > 0, "imitation.coefficient must be positive", self.coefficient)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Held-out runs, the same at every validation; see :mod:`flatopt.metatrain.validation`."""
+
+    num_tasks: int = 4
+    """Runs of each family."""
+    num_steps: int | None = None
+    """Their steps where there is no curriculum; the longest horizon of each family if ``None``."""
+    seed: int = 1_000
+    """Seed of their problems and batches."""
+    patience: int | None = None
+    """Without a curriculum, end the run after so many validations without improvement; never if ``None``."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_tasks >= 1, "validation.num_tasks must be at least 1", self.num_tasks)
+        steps, patience = self.num_steps, self.patience
+        _require(steps is None or steps >= 1, "validation.num_steps must be at least 1 or none", steps)
+        _require(patience is None or patience >= 1, "validation.patience must be at least 1 or none", patience)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +278,15 @@ class MetaTrainConfig:
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     tasks: tuple[TaskConfig, ...]
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    imitation: ImitationConfig = field(default_factory=ImitationConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     num_updates: int
-    """Meta-updates of the whole run."""
+    """Meta-updates of the whole run, unless validation ends it earlier."""
+    meta_optimizer: str = "adam"
+    """``adam``, or ``rmsprop-tf`` for the RMSProp of TensorFlow 1."""
     meta_lr: float = 4e-4
-    """Peak learning rate of the meta-optimizer, Adam."""
+    """Peak learning rate of the meta-optimizer."""
     meta_lr_final_fraction: float = 0.0
     """What is left of it at the end of the cosine."""
     schedule_updates: int | None = None
@@ -133,7 +305,7 @@ class MetaTrainConfig:
     log_every: int = 10
     """Meta-updates between lines of ``metrics.jsonl``."""
     validate_every: int = 0
-    """Meta-updates between validations, where the caller gave a validation; 0 for none."""
+    """Meta-updates between validations; 0 for none.  With validation, what is exported are the best weights by it."""
     compile: bool = False
     """Compile the recorded inner step with ``torch.compile``: takes minutes per family on a CPU
     (evolution strategies only)."""
@@ -157,6 +329,18 @@ class MetaTrainConfig:
         limit = self.max_grad_norm
         _require(limit is None or 0 < limit < math.inf, "max_grad_norm must be a positive number or none", limit)
         _require(0 <= self.ema_decay < 1, "ema_decay must be in [0, 1)", self.ema_decay)
+        valid = ", ".join(META_OPTIMIZERS)
+        _require(self.meta_optimizer in META_OPTIMIZERS, f"meta_optimizer must be one of {valid}", self.meta_optimizer)
+        _require(
+            not self.curriculum.stages or self.validate_every > 0,
+            "validate_every must be at least 1 with a curriculum",
+            self.validate_every,
+        )
+        if self.estimator.name in EVOLUTION_STRATEGIES and self.objective.flatness.name == "local-entropy":
+            raise ValueError(
+                "objective.flatness.name 'local-entropy' has a gradient but no meaningful value, and "
+                f"{self.estimator.name} only evaluates: use 'perturbation-gap', or estimator.name=truncated-backprop"
+            )
 
     def build_rule(self) -> UpdateRule:
         """Return the rule with its options; ``ValueError`` names the valid ones."""

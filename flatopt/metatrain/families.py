@@ -71,6 +71,21 @@ def transformer() -> TaskDistribution:
     )
 
 
+def mnist_mlp() -> TaskDistribution:
+    """Return the 784-20-10 sigmoid nets that L2O-DM, RNNProp and L2O-Scale were meta-trained on, with Fashion-MNIST."""
+    return TaskDistribution(
+        model=MLP(sizes=(784, 20, 10), activation="sigmoid", initialization="small"),
+        sources=(("fashion-mnist", 1.0),),
+        size=28,
+        batch_size=128,
+        num_train_range=(50_000, 50_000),
+        input_scale_range=(1.0, 1.0),
+        init_scale_range=(1.0, 1.0),
+        label_noise_probability=0.0,
+        label_permutation=False,
+    )
+
+
 FAMILIES: dict[str, Callable[[], TaskDistribution]] = {
     "mlp": mlp,
     "mlp-deep": mlp_deep,
@@ -82,5 +97,6 @@ FAMILIES: dict[str, Callable[[], TaskDistribution]] = {
     "cnn": cnn,
     "lstm": lstm,
     "transformer": transformer,
+    "mnist-mlp": mnist_mlp,
 }
 """Every family by the name that configurations use."""

@@ -1,7 +1,9 @@
-"""The meta-training loop: estimate a meta-gradient, clip it, step Adam, log, checkpoint.
+"""The meta-training loop: estimate a meta-gradient, clip it, step the meta-optimizer, validate, log, checkpoint.
 
     g <- estimator(w);   g <- g min(1, max_grad_norm / ||g||);   w <- Adam(w, g, lr(update))
     average <- lerp(average, w, 1 - decay)
+
+Every so many updates the average, or w without one, is validated; :mod:`flatopt.metatrain.curriculum` says what then.
 
 A run is a function of its configuration.  It may be stopped at any moment, SIGKILL included, and goes on from its last
 whole checkpoint to the very bits that it would have reached uninterrupted (on the same machine and thread count).
@@ -31,13 +33,18 @@ from torch import Tensor
 from ..rules import Weights
 from .checkpoint import WRITING, Checkpoint, latest, save
 from .config import MetaTrainConfig
-from .estimators import EstimatorState, GradientEstimator, MetaGradient, build_estimator
+from .curriculum import Progress, decide, train_steps, validation_steps
+from .estimators import EstimatorState, GradientEstimator, MetaGradient, build_estimator, enter_stage
+from .meta_optimizer import build_meta_optimizer
 
 SMOOTHING = 0.98
 """Decay of the moving average of the meta-loss that is shown and logged."""
 
 SECONDS_BETWEEN_LINES = 30.0
 """Time between progress lines where standard error is not a terminal."""
+
+Validate = Callable[[Weights, int | None], float]
+"""``validate(weights, num_steps)``: the loss of weights; ``num_steps`` is ``None`` without a curriculum."""
 
 
 class TrainingInterrupted(Exception):
@@ -56,7 +63,7 @@ def train(
     device: str | torch.device = "cpu",
     estimator: GradientEstimator | None = None,
     resume: bool = False,
-    validate: Callable[[Weights], float] | None = None,
+    validate: Validate | None = None,
     command: str = "flatopt.metatrain.train",
 ) -> Weights:
     """Run meta-training to its end, from the start or from the last whole checkpoint.
@@ -70,12 +77,14 @@ def train(
         device: where to compute.
         estimator: replaces the one that ``config.estimator`` names.
         resume: go on from the last whole checkpoint in ``out``.
-        validate: loss of the weights that would be shipped, called every ``config.validate_every`` updates; it must
-            not depend on when it is called.
+        validate: loss of weights, called every ``config.validate_every`` updates with their moving average, or the
+            weights where none is kept; it must not depend on when it is called.  Replaces the one that ``config``
+            describes.
         command: how the run was started, for the record.
 
     Returns:
-        The weights to ship: their moving average if ``config.ema_decay`` is positive, else the last ones; on the CPU.
+        The weights to ship, on the CPU: the best by validation if there was one, else their moving average if
+        ``config.ema_decay`` is positive, else the last ones.
 
     Raises:
         ValueError: for an ``out`` that is not empty, or holds no whole checkpoint or another run when resuming, and
@@ -91,6 +100,11 @@ def train(
         raise ValueError(f"{out} holds a run of another configuration: resume it with its own")
     if estimator is None:
         estimator = build_estimator(config, config.build_rule(), device)
+    if validate is None and config.validate_every:
+        # Imported here: the inner problems behind it need data.
+        from .validation import build_validation
+
+        validate = build_validation(config, config.build_rule(), device)
 
     run = _Run(config, device, estimator, _describe_session(device, command), checkpoint)
     with _StopOnSignal() as stop:
@@ -98,7 +112,7 @@ def train(
             save(run.checkpoint(), out / "checkpoints")
         with _Log(config, out, run) as log:
             _loop(config, out, run, log, stop, validate)
-        if stop.signal_number is not None and run.update < config.num_updates:
+        if stop.signal_number is not None and not run.is_done:
             raise TrainingInterrupted(stop.signal_number, run.update)
     return {name: weight.cpu() for name, weight in run.shipped_weights.items()}
 
@@ -162,20 +176,24 @@ class _Run:
             self.update, self.seconds, self.num_dropped = 0, 0.0, 0
             self.smoothed_loss: float | None = None
             self.best_validation: dict[str, Any] | None = None
+            self.best: Weights = {}
+            self.progress = Progress()
             self.generator.manual_seed(config.seed)
             self.weights = _move(config.build_rule().init_weights(self.generator), device)
             self.average = _move(self.weights, device) if config.ema_decay > 0 else {}
-            self.optimizer = torch.optim.Adam(list(self.weights.values()))
+            self.optimizer = build_meta_optimizer(config.meta_optimizer, list(self.weights.values()))
             self.estimator_state: EstimatorState = estimator.init(_copy(self.weights), self.generator)
+            self._enter_stage()
             self.sessions = []
         else:
             self.update, self.seconds = checkpoint.update, checkpoint.seconds
             self.num_dropped, self.smoothed_loss = checkpoint.num_dropped, checkpoint.smoothed_loss
-            self.best_validation = checkpoint.best_validation
+            self.best_validation, self.progress = checkpoint.best_validation, Progress(**checkpoint.progress)
+            self.best = _move(checkpoint.best, device)
             self.generator.set_state(checkpoint.generator["main"])
             self.weights = _move(checkpoint.weights, device)
             self.average = _move(checkpoint.average, device)
-            self.optimizer = torch.optim.Adam(list(self.weights.values()))
+            self.optimizer = build_meta_optimizer(config.meta_optimizer, list(self.weights.values()))
             self._load_optimizer(checkpoint.optimizer)
             self.estimator_state = _move(checkpoint.estimator, device)
             self.sessions = checkpoint.sessions
@@ -184,7 +202,50 @@ class _Run:
 
     @property
     def shipped_weights(self) -> Weights:
+        return self.best or self.candidate
+
+    @property
+    def candidate(self) -> Weights:
+        """What is validated."""
         return self.average or self.weights
+
+    @property
+    def is_done(self) -> bool:
+        return self.update >= self.config.num_updates or self.progress.finished
+
+    def validate(self, validate: Validate) -> float:
+        """Validate, and keep the weights, go back to the best ones and lengthen the runs, or end; return the loss."""
+        loss = self._measure(validate, self.candidate)
+        best_loss = None if self.best_validation is None else self.best_validation["loss"]
+        stage = self.progress.stage
+        self.progress, decision = decide(self.config, self.progress, loss, best_loss)
+        if decision == "keep":
+            self.best = _copy(self.candidate)
+            self._note_best(self.update, loss)
+        elif decision == "advance":
+            for weights in (self.weights, self.average):
+                for name, value in weights.items():
+                    value.copy_(self.best[name])
+            self._enter_stage()
+            if self.best_validation is not None and self.progress.stage != stage:
+                self._note_best(self.best_validation["update"], self._measure(validate, self.best))
+        return loss
+
+    def _measure(self, validate: Validate, weights: Weights) -> float:
+        return validate(_copy(weights), validation_steps(self.config.curriculum, self.progress.stage))
+
+    def _note_best(self, update: int, loss: float) -> None:
+        """Remember the best loss; one that is not finite, which only a longer run can give, is beaten by any other."""
+        self.best_validation = {"update": update, "loss": loss if math.isfinite(loss) else None}
+        if self.config.curriculum.stages:
+            steps = validation_steps(self.config.curriculum, self.progress.stage)
+            self.best_validation |= {"stage": self.progress.stage, "num_steps": steps}
+
+    def _enter_stage(self) -> None:
+        stage = self.progress.stage
+        if self.config.curriculum.stages:
+            steps = train_steps(self.config.curriculum, stage)
+            self.estimator_state = enter_stage(self.estimator_state, stage, steps)
 
     def step(self) -> dict[str, Any]:
         """Do one meta-update and return its metrics."""
@@ -241,9 +302,11 @@ class _Run:
             num_dropped=self.num_dropped,
             smoothed_loss=self.smoothed_loss,
             best_validation=self.best_validation,
+            progress=self.progress._asdict(),
             sessions=self.sessions,
             weights=self.weights,
             average=self.average,
+            best=self.best,
             optimizer={
                 f"{name}/{key}": value
                 for name, weight in self.weights.items()
@@ -260,14 +323,14 @@ def _loop(
     run: _Run,
     log: _Log,
     stop: _StopOnSignal,
-    validate: Callable[[Weights], float] | None,
+    validate: Validate | None,
 ) -> None:
     """Update until the end or a signal; the last update of either is always saved."""
     saved_update, saved_time = run.update, time.monotonic()
-    while run.update < config.num_updates and stop.signal_number is None:
+    while not run.is_done and stop.signal_number is None:
         metrics = run.step()
         if validate is not None and config.validate_every and run.update % config.validate_every == 0:
-            metrics["validation_loss"] = _validate(run, validate)
+            metrics |= {"validation_stage": run.progress.stage, "validation_loss": run.validate(validate)}
         log.write(metrics)
         due = config.checkpoint_every and run.update % config.checkpoint_every == 0
         if due or time.monotonic() - saved_time >= config.checkpoint_every_seconds:
@@ -275,13 +338,6 @@ def _loop(
             saved_update, saved_time = run.update, time.monotonic()
     if saved_update != run.update:
         save(run.checkpoint(), out / "checkpoints")
-
-
-def _validate(run: _Run, validate: Callable[[Weights], float]) -> float:
-    loss = validate(_copy(run.shipped_weights))
-    if math.isfinite(loss) and (run.best_validation is None or loss < run.best_validation["loss"]):
-        run.best_validation = {"update": run.update, "loss": loss}
-    return loss
 
 
 class _StopOnSignal(AbstractContextManager["_StopOnSignal"]):
@@ -360,6 +416,8 @@ class _Log(AbstractContextManager["_Log"]):
         run = self._run
         summary = f"{run.update} of {self._config.num_updates} updates in {timedelta(seconds=round(run.seconds))}"
         summary += f", meta-loss {_number(run.smoothed_loss)}"
+        if run.progress.finished:
+            summary += ", ended by validation"
         if run.num_dropped:
             summary += f", {run.num_dropped} meta-gradients were not finite and were dropped"
         print(summary, file=sys.stderr)

@@ -11,7 +11,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
@@ -22,11 +22,11 @@ from torch.func import grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from ..flatness import FlatnessMeasure
+from ..flatness import FlatnessMeasure, LossFn
 from ..rules import Phases, State, StepContext, UpdateRule, Weights, apply_rule, observe_phase, spell_out_products
-from ..tasks import Batch, Problems, TaskDistribution
-from .config import ObjectiveConfig, TaskConfig
-from .objective import build_flatness, clip_loss, step_weight
+from ..tasks import Batch, Params, Problems, Split, TaskDistribution
+from .config import FlatnessConfig, ObjectiveConfig, TaskConfig
+from .objective import clip_loss, penalty, schedule_mask, step_weight, transform_loss
 
 PACK_SIZE = 256
 """Tensors up to this size are handled side by side: fewer kernels to compile, and small ones cost no more."""
@@ -50,6 +50,8 @@ class Runs(NamedTuple):
     """Steps to take, ``[N]``."""
     num_steps: Tensor
     """What the rule is told of the horizon: the same, or ``inf``, ``[N]``."""
+    initial_loss: Tensor
+    """Loss before the first step, on its batch, ``[N]``; 0 until then."""
 
 
 class Draws(NamedTuple):
@@ -61,6 +63,8 @@ class Draws(NamedTuple):
     """What the runs are judged on, ``[L, P, ...]``."""
     noise: dict[str, Tensor]
     """Noise of the flatness term, ``[L, perturbations, P, ...]`` by parameter; empty without one."""
+    inner_noise: dict[str, Tensor]
+    """The same for the flatness term of the inner loss."""
 
 
 class StepLosses(NamedTuple):
@@ -68,8 +72,10 @@ class StepLosses(NamedTuple):
 
     objective: Tensor
     train: Tensor
+    """Loss before the step, without the flatness term of the inner loss."""
     meta: Tensor
     flatness: Tensor
+    """The measure, 0 where its schedule is off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +103,14 @@ class Unroll:
     mode: Mode = "recorded"
     second_derivatives: bool = False
 
-    def start(self, weights_N: Weights, num_pairs: int, copies: int, generator: torch.Generator) -> Runs:
+    def start(
+        self,
+        weights_N: Weights,
+        num_pairs: int,
+        copies: int,
+        generator: torch.Generator,
+        num_steps: int | None = None,
+    ) -> Runs:
         """Return ``copies * num_pairs`` fresh runs; copy ``c`` of problem ``i`` is run ``c * num_pairs + i``.
 
         Args:
@@ -105,14 +118,16 @@ class Unroll:
             num_pairs: number of different problems.
             copies: runs of each problem, which share initial parameters and batches.
             generator: CPU generator.
+            num_steps: horizon of all of them, drawn from the bounds of the task if ``None``.
         """
         problems = self.distribution.sample_problems(num_pairs, generator, self.device)
-        shortest, longest = self.task.min_steps / self.truncation_length, self.task.max_steps / self.truncation_length
+        bounds = (self.task.min_steps, self.task.max_steps) if num_steps is None else (num_steps, num_steps)
+        shortest, longest = (bound / self.truncation_length for bound in bounds)
         draw = torch.rand(num_pairs, generator=generator)
         log_length = math.log(shortest) + draw * (math.log(longest) - math.log(shortest))
         horizon = (log_length.exp().round().clamp(min=1) * self.truncation_length).to(self.device)
         unknown = torch.rand(num_pairs, generator=generator) < self.task.unknown_horizon_probability
-        num_steps = torch.where(unknown.to(self.device), torch.full_like(horizon, math.inf), horizon)
+        told = torch.where(unknown.to(self.device), torch.full_like(horizon, math.inf), horizon)
         repeated = _map(lambda value: value.repeat(copies, *(1,) * (value.dim() - 1)), problems)
         params = repeated.params
         init_state = vmap(lambda weights, param: self.rule.init_state(weights, param))
@@ -123,7 +138,8 @@ class Unroll:
             shared=vmap(self.rule.init_shared)(weights_N),
             step=torch.zeros(copies * num_pairs, device=self.device),
             horizon=horizon.repeat(copies),
-            num_steps=num_steps.repeat(copies),
+            num_steps=told.repeat(copies),
+            initial_loss=torch.zeros(copies * num_pairs, device=self.device),
         )
         return _map(torch.Tensor.contiguous, runs)
 
@@ -139,12 +155,18 @@ class Unroll:
         """Draw the batches and the noise of one truncation, the same for all copies of a problem."""
         first = _map(lambda value: value[: len(value) // copies], runs)
         train = self.distribution.sample_batches(first.problem, self.truncation_length, "train", generator)
-        meta = self.distribution.sample_batches(first.problem, self.truncation_length, "meta", generator)
-        measure = build_flatness(self.objective)
+        split: Split = "train" if self.objective.meta_split == "train" else "meta"
+        meta = self.distribution.sample_batches(first.problem, self.truncation_length, split, generator)
+        terms = (self.objective.flatness, self.objective.inner_flatness)
+        noise, inner_noise = (self._draw_noise(term, first.params, generator) for term in terms)
+        return Draws(train, meta, noise, inner_noise)
+
+    def _draw_noise(self, term: FlatnessConfig, params: Params, generator: torch.Generator) -> dict[str, Tensor]:
+        measure = term.build_measure()
         if measure is None:
-            return Draws(train, meta, {})
-        noise = [_noise(measure, first.params, generator) for _ in range(self.truncation_length)]
-        return Draws(train, meta, {name: torch.stack([step[name] for step in noise]) for name in noise[0]})
+            return {}
+        noise = [_noise(measure, params, generator) for _ in range(self.truncation_length)]
+        return {name: torch.stack([step[name] for step in noise]) for name in noise[0]}
 
     def unroll(self, weights_N: Weights, runs: Runs, draws: Draws, copies: int) -> tuple[Runs, StepLosses]:
         """Run one truncation with given draws; pure, and differentiable with respect to the weights.
@@ -154,30 +176,73 @@ class Unroll:
         """
         # A recorded graph holds the backward pass of the inner loss as plain operations, cut off from autograd.
         differentiated = any(weight.requires_grad for weight in weights_N.values())
-        one_step = self.step if differentiated or self.mode == "plain" else self._traced_step
         losses = []
-        for index in range(self.truncation_length):
+        for index, on in enumerate(self._terms_on(runs)):
+            variant = self._variants[on]
+            one_step = variant.step if differentiated or self.mode == "plain" else variant._traced_step
             train, meta = (Batch(*(_repeat(part[index], copies) for part in batch)) for batch in draws[:2])
-            noise = {name: _repeat(value[index], copies, dim=1) for name, value in draws.noise.items()}
-            runs, step_losses = one_step(weights_N, runs, train, meta, noise)
+            noise, inner_noise = (
+                {name: _repeat(value[index], copies, dim=1) for name, value in drawn.items() if is_on}
+                for drawn, is_on in zip(draws[2:], on, strict=True)
+            )
+            runs, step_losses = one_step(weights_N, runs, train, meta, noise, inner_noise)
             losses.append(step_losses)
         return runs, StepLosses(*(torch.stack(values) for values in zip(*losses, strict=True)))
+
+    def _terms_on(self, runs: Runs) -> list[tuple[bool, bool]]:
+        """Return for each step of a truncation whether any run counts the flatness terms, outer and inner."""
+        taken_LN = runs.step + torch.arange(self.truncation_length, device=self.device).unsqueeze(1)
+        on = []
+        for term in (self.objective.flatness, self.objective.inner_flatness):
+            if term.name is None or term.schedule == "always":
+                on.append([term.name is not None] * self.truncation_length)
+            else:
+                on.append(schedule_mask(term, taken_LN, runs.horizon).any(1).tolist())
+        return list(zip(*on, strict=True))
+
+    @cached_property
+    def _variants(self) -> dict[tuple[bool, bool], Unroll]:
+        """Return the same inner training with and without each of the flatness terms: what is off costs nothing."""
+        objective, none = self.objective, FlatnessConfig()
+        named = (objective.flatness.name is not None, objective.inner_flatness.name is not None)
+        variants: dict[tuple[bool, bool], Unroll] = {named: self}
+        for on in ((False, False), (False, True), (True, False)):
+            fewer = replace(
+                objective,
+                flatness=objective.flatness if on[0] else none,
+                inner_flatness=objective.inner_flatness if on[1] else none,
+            )
+            variants.setdefault(on, replace(self, objective=fewer))
+        return variants
 
     @cached_property
     def _traced_step(self) -> Callable[..., tuple[Runs, StepLosses]]:
         return _Trace(self.step, compiled=self.mode == "compiled")
 
     def step(
-        self, weights_N: Weights, runs: Runs, train: Batch, meta: Batch, noise: dict[str, Tensor]
+        self,
+        weights_N: Weights,
+        runs: Runs,
+        train: Batch,
+        meta: Batch,
+        noise: dict[str, Tensor],
+        inner_noise: dict[str, Tensor],
     ) -> tuple[Runs, StepLosses]:
         """Take one step of all runs; pure."""
-        config, rule, measure = self.objective, self.rule, build_flatness(self.objective)
+        config, rule = self.objective, self.rule
+        measure, inner_measure = config.flatness.build_measure(), config.inner_flatness.build_measure()
 
-        def learn(run: Runs, train: Batch, noise: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        def learn(
+            run: Runs, train: Batch, noise: dict[str, Tensor], inner_noise: dict[str, Tensor]
+        ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
             def loss_fn(params: dict[str, Tensor]) -> Tensor:
                 return self.distribution.loss(run.problem, params, train)
 
-            grads, loss = grad_and_value(loss_fn)(run.params)
+            if inner_measure is None:
+                grads, loss = grad_and_value(loss_fn)(run.params)
+            else:
+                inner_loss_fn = _regularized(loss_fn, inner_measure, config.inner_flatness, run, inner_noise)
+                grads, (_, loss) = grad_and_value(inner_loss_fn, has_aux=True)(run.params)
             gap = torch.zeros_like(loss) if measure is None else measure(loss_fn, run.params, noise)
             return grads, loss, gap
 
@@ -189,7 +254,7 @@ class Unroll:
             return result
 
         phases = Phases(observe, vmap(rule.prepare), vmap(rule.mix), vmap(rule.propose), batch_dims=1)
-        grads, train_loss, flatness = vmap(learn, in_dims=(0, 0, 1))(runs, train, noise)
+        grads, train_loss, flatness = vmap(learn, in_dims=(0, 0, 1, 1))(runs, train, noise, inner_noise)
         if self.second_derivatives:
             # Where a gradient is exactly zero, as behind a dead input, so is its derivative; rules have 0 * inf there.
             grads = {name: torch.where(grad == 0, torch.zeros_like(grad), grad) for name, grad in grads.items()}
@@ -211,17 +276,34 @@ class Unroll:
         params = {name: runs.params[name] + delta for name, delta in zip(names, result.deltas, strict=True)}
         states = dict(zip(names, result.states, strict=True))
 
-        train_loss, flatness = clip_loss(train_loss, config.clip), clip_loss(flatness, config.clip)
+        train_loss = clip_loss(train_loss, config.clip)
+        flatness = penalty(config.flatness, flatness, runs.step, runs.horizon)
+        initial_loss = torch.where(runs.step == 0, train_loss.detach(), runs.initial_loss)
         meta_loss = torch.zeros_like(train_loss)
         if config.meta_weight:
             meta_loss = clip_loss(vmap(self.distribution.loss)(runs.problem, params, meta), config.clip)
-        value = config.train_weight * train_loss + config.meta_weight * meta_loss
-        value = value + config.flatness_coefficient * flatness
+        value = config.train_weight * transform_loss(config, train_loss, initial_loss)
+        if config.meta_weight:
+            value = value + config.meta_weight * transform_loss(config, meta_loss, initial_loss)
+        value = value + config.flatness.coefficient * flatness
         objective = step_weight(config, step, runs.horizon, runs.num_steps) * value
-        runs = runs._replace(params=params, states=states, shared=result.shared, step=step)
+        runs = runs._replace(params=params, states=states, shared=result.shared, step=step, initial_loss=initial_loss)
         # The layout of fresh and of restored runs: a step compiled for one serves all of them, to the same bits.
         runs = _map(torch.Tensor.contiguous, runs)
         return runs, StepLosses(objective, train_loss, meta_loss, flatness)
+
+
+def _regularized(
+    loss_fn: LossFn, measure: FlatnessMeasure, config: FlatnessConfig, run: Runs, noise: dict[str, Tensor]
+) -> Callable[[Params], tuple[Tensor, Tensor]]:
+    """Return the inner loss of one run with its flatness term, and the loss alone beside it."""
+
+    def regularized(params: Params) -> tuple[Tensor, Tensor]:
+        loss = loss_fn(params)
+        term = penalty(config, measure(loss_fn, params, noise), run.step, run.horizon)
+        return loss + config.coefficient * term, loss
+
+    return regularized
 
 
 class _Trace:
@@ -300,9 +382,9 @@ def restore_runs(flat: Mapping[str, Tensor], prefix: str = "") -> Runs:
 
 def restore_draws(flat: Mapping[str, Tensor], prefix: str = "") -> Draws:
     """Undo :func:`flatten_tree` for :class:`Draws`."""
-    tree: dict[str, Any] = {"noise": {}}
+    tree: dict[str, Any] = {"noise": {}, "inner_noise": {}}
     _nest(flat, prefix, tree)
-    return Draws(Batch(**tree["train"]), Batch(**tree["meta"]), tree["noise"])
+    return Draws(Batch(**tree["train"]), Batch(**tree["meta"]), tree["noise"], tree["inner_noise"])
 
 
 def _nest(flat: Mapping[str, Tensor], prefix: str, tree: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ._task import Params
 
 Activation = Literal["relu", "tanh", "sigmoid", "gelu"]
-Init = Literal["torch", "he"]
+Init = Literal["torch", "he", "small"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -44,11 +44,15 @@ def init_affine(params: Params, name: str, shape: Sequence[int], generator: torc
 
     ``torch``: weight and bias from ``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``, the default of ``torch.nn`` layers.
     ``he``: weight from ``N(0, 2/fan_in)``, zero bias (He et al., 2015, https://arxiv.org/abs/1502.01852).
+    ``small``: both from ``N(0, 0.01^2)`` whatever the width, as published learned optimizers were trained on.
     """
     fan_in = math.prod(shape[1:])
     if init == "he":
         params[f"{name}.weight"] = normal(shape, math.sqrt(2 / fan_in), generator)
         params[f"{name}.bias"] = torch.zeros(shape[0], device=generator.device)
+    elif init == "small":
+        params[f"{name}.weight"] = normal(shape, 0.01, generator)
+        params[f"{name}.bias"] = normal(shape[:1], 0.01, generator)
     else:
         params[f"{name}.weight"] = uniform(shape, 1 / math.sqrt(fan_in), generator)
         params[f"{name}.bias"] = uniform(shape[:1], 1 / math.sqrt(fan_in), generator)

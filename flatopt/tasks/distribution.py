@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ class Problems(NamedTuple):
     params: Params
     """Initial parameters, ``[N, ...]`` each, as the optimizee holds them (already divided by ``param_scales``)."""
     param_scales: Params
-    """What the loss multiplies each parameter by, ``[N]`` each; empty without reparametrisation."""
+    """What the loss multiplies each parameter by, ``[N]`` each, or ``[N, ...]`` for a factor per coordinate; empty
+    without reparametrisation."""
     source: Tensor
     """Index of the data source, int64 ``[N]``."""
     num_train: Tensor
@@ -69,6 +70,8 @@ class TaskDistribution:
         label_permutation: rename the classes at random.
         reparametrization_range: bounds of a log-uniform ``c`` per tensor: the optimizee holds ``params / c`` and its
             loss uses ``c * params``, which changes the units of the parameters and not the function.
+        reparametrization: a ``c`` for each ``"tensor"``, or for each ``"coordinate"``: the random scaling of Lv et al.,
+            2017, https://arxiv.org/abs/1703.03633.
         standardize: see :func:`load_images`.
         root: see :func:`load_images`.
 
@@ -96,6 +99,7 @@ class TaskDistribution:
     label_noise: float = 0.1
     label_permutation: bool = True
     reparametrization_range: tuple[float, float] = (1.0, 1.0)
+    reparametrization: Literal["tensor", "coordinate"] = "tensor"
     standardize: bool = False
     root: str | None = None
 
@@ -104,6 +108,7 @@ class TaskDistribution:
             check_choice("source", name, (*DATASETS, "text"))
         if self.is_text and (len(self.sources) > 1 or not isinstance(self.model, Transformer)):
             raise ValueError("the source 'text' goes alone and needs a Transformer")
+        check_choice("reparametrization", self.reparametrization, ("tensor", "coordinate"))
         for name in ("num_train_range", "input_scale_range", "init_scale_range", "reparametrization_range"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
@@ -153,7 +158,14 @@ class TaskDistribution:
                 value.mul_(_like_rows(init_scale, value))
         param_scales: Params = {}
         if self.reparametrization_range != (1.0, 1.0):
-            param_scales = {name: _log_uniform(shape, self.reparametrization_range, generator) for name in params}
+            param_scales = {
+                name: _log_uniform(
+                    shape if self.reparametrization == "tensor" else value.shape,
+                    self.reparametrization_range,
+                    generator,
+                )
+                for name, value in params.items()
+            }
             params = {name: value / _like_rows(param_scales[name], value) for name, value in params.items()}
 
         return Problems(
@@ -299,5 +311,5 @@ def _log_uniform(shape: Sequence[int], bounds: tuple[float, float], generator: t
 
 
 def _like_rows(scale: Tensor, value: Tensor) -> Tensor:
-    """View ``[N]`` so that it multiplies the rows of ``[N, ...]``."""
-    return scale.view(-1, *(1,) * (value.dim() - 1))
+    """View ``[N]`` so that it multiplies the rows of ``[N, ...]``; what has that shape already stays."""
+    return scale if scale.shape == value.shape else scale.view(-1, *(1,) * (value.dim() - 1))

@@ -21,7 +21,7 @@ class MLP(Optimizee):
         activation: ``"relu"``, ``"tanh"``, ``"sigmoid"`` or ``"gelu"``.
         norm: ``"layer"`` for LayerNorm before each activation, or ``None``.
         residual: add the input of a hidden layer to its output where both have the same width.
-        initialization: ``"torch"`` (the default of ``nn.Linear``) or ``"he"``.
+        initialization: ``"torch"`` (the default of ``nn.Linear``), ``"he"`` or ``"small"`` (``N(0, 0.01^2)``).
 
     Example:
         >>> model = MLP(sizes=(64, 32, 10))
@@ -41,7 +41,7 @@ class MLP(Optimizee):
     def __post_init__(self) -> None:
         check_choice("activation", self.activation, tuple(ACTIVATIONS))
         check_choice("norm", self.norm, (None, "layer"))
-        check_choice("initialization", self.initialization, ("torch", "he"))
+        check_choice("initialization", self.initialization, ("torch", "he", "small"))
 
     def init(self, generator: torch.Generator) -> Params:
         """Return ``layers.i.{weight,bias}`` and, with ``norm``, ``norms.i.{weight,bias}``."""

@@ -14,6 +14,7 @@ from flatopt.flatness import (
     HutchinsonTrace,
     PerturbationGap,
     SamGap,
+    SpectralPenalty,
     SquaredTrace,
     TopEigenvalue,
 )
@@ -26,11 +27,20 @@ MEASURES = [
     TopEigenvalue(num_iterations=5, tol=0.0),
     TopEigenvalue(num_iterations=30, tol=1e-2),
     EntropySurrogate(num_steps=4),
+    SpectralPenalty(num_matvecs=2, num_lanczos=4),
+    SpectralPenalty(function="positive", num_lanczos=4),
     SamGap(),
     PerturbationGap(num_perturbations=2),
 ]
 RANDOM = [measure for measure in MEASURES if not isinstance(measure, (GradientNorm, SamGap))]
-NON_NEGATIVE = [GradientNorm(), SquaredTrace(), TopEigenvalue(), EntropySurrogate()]
+NON_NEGATIVE = [
+    GradientNorm(),
+    SquaredTrace(),
+    TopEigenvalue(),
+    EntropySurrogate(),
+    SpectralPenalty(),
+    SpectralPenalty(function="positive"),
+]
 FUNCTIONS = {
     "top_eigenvalue": lambda loss_fn, params, g: flatness.top_eigenvalue(
         loss_fn, params, num_iterations=2, generator=g
@@ -110,7 +120,9 @@ def test_meta_gradient_reaches_what_an_unrolled_loss_closes_over(measure):
 
     (slope,) = torch.autograd.grad(objective(log_lr), log_lr)
     assert slope.isfinite() and slope.abs() > 1e-6
-    if not isinstance(measure, (EntropySurrogate, SamGap, PerturbationGap, TopEigenvalue)):  # these hold a part fixed
+    if not isinstance(
+        measure, (EntropySurrogate, SamGap, PerturbationGap, SpectralPenalty, TopEigenvalue)
+    ):  # these hold a part fixed
         with torch.no_grad():
             difference = (objective(log_lr + 1e-5) - objective(log_lr - 1e-5)) / 2e-5
         torch.testing.assert_close(slope.detach(), difference, rtol=1e-5, atol=1e-8)

@@ -2,7 +2,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flatness.problems import MATRIX, explicit_hessian, generator, network, quadratic, quadratic_params
+from flatness.problems import (
+    MATRIX,
+    directional_derivative,
+    explicit_hessian,
+    finite_difference,
+    generator,
+    like,
+    network,
+    quadratic,
+    quadratic_params,
+)
 
 from flatopt import flatness
 from flatopt.flatness._lanczos import lanczos
@@ -63,6 +73,32 @@ def test_few_steps_are_exact_for_low_moments_only():
     for power in range(1, 6):  # up to 2 * 3 - 1
         torch.testing.assert_close(moment(few, power), moment(full, power))
     assert (moment(few, 6) / moment(full, 6) - 1).abs() > 1e-6
+
+
+@pytest.mark.parametrize("function", ["magnitude", "positive"])
+def test_penalty_is_the_mean_of_the_eigenvalues_and_its_gradient_that_of_their_sum(function):
+    chosen = {"magnitude": torch.abs, "positive": torch.relu}[function]
+    loss_fn, params = network()
+    measure = flatness.SpectralPenalty(function=function, num_matvecs=27, num_lanczos=27)
+    # Probes whose outer products have the mean that those of random signs are expected to have: the identity.
+    rows = [like(row, params) for row in 27**0.5 * torch.eye(27, dtype=torch.float64)]
+    noise = {name: torch.stack([row[name] for row in rows]) for name in params}
+
+    def exact(params):
+        return chosen(torch.linalg.eigvalsh(explicit_hessian(loss_fn, params))).mean()
+
+    torch.testing.assert_close(measure(loss_fn, params, noise), exact(params), rtol=1e-6, atol=0)
+    direction = {name: torch.ones_like(param) for name, param in params.items()}
+    slope = directional_derivative(lambda moved: measure(loss_fn, moved, noise), params, direction)
+    torch.testing.assert_close(slope, finite_difference(exact, params, direction), rtol=1e-5, atol=1e-7)
+
+
+def test_penalty_of_one_probe_is_that_of_the_quadrature_rule():
+    params, loss_fn = quadratic_params(), quadratic()
+    measure = flatness.SpectralPenalty(num_lanczos=2)
+    value = measure(loss_fn, params, measure.sample_noise(params, generator(3)))
+    nodes, weights = flatness.spectral_quadrature(loss_fn, params, num_matvecs=1, num_lanczos=2, generator=generator(3))
+    torch.testing.assert_close(value, (weights * nodes.abs()).sum())
 
 
 def test_density_integrates_to_one_and_has_the_moments_of_the_spectrum():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatopt.metatrain import ObjectiveConfig, TaskConfig
+from flatopt.metatrain import FlatnessConfig, ObjectiveConfig, TaskConfig
 from flatopt.metatrain.unroll import Unroll
 from flatopt.rules import HierarchicalMLP, UpdateRule, Weights
 from flatopt.tasks import CNN, MLP, Optimizee, TaskDistribution
@@ -20,7 +20,9 @@ MODELS: dict[str, Optimizee] = {
     "norm": MLP(sizes=(64, 3, 3, 10), norm="layer"),
     "cnn": CNN(channels=(2, 2), image_size=8, activation="tanh"),
 }
-WITH_FLATNESS = ObjectiveConfig(train_weight=0.5, flatness="perturbation-gap", flatness_coefficient=0.3)
+WITH_FLATNESS = ObjectiveConfig(
+    train_weight=0.5, flatness=FlatnessConfig(name="perturbation-gap", coefficient=0.3, signed=True)
+)
 
 
 def make_unroll(name: str = "mlp", *, rule: UpdateRule = RULE, task: Sequence[Any] = (), **changes: Any) -> Unroll:

@@ -24,9 +24,11 @@ def make_checkpoint(update=3):
         num_dropped=1,
         smoothed_loss=1 / 3,
         best_validation={"update": 2, "loss": 0.1},
+        progress={"stage": 1, "num_evals": 2, "improved": True, "num_worse": 0, "finished": False},
         sessions=[{"command": "test", "first_update": 0}],
         weights={"z": shared, "a/b": torch.randn(2, 3, generator=generator).T},
         average={"z": shared, "a/b": torch.zeros(3, 2)},
+        best={"z": shared, "a/b": torch.ones(3, 2)},
         optimizer={"z/step": torch.tensor(3.0)},
         estimator={
             "empty": torch.zeros(0, 5),
@@ -73,10 +75,12 @@ def test_load_gives_back_every_value_dtype_and_order(tmp_path):
     assert_same(load(save(checkpoint, tmp_path)), checkpoint)
 
 
-def test_shipped_weights_are_the_average_where_there_is_one():
+def test_shipped_weights_are_the_best_then_the_average_then_the_last():
     checkpoint = make_checkpoint()
-    assert checkpoint.shipped_weights is checkpoint.average
-    assert dataclasses.replace(checkpoint, average={}).shipped_weights is checkpoint.weights
+    assert checkpoint.shipped_weights is checkpoint.best
+    unvalidated = dataclasses.replace(checkpoint, best={})
+    assert unvalidated.shipped_weights is unvalidated.average
+    assert dataclasses.replace(unvalidated, average={}).shipped_weights is checkpoint.weights
 
 
 def test_latest_is_the_newest_and_two_are_kept(tmp_path):
@@ -156,10 +160,10 @@ def test_the_same_update_can_be_written_over(tmp_path):
 
 
 def test_a_checkpoint_of_another_format_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("flatopt.metatrain.checkpoint.FORMAT_VERSION", 2)
+    monkeypatch.setattr("flatopt.metatrain.checkpoint.FORMAT_VERSION", 1)
     path = save(make_checkpoint(), tmp_path)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="format_version 2 is not 1"):
+    with pytest.raises(ValueError, match="format_version 1 is not 2"):
         load(path)
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from flatopt.metatrain import RECIPES, EstimatorConfig, MetaTrainConfig, ObjectiveConfig, TaskConfig
+from flatopt.metatrain import RECIPES, EstimatorConfig, FlatnessConfig, MetaTrainConfig, ObjectiveConfig, TaskConfig
 from flatopt.rules import Adam
 
 
@@ -13,7 +13,7 @@ def make_config(**changes):
         "rule_options": {"betas": [0.8, 0.9]},
         "estimator": EstimatorConfig(std=0.02),
         "tasks": (TaskConfig(name="mlp"), TaskConfig(name="cnn", num_tasks=4)),
-        "objective": ObjectiveConfig(flatness="sharpness"),
+        "objective": ObjectiveConfig(flatness=FlatnessConfig(name="trace", coefficient=0.1)),
         "num_updates": 12,
     }
     return MetaTrainConfig(**{**defaults, **changes})
@@ -41,8 +41,15 @@ def test_a_recipe_is_called_by_its_own_name(name):
         ("max_grad_norm=none", lambda config: config.max_grad_norm, None),
         ("max_grad_norm=2", lambda config: config.max_grad_norm, 2.0),
         ("compile=true", lambda config: config.compile, True),
-        ("objective.flatness=none", lambda config: config.objective.flatness, None),
-        ("objective.flatness=a=b", lambda config: config.objective.flatness, "a=b"),
+        ("objective.flatness.name=none", lambda config: config.objective.flatness.name, None),
+        ("recipe=a=b", lambda config: config.recipe, "a=b"),
+        (
+            "objective.flatness.options.num_matvecs=3",
+            lambda config: config.objective.flatness.options["num_matvecs"],
+            3,
+        ),
+        ("curriculum.stages=[]", lambda config: config.curriculum.stages, ()),
+        ("imitation.probabilities=[0, 0.5]", lambda config: config.imitation.probabilities, (0.0, 0.5)),
         ("rule_options.lr=0.5", lambda config: config.build_rule(), Adam(lr=0.5, betas=(0.8, 0.9))),
     ],
 )
@@ -87,6 +94,31 @@ def test_overrides_are_checked_together():
         ("meta_lr=NaN", "meta_lr must be"),
         ("meta_lr=inf", "meta_lr must be"),
         ("max_grad_norm=0", "max_grad_norm must be a positive number or none, not 0.0"),
+        (
+            "objective.flatness.name=sharpness",
+            "unknown flatness.name 'sharpness': valid are none, top-eigenvalue, trace, ",
+        ),
+        (
+            "objective.flatness.options.rho=1",
+            "unknown key 'flatness.options.rho': valid are flatness.options.num_matvecs",
+        ),
+        ("objective.flatness.options.num_matvecs=0.5", "flatness.options.num_matvecs must be an integer, not 0.5"),
+        ("objective.flatness.options.num_matvecs=0", "num_matvecs must be > 0, got 0"),
+        (
+            "objective.flatness.schedule=never",
+            "flatness.schedule must be one of always, first, last, every, not 'never'",
+        ),
+        ("objective.flatness.coefficient=-1", "flatness.coefficient must not be negative, not -1"),
+        ("objective.flatness.name=local-entropy", "no meaningful value, and persistent-es only evaluates"),
+        ("objective.inner_flatness.fraction=0", r"flatness.fraction must be in \(0, 1\]"),
+        ("objective.meta_split=test", "objective.meta_split must be one of meta, train, not 'test'"),
+        ("objective.transform=exp", "objective.transform must be one of none, log, not 'exp'"),
+        ("curriculum.stages=[200,100]", "curriculum.stages must increase"),
+        ("curriculum.stages=[100]", "validate_every must be at least 1 with a curriculum"),
+        ('imitation.teachers=["sgd"]', "imitation.teachers must be of adam, rmsprop, not 'sgd'"),
+        ("imitation.probabilities=[2]", r"imitation.probabilities must be in \[0, 1\]"),
+        ("meta_optimizer=sgd", "meta_optimizer must be one of adam, rmsprop-tf, not 'sgd'"),
+        ("validation.patience=0", "validation.patience must be at least 1 or none, not 0"),
         ("num_updates", "'num_updates' is not of the form key=value"),
     ],
 )

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import pytest
 import torch
+from doubles import InDouble, as_leaves, in_double, slope
 from small import assert_trees_equal, make_unroll, random_weights
 from torch import Tensor
 
@@ -16,29 +14,6 @@ from flatopt.metatrain.recipes import smoke
 from flatopt.rules import Weights
 
 PLAIN = ObjectiveConfig(train_weight=0.5)
-
-
-def in_double(tree: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.double() if value.is_floating_point() else value for name, value in tree.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class InDouble(Inner):
-    """Problems and data are float32; differences need more."""
-
-    inner: Inner
-
-    def reset(self, weights, generator):
-        return in_double(self.inner.reset(weights, generator))
-
-    def refresh(self, weights, state, generator):
-        return self.inner.refresh(weights, state, generator)
-
-    def draw(self, state, generator):
-        return in_double(self.inner.draw(state, generator))
-
-    def unroll(self, weights, state, draws):
-        return self.inner.unroll(weights, state, draws)
 
 
 def make_inner(*names: str, length: int = 3, second_derivatives: bool = True, **options) -> InDouble:
@@ -55,22 +30,8 @@ def make_inner(*names: str, length: int = 3, second_derivatives: bool = True, **
     return InDouble(inner=InnerRuns(unrolls=unrolls))
 
 
-def as_leaves(weights: Weights) -> Weights:
-    """Weights that are differentiated are not worth seconds of recording a step."""
-    return {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-
-
 def meta_gradient(inner: Inner, weights: Weights, state: dict[str, Tensor]) -> Weights:
     return TruncatedBackprop(inner=inner).estimate(weights, state, torch.Generator().manual_seed(2))[0].gradient
-
-
-def slope(function: Callable[[Weights], Tensor], weights: Weights, direction: Weights, width: float = 1e-5) -> Tensor:
-    """Central difference."""
-    plus, minus = (
-        function({name: value + shift * direction[name] for name, value in weights.items()})
-        for shift in (width, -width)
-    )
-    return (plus - minus) / (2 * width)
 
 
 @pytest.mark.parametrize("names", [("mlp",), ("mlp", "cnn")])
@@ -133,7 +94,7 @@ def test_families_count_by_their_weight():
     inner = make_inner("mlp", "norm").inner
     state = inner.reset(weights, generator)
     draws = inner.draw(state, generator)
-    loss, _ = inner.unroll(weights, state, draws)
+    loss, *_ = inner.unroll(weights, state, draws)
     alone = [InnerRuns(unrolls=[unroll]).unroll(weights, state, draws)[0] for unroll in inner.unrolls]
     torch.testing.assert_close(loss, (1 * alone[0] + 2 * alone[1]) / 3)
     assert abs(float((alone[0] - alone[1]).detach())) > 0.01

@@ -12,7 +12,7 @@ import torch
 from toy_metatrain import Slow, toy_config, toy_estimator
 
 import flatopt
-from flatopt.metatrain import TrainingInterrupted, train
+from flatopt.metatrain import CurriculumConfig, TrainingInterrupted, train
 from flatopt.metatrain.checkpoint import latest
 from flatopt.metatrain.estimators import GradientEstimator, MetaGradient, build_estimator
 from flatopt.metatrain.trainer import learning_rate
@@ -51,6 +51,16 @@ class Crashing(GradientEstimator):
         if len(self.log) > self.calls:
             raise ArithmeticError
         return toy_estimator().estimate(weights, state, generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageBlind(Crashing):
+    """The same, with a state that may hold a stage."""
+
+    def estimate(self, weights, state, generator):
+        rest = {key: value for key, value in state.items() if not key.startswith("stage")}
+        meta, after = super().estimate(weights, rest, generator)
+        return meta, state | after
 
 
 def read_metrics(out):
@@ -274,22 +284,102 @@ def test_checkpoints_by_time(tmp_path):
     assert latest(tmp_path / "checkpoints").update == 4
 
 
-def test_validation_sees_the_shipped_weights_and_the_best_is_kept(tmp_path):
+def scripted_validation(losses, log):
+    """Give one loss after the other, as a function of the weights seen so far: the same after a resume."""
+
+    def validate(weights, num_steps):
+        key = tuple(float(value.double().sum()) for value in weights.values()) + (num_steps,)
+        if key not in log:
+            log[key] = losses[len(log)]
+        return log[key]
+
+    return validate
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_validation_sees_the_average_and_the_best_weights_are_returned(tmp_path, ema_decay):
     seen = []
 
-    def validate(weights):
+    def validate(weights, num_steps):
+        assert num_steps is None
         seen.append(weights)
         return [3.0, 1.0, 2.0][len(seen) - 1]
 
-    config = toy_config(validate_every=10, log_every=100)
+    config = toy_config(validate_every=10, log_every=100, ema_decay=ema_decay)
     weights = train(config, tmp_path, estimator=toy_estimator(), validate=validate)
-    assert_equal(seen[-1], weights)
-    assert latest(tmp_path / "checkpoints").best_validation == {"update": 20, "loss": 1.0}
+    checkpoint = latest(tmp_path / "checkpoints")
+    assert_equal(seen[2], checkpoint.average or checkpoint.weights)
+    assert_equal(weights, seen[1])
+    assert_equal(checkpoint.shipped_weights, seen[1])
+    assert checkpoint.best_validation == {"update": 20, "loss": 1.0}
     assert [(line["update"], line.get("validation_loss")) for line in read_metrics(tmp_path)] == [
         (10, 3.0),
         (20, 1.0),
         (30, 2.0),
     ]
+
+
+CURRICULUM = {
+    "curriculum": CurriculumConfig(stages=(10, 20, 50), min_num_eval=2),
+    "validate_every": 3,
+    "num_updates": 60,
+    "ema_decay": 0.0,
+}
+
+
+def test_advancing_goes_back_to_the_best_weights_and_lengthens_the_runs(tmp_path):
+    seen, stages = [], []
+    losses = iter([5.0, 6.0, 9.0, 8.0, 8.5, 20.0, 30.0, 30.0])  # the third and the sixth: the best at another length
+
+    def validate(weights, num_steps):
+        seen.append((weights, num_steps))
+        return next(losses)
+
+    @dataclass(frozen=True)
+    class Watching(GradientEstimator):
+        def init(self, weights, generator):
+            return toy_estimator().init(weights, generator)
+
+        def estimate(self, weights, state, generator):
+            stages.append((int(state["stage"]), int(state["stage_steps"])))
+            rest = {key: value for key, value in state.items() if not key.startswith("stage")}
+            meta, after = toy_estimator().estimate(weights, rest, generator)
+            return meta, state | after
+
+    weights = train(toy_config(**CURRICULUM), tmp_path, estimator=Watching(), validate=validate)
+    assert [steps for _, steps in seen] == [20, 20, 50, 50, 50, 50, 50, 50]
+    assert_equal(seen[2][0], seen[0][0])  # measured again, at the next length
+    assert_equal(seen[5][0], seen[3][0])
+    assert_equal(weights, seen[3][0])  # nothing was better in the last stage, which ended the run
+    assert stages == [(0, 10)] * 6 + [(1, 20)] * 6 + [(2, 50)] * 6
+    checkpoint = latest(tmp_path / "checkpoints")
+    assert (checkpoint.update, checkpoint.progress["finished"]) == (18, True)
+    assert checkpoint.best_validation == {"update": 9, "loss": 20.0, "stage": 2, "num_steps": 50}
+    stages = [line["validation_stage"] for line in read_metrics(tmp_path) if "validation_loss" in line]
+    assert stages == [0, 0, 1, 1, 2, 2]
+    # What validation has ended does not go on.
+    assert_equal(train(toy_config(**CURRICULUM), tmp_path, estimator=Watching(), resume=True, validate=None), weights)
+
+
+def test_a_curriculum_resumes_bit_for_bit(tmp_path):
+    losses = [5.0, 6.0, 9.0, 8.0, 8.5, 20.0, 15.0, 14.0, 16.0, 15.0, 14.5, 13.0, *[12.0] * 30]
+    log: dict = {}
+    config = toy_config(**CURRICULUM, checkpoint_every=1)
+    estimator = StageBlind(calls=10**6, log=[])
+    train(config, tmp_path / "whole", estimator=estimator, validate=scripted_validation(losses, log))
+    whole = latest(tmp_path / "whole" / "checkpoints")
+    assert whole.progress["stage"] == 2
+    for calls in (5, 6, 7, 13):
+        out = tmp_path / str(calls)
+        with pytest.raises(ArithmeticError):
+            dying = StageBlind(calls=calls, log=[])
+            train(config, out, estimator=dying, validate=scripted_validation(losses, log))
+        train(config, out, estimator=estimator, resume=True, validate=scripted_validation(losses, log))
+        resumed = latest(out / "checkpoints")
+        for group in ("weights", "best", "optimizer", "estimator", "generator"):
+            assert_equal(getattr(resumed, group), getattr(whole, group))
+        assert (resumed.progress, resumed.best_validation) == (whole.progress, whole.best_validation)
+        assert read_metrics(out) == read_metrics(tmp_path / "whole")
 
 
 def test_a_used_folder_is_refused_with_the_way_out(tmp_path, reference):

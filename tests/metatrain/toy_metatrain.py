@@ -74,7 +74,7 @@ class Quadratics(Inner):
         for noise in draws["noise"]:
             x = x - weights["log/step"].exp() * h * (x - noise)
             losses.append((0.5 * h * x.square()).sum(1).mean())
-        return torch.stack(losses).mean(), {"x": x, "h": h, "age": state["age"] + 1}
+        return torch.stack(losses).mean(), {"x": x, "h": h, "age": state["age"] + 1}, {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -243,3 +244,16 @@ def test_a_gpu_gets_the_same_problems_and_batches() -> None:
 def test_impossible_distributions_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(DIGITS, **change)  # type: ignore[arg-type]
+
+
+def test_random_scaling_has_a_factor_per_coordinate_and_leaves_the_function() -> None:
+    changed = dataclasses.replace(DIGITS, reparametrization_range=(0.05, 20.0), reparametrization="coordinate")
+    problems, plain = (one.sample_problems(3, torch.Generator().manual_seed(0)) for one in (changed, DIGITS))
+    batch = DIGITS.sample_batches(plain, 1, "test", torch.Generator().manual_seed(1))
+    first = Batch(batch.inputs[0], batch.targets[0])
+    logs = torch.cat([value.log().reshape(-1) for value in problems.param_scales.values()])
+    assert [value.shape for value in problems.param_scales.values()] == [value.shape for value in plain.params.values()]
+    assert logs.abs().max() <= math.log(20)
+    torch.testing.assert_close(logs.std(), torch.tensor(2 * math.log(20) / 12**0.5), rtol=0.03, atol=0)
+    losses = [torch.func.vmap(DIGITS.loss)(one, one.params, first) for one in (problems, plain)]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)

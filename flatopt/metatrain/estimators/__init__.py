@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from ...rules import UpdateRule
-from ..config import MetaTrainConfig
-from ._estimator import EstimatorState, GradientEstimator, MetaGradient
+from ..config import EVOLUTION_STRATEGIES, MetaTrainConfig
+from ._estimator import EstimatorState, GradientEstimator, MetaGradient, enter_stage
 from .truncated_backprop import Inner, TruncatedBackprop
 
-ESTIMATORS = ("persistent-es", "truncated-es", "truncated-backprop")
+ESTIMATORS = (*EVOLUTION_STRATEGIES, "truncated-backprop")
 """Names that ``estimator.name`` of a configuration may have."""
 
 
@@ -23,12 +23,16 @@ def build_estimator(config: MetaTrainConfig, rule: UpdateRule, device: torch.dev
         valid = ", ".join(ESTIMATORS)
         raise ValueError(f"unknown estimator.name {config.estimator.name!r}: valid are {valid}")
     # Imported here: the inner problems behind it need data, which a toy estimator does without.
+    from ..imitation import with_imitation
     from ._runs import InnerRuns, build_unrolls
     from .persistent_es import PersistentES
 
+    estimator: GradientEstimator
     if config.estimator.name == "truncated-backprop":
-        return TruncatedBackprop(inner=InnerRuns(unrolls=build_unrolls(config, rule, device)))
-    return PersistentES.from_config(config, rule, device)
+        estimator = TruncatedBackprop(inner=InnerRuns(unrolls=build_unrolls(config, rule, device)))
+    else:
+        estimator = PersistentES.from_config(config, rule, device)
+    return with_imitation(estimator, config, rule, device)
 
 
 __all__ = [
@@ -39,4 +43,5 @@ __all__ = [
     "MetaGradient",
     "TruncatedBackprop",
     "build_estimator",
+    "enter_stage",
 ]

@@ -13,6 +13,9 @@ from ...rules import Weights
 EstimatorState = dict[str, Tensor]
 """What an estimator carries from update to update: tensors by name (nesting by ``/``), saved with the checkpoint."""
 
+STAGE, STAGE_STEPS = "stage", "stage_steps"
+"""Keys of the state that say which stage of a curriculum a run is in; absent without one."""
+
 
 class MetaGradient(NamedTuple):
     """What one meta-update learns from."""
@@ -52,3 +55,13 @@ class GradientEstimator(ABC):
             state: what ``init`` or the last call returned.
             generator: source of all randomness, on the CPU.
         """
+
+
+def enter_stage(state: EstimatorState, stage: int, num_steps: int) -> EstimatorState:
+    """Return the state in a stage of the curriculum: inner runs that start from now on have ``num_steps`` steps."""
+    return state | {STAGE: torch.tensor(stage), STAGE_STEPS: torch.tensor(num_steps)}
+
+
+def stage_steps(state: EstimatorState) -> int | None:
+    """Return the steps of the inner runs of this stage, ``None`` without a curriculum."""
+    return int(state[STAGE_STEPS]) if STAGE_STEPS in state else None

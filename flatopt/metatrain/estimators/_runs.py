@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...rules import UpdateRule, Weights
-from ..config import MetaTrainConfig
+from ...tasks import TaskDistribution
+from ..config import MetaTrainConfig, TaskConfig
 from ..families import FAMILIES
-from ..unroll import Mode, Unroll, can_compile, flatten_tree, replace_runs, restore_draws, restore_runs
+from ..unroll import Mode, StepLosses, Unroll, can_compile, flatten_tree, replace_runs, restore_draws, restore_runs
+from ._estimator import stage_steps
 from .truncated_backprop import Draws, Inner, InnerState
 
 
@@ -31,8 +34,8 @@ def build_unrolls(config: MetaTrainConfig, rule: UpdateRule, device: torch.devic
     return [
         Unroll(
             rule=rule,
-            distribution=FAMILIES[task.name](),
-            task=task,
+            distribution=_distribution(task),
+            task=_first_stage(task, config.curriculum.stages),
             objective=config.objective,
             truncation_length=config.estimator.truncation_length,
             device=device,
@@ -41,6 +44,20 @@ def build_unrolls(config: MetaTrainConfig, rule: UpdateRule, device: torch.devic
         )
         for task in config.tasks
     ]
+
+
+def _distribution(task: TaskConfig) -> TaskDistribution:
+    """Return the problems of a family, with the random scaling that is asked for."""
+    distribution = FAMILIES[task.name]()
+    if task.random_scaling == 0:
+        return distribution
+    bounds = (math.exp(-task.random_scaling), math.exp(task.random_scaling))
+    return replace(distribution, reparametrization_range=bounds, reparametrization="coordinate")
+
+
+def _first_stage(task: TaskConfig, stages: Sequence[int]) -> TaskConfig:
+    """Return the task with the horizon of the first stage of a curriculum, where there is one."""
+    return replace(task, min_steps=stages[0], max_steps=stages[0]) if stages else task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +75,7 @@ class InnerRuns(Inner):
         state: InnerState = {}
         for unroll in self.unrolls:
             num_tasks = unroll.task.num_tasks
-            runs = unroll.start(_repeat(weights, num_tasks), num_tasks, 1, generator)
+            runs = unroll.start(repeat(weights, num_tasks), num_tasks, 1, generator)
             state.update(flatten_tree(runs, unroll.task.name))
         return state
 
@@ -69,7 +86,7 @@ class InnerRuns(Inner):
             runs = restore_runs(state, unroll.task.name)
             done = (runs.step >= runs.horizon).nonzero()[:, 0]
             if len(done) > 0:
-                fresh = unroll.start(_repeat(weights, len(done)), len(done), 1, generator)
+                fresh = unroll.start(repeat(weights, len(done)), len(done), 1, generator, stage_steps(state))
                 state.update(flatten_tree(replace_runs(runs, fresh, done), unroll.task.name))
         return state
 
@@ -81,20 +98,28 @@ class InnerRuns(Inner):
             draws.update(flatten_tree(unroll.draw(runs, 1, generator), unroll.task.name))
         return draws
 
-    def unroll(self, weights: Weights, state: InnerState, draws: Draws) -> tuple[Tensor, InnerState]:
-        """Return the mean objective, families by their weights, and the state afterwards."""
+    def unroll(self, weights: Weights, state: InnerState, draws: Draws) -> tuple[Tensor, InnerState, dict[str, float]]:
+        """Return the mean objective, families by their weights, the state afterwards, and the mean of each loss."""
         total_weight = sum(unroll.task.weight for unroll in self.unrolls)
         loss = next(iter(weights.values())).new_zeros(())
-        new_state: InnerState = {}
+        new_state = dict(state)
+        metrics: dict[str, float] = {}
         for unroll in self.unrolls:
             name = unroll.task.name
-            weights_N = _repeat(weights, unroll.task.num_tasks)
+            weights_N = repeat(weights, unroll.task.num_tasks)
             runs, losses = unroll.unroll(weights_N, restore_runs(state, name), restore_draws(draws, name), 1)
             loss = loss + unroll.task.weight / total_weight * losses.objective.mean()
             new_state.update(flatten_tree(runs, name))
-        return loss, new_state
+            metrics.update(mean_losses(losses, name))
+        return loss, new_state, metrics
 
 
-def _repeat(weights: Weights, num_runs: int) -> Weights:
+def mean_losses(losses: StepLosses, name: str) -> dict[str, float]:
+    """Return the means of all but the objective, for the log."""
+    named = zip(("train", "meta", "flatness"), losses[1:], strict=True)
+    return {f"{name}/{key}": float(value.detach().mean()) for key, value in named}
+
+
+def repeat(weights: Weights, num_runs: int) -> Weights:
     """Return the same weights for every run."""
     return {name: weight.expand(num_runs, *weight.shape) for name, weight in weights.items()}

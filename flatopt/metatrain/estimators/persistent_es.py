@@ -29,8 +29,8 @@ from torch import Tensor
 from ...rules import UpdateRule, Weights
 from ..config import MetaTrainConfig
 from ..unroll import Runs, Unroll, flatten_tree, merge_trees, replace_runs, restore_runs
-from ._estimator import EstimatorState, GradientEstimator, MetaGradient
-from ._runs import build_unrolls
+from ._estimator import EstimatorState, GradientEstimator, MetaGradient, stage_steps
+from ._runs import build_unrolls, mean_losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class PersistentES(GradientEstimator):
         if len(done) > 0:
             both = torch.cat([done, done + num_pairs])
             fresh = {key: value[both] for key, value in perturbed_N.items()}
-            runs = replace_runs(runs, unroll.start(fresh, len(done), 2, generator), both)
+            runs = replace_runs(runs, unroll.start(fresh, len(done), 2, generator, stage_steps(state)), both)
             sums_P = {key: value.index_fill(0, done, 0.0) for key, value in sums_P.items()}
         sums_P = {key: value * self.persistent + noise_P[key] for key, value in sums_P.items()}
 
@@ -126,8 +126,7 @@ class PersistentES(GradientEstimator):
         loss_2P = losses.objective.mean(0).view(2, num_pairs)
         slope_P = (loss_2P[0] - loss_2P[1]) / (2 * self.std**2)
         gradient = {key: torch.tensordot(slope_P, value, dims=1) / num_pairs for key, value in sums_P.items()}
-        for key, value in zip(("train", "meta", "flatness"), losses[1:], strict=True):
-            metrics[f"{name}/{key}"] = float(value.mean())
+        metrics.update(mean_losses(losses, name))
         return gradient, loss_2P.mean(), _name_state(unroll, runs, sums_P)
 
 

@@ -46,11 +46,11 @@ class Inner(ABC):
         """Draw the batches and the noise of one truncation: all its randomness."""
 
     @abstractmethod
-    def unroll(self, weights: Weights, state: InnerState, draws: Draws) -> tuple[Tensor, InnerState]:
+    def unroll(self, weights: Weights, state: InnerState, draws: Draws) -> tuple[Tensor, InnerState, dict[str, float]]:
         """Run one truncation; pure and differentiable with respect to ``weights``.
 
         Returns:
-            The 0-D mean meta-loss over problems and steps, and the state afterwards.
+            The 0-D mean meta-loss over problems and steps, the state afterwards, and further numbers for the log.
         """
 
 
@@ -75,10 +75,10 @@ class TruncatedBackprop(GradientEstimator):
         leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
         with torch.enable_grad():
             state = self.inner.refresh(leaves, state, generator)
-            loss, state = self.inner.unroll(leaves, state, self.inner.draw(state, generator))
+            loss, state, metrics = self.inner.unroll(leaves, state, self.inner.draw(state, generator))
             gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         gradient = dict(zip(leaves, gradients, strict=True))
-        return MetaGradient(gradient, loss.detach(), {}), _detach(state)
+        return MetaGradient(gradient, loss.detach(), metrics), _detach(state)
 
 
 def _detach(state: InnerState) -> InnerState:

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from small import make_unroll, random_weights
+
+from flatopt.metatrain import RECIPES, FlatnessConfig, ObjectiveConfig
+from flatopt.metatrain.checkpoint import latest
+from flatopt.metatrain.cli import main
+from flatopt.metatrain.recipes import smoke
+from flatopt.metatrain.validation import Validation, build_validation
+from flatopt.pretrained import load_folder
+
+
+def make_validation(**changes) -> Validation:
+    return Validation(
+        **{"unrolls": [make_unroll(objective=ObjectiveConfig())], "num_steps": None, "seed": 3, **changes}
+    )
+
+
+@pytest.fixture(scope="module")
+def validation():
+    """Recorded once for all tests."""
+    return make_validation()
+
+
+def test_the_same_weights_have_the_same_loss_and_others_another(validation):
+    weights = random_weights()
+    state = torch.get_rng_state()
+    first = validation(weights, 6)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert validation({name: value.clone().requires_grad_() for name, value in weights.items()}, 6) == first
+    assert validation(random_weights(seed=4), 6) != first
+    assert Validation(unrolls=validation.unrolls, num_steps=6, seed=3)(weights) == first
+    assert Validation(unrolls=validation.unrolls, num_steps=6, seed=4)(weights) != first
+
+
+def test_loss_is_that_of_the_meta_split_in_the_last_truncation(validation):
+    weights = random_weights()
+    unroll, generator = validation.unrolls[0], torch.Generator().manual_seed(3)
+    repeated = {name: value.expand(3, *value.shape) for name, value in weights.items()}
+    runs = unroll.start(repeated, 3, 1, generator, 6)
+    assert (runs.horizon == 6).all()
+    for _ in range(2):
+        runs, losses = unroll.run(repeated, runs, 1, generator)
+    assert validation(weights, 6) == pytest.approx(float(losses.meta.mean()))
+    assert (runs.step == 6).all()
+
+
+def test_validation_of_a_configuration_is_plain():
+    objective = ObjectiveConfig(
+        train_weight=1.0,
+        transform="log",
+        meta_split="train",
+        flatness=FlatnessConfig(name="trace", coefficient=1.0),
+        inner_flatness=FlatnessConfig(name="squared-trace", coefficient=0.1),
+    )
+    config = smoke().override(["tasks.mlp.random_scaling=2", "validation.num_tasks=5", "validation.num_steps=15"])
+    config = type(config)(**{**vars(config), "objective": objective})
+    validation = build_validation(config, config.build_rule(), torch.device("cpu"))
+    (unroll,) = validation.unrolls
+    assert unroll.objective == ObjectiveConfig(inner_flatness=objective.inner_flatness)
+    assert unroll.task.num_tasks == 5 and validation.num_steps == 15
+    assert unroll.distribution.reparametrization_range == (1.0, 1.0)
+
+
+def test_a_recipe_with_validation_trains_exports_the_best_and_resumes_bit_for_bit(tmp_path):
+    options = ["num_updates=12", "validate_every=3", "validation.num_tasks=2", "validation.num_steps=10", "seed=5"]
+    assert main(["run", "smoke", *options, "--out", str(tmp_path / "whole")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["update"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    assert list(losses) == [3, 6, 9, 12]
+    checkpoint = latest(tmp_path / "whole" / "checkpoints")
+    best = min(losses, key=losses.__getitem__)
+    assert checkpoint.best_validation == {"update": best, "loss": losses[best]}
+    assert main(["export", str(tmp_path / "whole"), "--to", str(tmp_path / "export")]) == 0
+    learned = load_folder(tmp_path / "export")
+    validation = build_validation(checkpoint.config, learned.rule, torch.device("cpu"))
+    assert validation(learned.weights) == pytest.approx(losses[best], rel=1e-5)
+    assert f"the best by validation, of update {best} (moving average)" in learned.card
+
+
+@pytest.mark.slow
+def test_published_training_resumes_bit_for_bit_over_stages_and_imitation(tmp_path):
+    options = [
+        "num_updates=14",
+        "validate_every=2",
+        "checkpoint_every=1",
+        "curriculum.stages=[10,20]",
+        "curriculum.min_num_eval=1",
+        "validation.num_tasks=1",
+        "imitation.probabilities=[0.5]",
+        "estimator.truncation_length=5",
+        "meta_lr=0.5",  # too much: validation gets worse, and the stages go by
+    ]
+    config = RECIPES["l2o-scale"]().override(options)
+    tasks = ['tasks=[{"name": "mlp", "num_tasks": 1, "min_steps": 10, "max_steps": 10}]']
+    assert main(["run", "l2o-scale", *options, *tasks, "--out", str(tmp_path / "whole")]) == 0
+    whole = latest(tmp_path / "whole" / "checkpoints")
+    assert whole.progress["stage"] == 1 and config.curriculum.stages == (10, 20)
+
+    cut = tmp_path / "cut"
+    assert main(["run", "l2o-scale", *options, *tasks, "--out", str(cut)]) == 0
+    kept = sorted((cut / "checkpoints").iterdir())
+    (kept[-1] / "run.json").write_text("")  # the last checkpoint is damaged: the run goes on from the one before
+    assert main(["resume", str(cut)]) == 0
+    resumed = latest(cut / "checkpoints")
+    assert len(resumed.sessions) == 2
+    for group in ("weights", "best", "optimizer", "estimator", "generator"):
+        one, other = getattr(whole, group), getattr(resumed, group)
+        assert all(torch.equal(one[key], other[key]) for key in one), group
+    assert (resumed.progress, resumed.best_validation) == (whole.progress, whole.best_validation)
