@@ -111,7 +111,8 @@ def report(options: Options) -> Report:
         "weights, batches and the optimizer's own random numbers. Loss and accuracy: of the "
         f"{options.split} split, train loss: of all training images, gap: their difference. Curvature: Hessian of the "
         f"mean cross-entropy on {_curvature(options).num_examples} training images at the end. Local entropy: Laplace, "
-        f"gamma = {_curvature(options).gamma:g}, less that of a loss of zero. Learned sets: nothing tuned. Baselines: "
+        f"gamma = {_curvature(options).gamma:g}, less that of a loss of zero; nan where H + gamma I is not positive "
+        "definite. Learned sets: nothing tuned. Baselines: "
         "cosine schedule, learning rate chosen per optimizee on the meta split.",
         more_tables=[
             Table(
@@ -350,49 +351,40 @@ def _draw_pairs(figure: Figure, comparisons: Sequence[Record]) -> None:
     """Draw the intervals of the paired differences: the mean over optimizees large, each of them small above it."""
     labels = list(dict.fromkeys(map(_label, comparisons)))
     names = [name for name in dict.fromkeys(record["optimizee"] for record in comparisons) if name != MEAN]
+    colours = {name: f"C{index % 10}" for index, name in enumerate(names)} | {MEAN: "k"}
     figure.set_size_inches(11, 1.6 + 0.9 * len(labels))
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, key in ((left, "accuracy"), (right, "log_top_eigenvalue")):
-        for record in (record for record in comparisons if record["measure"] == key):
-            mean = record["optimizee"] == MEAN
-            position = len(names) if mean else names.index(record["optimizee"])
-            _draw_interval(axes, labels.index(_label(record)) + (position - len(names)) * 0.11, record, key, mean)
+        own = [record for record in comparisons if record["measure"] == key]
+        for record in own:
+            above = list(colours).index(record["optimizee"]) - len(names)
+            height = labels.index(_label(record)) + 0.11 * above
+            _draw_interval(axes, height, record, MEASURES[key], colours[record["optimizee"]])
+        # Intervals of single optimizees may be so wide that those of the means could not be seen.
+        ends = [_interval(record) if record["optimizee"] == MEAN else (record["mean"],) for record in own]
+        seen = [0.0, *(MEASURES[key].scale * end for some in ends for end in some if math.isfinite(end))]
+        margin = 0.1 * (max(seen) - min(seen)) or 1.0
+        axes.set_xlim(min(seen) - margin, max(seen) + margin)
         axes.axvline(0, color="0.4", linewidth=1)
         axes.grid(axis="x", alpha=0.25)
     left.set_yticks(range(len(labels)), labels, fontsize=8)
     left.invert_yaxis()
     left.set_xlabel("difference of accuracy, points (right: regularized is better)")
     right.set_xlabel("difference of ln top eigenvalue (left: regularized is flatter)")
-    handles = [
-        Line2D([], [], color="k" if name == MEAN else f"C{names.index(name) % 10}", marker="o", label=name)
-        for name in (*names, MEAN)
-    ]
+    handles = [Line2D([], [], color=colour, marker="o", label=name) for name, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
-    for axes in (left, right):  # single optimizees may have intervals so wide that the means cannot be seen
-        means = [
-            MEASURES[key].scale * record[end]
-            for record in comparisons
-            for key in (record["measure"],)
-            for end in ("low", "high", "mean")
-            if key == ("accuracy" if axes is left else "log_top_eigenvalue")
-            and (record["optimizee"] == MEAN or end == "mean")
-            and math.isfinite(record[end])
-        ]
-        if means:
-            margin = 0.1 * (max(*means, 0) - min(*means, 0)) or 1.0
-            axes.set_xlim(min(*means, 0) - margin, max(*means, 0) + margin)
 
 
-def _draw_interval(axes: Axes, height: float, record: Record, key: str, mean: bool) -> None:
-    mean_value, low, high = (MEASURES[key].scale * end for end in _interval(record))
-    colour = "k" if mean else None
+def _draw_interval(axes: Axes, height: float, record: Record, measure: Measure, colour: str) -> None:
+    mean, low, high = (measure.scale * end for end in _interval(record))
+    large = record["optimizee"] == MEAN
     axes.errorbar(
-        mean_value,
+        mean,
         height,
-        xerr=[[mean_value - low], [high - mean_value]] if math.isfinite(low) else None,
+        xerr=[[mean - low], [high - mean]] if math.isfinite(low) else None,
         color=colour,
         marker="o",
-        markersize=6 if mean else 3,
-        linewidth=2 if mean else 0.8,
-        alpha=1.0 if mean else 0.6,
+        markersize=6 if large else 3,
+        linewidth=2 if large else 0.8,
+        alpha=1.0 if large else 0.7,
     )
