@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from flatopt import FlatOpt, LearnedRule
+from flatopt.evaluate.step_time import peak_bytes
 from flatopt.rules import Adam
 
 
@@ -586,6 +587,15 @@ def test_cutting_does_not_change_a_run_with_state_in_half(name: str, monkeypatch
         runs.append(snapshot(params))
     for one, other in zip(*runs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_memory_of_a_step_does_not_grow_with_what_is_kept_in_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatopt.optimizer.CHUNK_SIZE", 1000)
+    param = torch.nn.Parameter(torch.zeros(40_000))
+    opt = FlatOpt([param], pretrained=learned("l2o-dm"), **HALF)
+    step_with(opt, [param], 0)
+    whole_state = 80 * 4 * param.numel()  # of which a copy in float32 would be this large
+    assert peak_bytes(opt.step) < whole_state / 4
 
 
 def test_state_changes_its_precision_when_loaded_elsewhere() -> None:
