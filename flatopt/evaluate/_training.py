@@ -24,6 +24,9 @@ from .curvature import MEASURES, Curvature
 NUM_TUNING_SEEDS = 2
 """Seeds that choose a learning rate; the first seeds of the comparison, whose runs are then used again."""
 
+EVALUATION_BATCH = 250
+"""Images evaluated at once: twice as fast on a CPU as 1000, whose activations do not fit its caches."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -159,7 +162,7 @@ def _closure(model: nn.Module, optimizer: Optimizer, inputs: Tensor, targets: Te
 def measure(model: nn.Module, data: Batch) -> tuple[float, float]:
     """Return mean cross-entropy and accuracy of a model in evaluation mode; ``inf`` and 0 when it is broken."""
     model.eval()
-    logits = torch.cat([model(inputs) for inputs in data.inputs.split(1000)])
+    logits = torch.cat([model(inputs) for inputs in data.inputs.split(EVALUATION_BATCH)])
     loss = float(F.cross_entropy(logits, data.targets))
     if not math.isfinite(loss):
         return math.inf, 0.0

@@ -17,6 +17,9 @@ from ._report import Record
 MEASURES = ("loss", "gradient_norm", "top_eigenvalue", "hutchinson_trace", "sam_gap", "local_entropy")
 """What :class:`Curvature` returns, by name."""
 
+BATCH_SIZE = 200
+"""Images of one term of the loss: bounds the memory of Hessian products, which decides their speed on a busy machine."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Curvature:
@@ -44,7 +47,8 @@ class Curvature:
 
     def __call__(self, model: nn.Module, train: Batch, seed: int) -> Record:
         """Return the measures of a model in evaluation mode; the probes depend on ``seed`` only."""
-        data = Batch(*(tensor[: self.num_examples] for tensor in train))
+        parts = [tensor[: self.num_examples].split(BATCH_SIZE) for tensor in train]
+        data = [Batch(*part) for part in zip(*parts, strict=True)]
         generator = torch.Generator().manual_seed(seed)
         record: Record = flatness_of(
             model.eval(), F.cross_entropy, data, num_matvecs=self.num_matvecs, generator=generator
