@@ -18,7 +18,7 @@ MEASURES = ("loss", "gradient_norm", "top_eigenvalue", "hutchinson_trace", "sam_
 """What :class:`Curvature` returns, by name."""
 
 BATCH_SIZE = 200
-"""Images of one term of the loss: bounds the memory of Hessian products, which decides their speed on a busy machine."""
+"""Images of one term of the loss: bounds the memory of Hessian products, and with it their time on a busy machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
