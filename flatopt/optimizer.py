@@ -28,6 +28,9 @@ CHUNK_SIZE = 2**15
 PACK_SIZE = 2**14
 """Tensors up to this size are handled side by side: below it a step costs calls, not arithmetic."""
 
+SEED_STRIDE = 1_000_003
+"""Seeds this far apart share no random initial state between parameters with indices below it."""
+
 SHARED_PREFIX = "shared."
 """Marks the copies of the shared state, which every parameter keeps so that a checkpoint is keyed by parameters."""
 
@@ -81,10 +84,16 @@ class FlatOpt(Optimizer):
         compile: compile the step with ``torch.compile``, which handles whole tensors at once and so takes more memory.
             Falls back to eager execution, with one warning, where that is not possible.  Sharded parameters are
             always handled eagerly.
+        state_dtype: ``torch.bfloat16`` keeps in it those accumulators of which the rule says that they may be
+            (``UpdateRule.compressible_state``: the recurrent states, most of the memory of ``l2o-dm`` and ``rnnprop``);
+            they are computed in ``float32`` and rounded once per step.  ``None`` keeps all in ``float32``.
+        seed: decides the random initial learning rates of ``l2o-scale``, the same on every device and whatever the
+            global generator does; other rules start from no random numbers.  The value of the first parameter group
+            counts.
 
     Raises:
-        ValueError: if ``lr``, ``weight_decay`` or ``num_steps`` is out of range or the weights are not what they should
-            be.
+        ValueError: if ``lr``, ``weight_decay``, ``num_steps`` or ``seed`` is out of range, if the weights are not what
+            they should be, or if ``state_dtype`` is not one that the rule's state may have.
         TypeError: if ``params`` is a single tensor.
 
     Example:
@@ -114,6 +123,8 @@ class FlatOpt(Optimizer):
         local_files_only: bool = False,
         maximize: bool = False,
         compile: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
@@ -123,12 +134,19 @@ class FlatOpt(Optimizer):
             raise ValueError(f"Invalid weight_decay value: {weight_decay}, must be finite and >= 0")
         if num_steps is not None and not num_steps >= 1:
             raise ValueError(f"Invalid num_steps value: {num_steps}, must be >= 1 or None")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"Invalid seed value: {seed}, must be in [0, 2^32)")
         if isinstance(pretrained, LearnedRule):
             self.learned = pretrained
         else:
             self.learned = load_pretrained(
                 pretrained, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
             )
+        if state_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"Invalid state_dtype value: {state_dtype}, must be torch.bfloat16 or None")
+        if state_dtype is not None and not self.learned.rule.compressible_state:
+            raise ValueError(f"Invalid state_dtype value: all state of {self.learned.rule.name!r} needs full precision")
+        self._state_dtype = state_dtype
         self._compile = bool(compile)
         self._warned_not_finite = False
         self._prepare()
@@ -138,6 +156,7 @@ class FlatOpt(Optimizer):
             # A number even when unknown: flattened distributed checkpoints accept only numbers and tensors.
             "num_steps": math.inf if num_steps is None else num_steps,
             "maximize": maximize,
+            "seed": seed,
             # Inert: OneCycleLR and CyclicLR write their momentum here, and refuse optimizers that have none.
             "momentum": 0.0,
         }
@@ -236,7 +255,7 @@ class FlatOpt(Optimizer):
                 handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in ("learned", "_compile", "_warned_not_finite")}
+        own = {key: self.__dict__[key] for key in ("learned", "_compile", "_state_dtype", "_warned_not_finite")}
         return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -246,6 +265,7 @@ class FlatOpt(Optimizer):
                 if key != "differentiable":
                     group.setdefault(key, value)
         if "learned" in state:
+            self._state_dtype = state.get("_state_dtype")  # older pickles have none
             self._prepare()
 
     def _prepare(self) -> None:
@@ -286,10 +306,13 @@ class FlatOpt(Optimizer):
         """Make the state of a parameter."""
         rule, weights = self.learned.rule, self._weights_on(*_bucket(param))
         whole = torch.view_as_real(param) if param.is_complex() else param
+        dtype = _bucket(param)[1]
         with _replicated_weights(param):
-            fresh = rule.init_state(weights, whole.detach().to(_bucket(param)[1]).contiguous())
+            fresh = rule.init_state(weights, whole.detach().to(dtype).contiguous(), self._generator(param))
             state = {
-                key: _plain(value) if key in rule.tensor_state else _placed_like(value, param)
+                key: _plain(value)
+                if key in rule.tensor_state
+                else _placed_like(value.to(self._kept_dtype(key, dtype)), param)
                 for key, value in fresh.items()
             }
         state["num_skipped"] = torch.zeros((), dtype=torch.int64, device=param.device)
@@ -297,6 +320,16 @@ class FlatOpt(Optimizer):
         shared = _shared(next(relatives, {})) or rule.init_shared(weights)
         state.update({SHARED_PREFIX + key: value.clone() for key, value in shared.items()})
         self.state[param].update(state)
+
+    def _generator(self, param: Tensor) -> torch.Generator:
+        """Return the source of the initial state of a parameter: its own, so that no order of creation matters."""
+        everywhere = (other for group in self.param_groups for other in group["params"])
+        index = next(index for index, other in enumerate(everywhere) if other is param)
+        return state_generator(int(self.param_groups[0]["seed"]), index)
+
+    def _kept_dtype(self, key: str, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype that a floating-point value of the state is kept in between steps."""
+        return self._state_dtype if self._state_dtype and key in self.learned.rule.compressible_state else dtype
 
     def _steps(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Return the step counters of parameters, on their devices."""
@@ -381,15 +414,21 @@ class FlatOpt(Optimizer):
         return _take_step(*arguments, chunk_size=self._chunk_size)
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
-        """Replace the loaded state by exact copies, on the device and in the dtype that the rule computes in."""
+        """Replace the loaded state by exact copies, on the device and in the dtypes it is kept in."""
         ids = [param_id for group in state_dict["param_groups"] for param_id in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for param_id, param in zip(ids, params, strict=True):
             for key, value in state_dict["state"].get(param_id, {}).items():
-                self.state[param][key] = _restored(value, param, torch.int64 if key == "num_skipped" else None)
+                wanted = torch.int64 if key == "num_skipped" else self._kept_dtype(key, _bucket(param)[1])
+                self.state[param][key] = _restored(value, param, wanted)
             if self.state.get(param):
                 skipped = torch.zeros((), dtype=torch.int64, device=param.device)
                 self.state[param].setdefault("num_skipped", skipped)
+
+
+def state_generator(seed: int, index: int) -> torch.Generator:
+    """Return the source of the random initial state of parameter ``index`` of an optimizer with ``seed``."""
+    return torch.Generator().manual_seed(seed * SEED_STRIDE + index)
 
 
 class _Slot(NamedTuple):
@@ -474,15 +513,14 @@ def _shared(state: State) -> State:
     return {key.removeprefix(SHARED_PREFIX): value for key, value in state.items() if key.startswith(SHARED_PREFIX)}
 
 
-def _restored(value: Any, param: Tensor, dtype: torch.dtype | None) -> Any:
-    """Return a copy of a saved value of the state of ``param``, floating-point values in its compute dtype."""
-    device, compute_dtype = _bucket(param)
+def _restored(value: Any, param: Tensor, dtype: torch.dtype) -> Any:
+    """Return a copy of a saved value of the state of ``param``, in ``dtype`` if that is of the same kind."""
     if isinstance(value, int | float):
-        return torch.tensor(value, dtype=dtype or compute_dtype, device=device)
+        return torch.tensor(value, dtype=dtype, device=param.device)
     if not isinstance(value, Tensor):
         return value
-    wanted = compute_dtype if value.is_floating_point() else value.dtype
-    return value.detach().to(device, dtype or wanted).clone(memory_format=torch.contiguous_format)
+    wanted = dtype if value.is_floating_point() or not dtype.is_floating_point else value.dtype
+    return value.detach().to(param.device, wanted).clone(memory_format=torch.contiguous_format)
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from cases import OPTIMIZEES, RULE_CASES, Optimizee
 from torch import Tensor
 
 from flatopt import FlatOpt, LearnedRule
+from flatopt.optimizer import state_generator
 from flatopt.rules import State, StepContext, UpdateRule, Weights, apply_rule
 
 
@@ -66,9 +67,9 @@ def unroll(
     grads_of_step: Sequence[Sequence[Tensor]],
     num_steps: float = float("inf"),
 ) -> tuple[list[Tensor], list[State], State]:
-    """Apply a rule purely, step after step, with given gradients."""
+    """Apply a rule purely, step after step, with given gradients, from the initial state of ``FlatOpt``."""
     params = [param.detach() for param in params]
-    states = [rule.init_state(weights, param) for param in params]
+    states = [rule.init_state(weights, param, state_generator(0, index)) for index, param in enumerate(params)]
     shared = rule.init_shared(weights)
     for step, grads in enumerate(grads_of_step, 1):
         deltas, states, shared = apply_rule(

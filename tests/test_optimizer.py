@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from flatopt import FlatOpt, LearnedRule
+from flatopt.evaluate.step_time import peak_bytes
 from flatopt.rules import Adam
 
 
@@ -505,6 +506,162 @@ def test_distributed_checkpoint_round_trip(tmp_path: Path, flatten: bool, dtype:
     for optimizer, module in ((opt, model), (other, other_model)):
         step_with(optimizer, list(module.parameters()), 3)
     assert unchanged(list(model.parameters()), list(other_model.parameters()))
+
+
+# --- state in bfloat16, seeded initial state -----------------------------------------------------------------------
+
+HALF = {"state_dtype": torch.bfloat16}
+half_rules = pytest.mark.parametrize("name", ["l2o-dm", "rnnprop", "l2o-scale"])
+
+
+@half_rules
+def test_only_compressible_state_is_kept_in_half(name: str) -> None:
+    params = make_params("network")
+    opt = FlatOpt(params, pretrained=learned(name), **HALF)
+    step_with(opt, params, 0)
+    compressible = opt.learned.rule.compressible_state
+    assert compressible and not compressible & {"step", "memory"}
+    for state in opt.state.values():
+        for key, value in state.items():
+            if key != "num_skipped":
+                assert value.dtype == (torch.bfloat16 if key in compressible else torch.float32), key
+
+
+@half_rules
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
+def test_a_run_with_state_in_half_resumes_bit_for_bit(name: str, dtype: torch.dtype, how: str) -> None:
+    params = make_params("network", dtype=dtype)
+    opt = FlatOpt(params, pretrained=learned(name), **HALF)
+    for seed in range(3):
+        step_with(opt, params, seed)
+    if how == "state_dict":
+        others = [torch.nn.Parameter(param.detach().clone()) for param in params]
+        other = FlatOpt(others, pretrained=learned(name), **HALF)
+        other.load_state_dict(opt.state_dict())
+    else:
+        other = copy.deepcopy(opt) if how == "deepcopy" else pickle.loads(pickle.dumps(opt))
+        others = other.param_groups[0]["params"]
+    assert_same_state(opt, other)
+    for seed in range(3, 6):
+        step_with(opt, params, seed)
+        step_with(other, others, seed)
+    assert unchanged(params, others)
+    assert_same_state(opt, other)
+
+
+@half_rules
+def test_state_in_half_changes_the_path_by_little(name: str) -> None:
+    paths = {}
+    for state_dtype in (None, torch.bfloat16):
+        params = make_params("network")
+        start = snapshot(params)
+        opt = FlatOpt(params, pretrained=learned(name), state_dtype=state_dtype)
+        train(opt, params, "network", 50)
+        paths[state_dtype] = torch.cat([(a - b).detach().flatten() for a, b in zip(params, start, strict=True)])
+    deviation = (paths[torch.bfloat16] - paths[None]).norm() / paths[None].norm()
+    assert 0 < deviation < 0.03
+
+
+def test_state_in_half_trains_as_well() -> None:
+    losses = {}
+    for state_dtype in (None, torch.bfloat16):
+        params = make_params("network")
+        rule = learned("l2o-scale-last")  # the only one of these that goes downhill untrained
+        losses[state_dtype] = train(FlatOpt(params, pretrained=rule, state_dtype=state_dtype), params, "network", 200)
+    assert losses[None][-1] < 0.6 * losses[None][0]
+    assert losses[torch.bfloat16][-1] == pytest.approx(losses[None][-1], rel=0.02)
+
+
+@half_rules
+def test_cutting_does_not_change_a_run_with_state_in_half(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for size in (None, 5):
+        if size:
+            monkeypatch.setattr("flatopt.optimizer.CHUNK_SIZE", size)
+            monkeypatch.setattr("flatopt.optimizer.PACK_SIZE", 0)
+        params = make_params("network", dtype=torch.float64)
+        opt = FlatOpt(params, pretrained=learned(name), **HALF)
+        for seed in range(3):
+            step_with(opt, params, seed)
+        runs.append(snapshot(params))
+    for one, other in zip(*runs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_memory_of_a_step_does_not_grow_with_what_is_kept_in_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatopt.optimizer.CHUNK_SIZE", 1000)
+    param = torch.nn.Parameter(torch.zeros(40_000))
+    opt = FlatOpt([param], pretrained=learned("l2o-dm"), **HALF)
+    step_with(opt, [param], 0)
+    whole_state = 80 * 4 * param.numel()  # of which a copy in float32 would be this large
+    assert peak_bytes(opt.step) < whole_state / 4
+
+
+def test_state_changes_its_precision_when_loaded_elsewhere() -> None:
+    params = make_params("network")
+    whole, half = (FlatOpt(params, pretrained=learned("l2o-dm"), **options) for options in ({}, HALF))
+    step_with(whole, params, 0)
+    half.load_state_dict(whole.state_dict())
+    assert half.state[params[0]]["cell_0"].dtype == torch.bfloat16
+    whole.load_state_dict(half.state_dict())
+    assert whole.state[params[0]]["cell_0"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("l2o-dm", {"state_dtype": torch.float16}, "Invalid state_dtype value: torch.float16"),
+        ("adam", {"state_dtype": torch.bfloat16}, "all state of 'adam' needs full precision"),
+        ("adam", {"seed": -1}, "Invalid seed value: -1"),
+    ],
+)
+def test_state_options_are_checked(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FlatOpt(make_params("network"), pretrained=learned(name), **options)  # type: ignore[arg-type]
+
+
+def initial_learning_rates(seed: int, order: tuple[int, ...] = (0, 1, 2, 3)) -> list[Tensor]:
+    """Return the random part of the initial state, made for some parameters before others."""
+    params = make_params("network")
+    opt = FlatOpt(params, 0.0, pretrained=learned("l2o-scale"), seed=seed)
+    for index in order:
+        for param in params:
+            param.grad = None
+        set_grads(params[index : index + 1], 0)
+        opt.step()
+    return [opt.state[param]["log_lr"] for param in params]
+
+
+def test_initial_learning_rates_depend_on_the_seed_and_on_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatopt.optimizer._take_step", lambda *arguments, **_: arguments[5])  # leaves all as it is
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = initial_learning_rates(seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(5)
+    assert unchanged(initial_learning_rates(seed=1, order=(2, 0, 3, 1)), first)
+    other = initial_learning_rates(seed=2)
+    assert not any(torch.equal(one, two) for one, two in zip(first, other, strict=True))
+    assert torch.cat([value.flatten() for value in first]).unique().numel() > 100  # every coordinate has its own
+
+
+@pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
+def test_a_parameter_unfrozen_after_resuming_starts_as_it_would_have(how: str) -> None:
+    params = make_params("network")
+    opt = FlatOpt(params, pretrained=learned("l2o-scale"), seed=3)
+    step_with(opt, params[:2], 0)
+    if how == "state_dict":
+        others = [torch.nn.Parameter(param.detach().clone()) for param in params]
+        other = FlatOpt(others, pretrained=learned("l2o-scale"))
+        other.load_state_dict(opt.state_dict())
+    else:
+        other = copy.deepcopy(opt) if how == "deepcopy" else pickle.loads(pickle.dumps(opt))
+        others = other.param_groups[0]["params"]
+    step_with(opt, params, 1)
+    step_with(other, others, 1)
+    assert_same_state(opt, other)
+    assert unchanged(params, others)
 
 
 # --- what works on any optimizer -----------------------------------------------------------------------------------

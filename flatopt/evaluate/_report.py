@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from scipy.special import stdtrit
 
 Record = dict[str, Any]
 """One row of results: JSON values by name."""
+
+
+class Table(NamedTuple):
+    """A table under its title."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    """Cells, already formatted."""
 
 
 class Report(NamedTuple):
@@ -28,6 +38,37 @@ class Report(NamedTuple):
     """Draws the figure of the results."""
     note: str = ""
     """How to read the table."""
+    more_tables: Sequence[Table] = ()
+    """Further tables, below the note."""
+    more_figures: Mapping[str, Callable[[Figure], None]] = {}
+    """What draws further figures, by the names of their files without ``.png``."""
+
+
+class Interval(NamedTuple):
+    """A mean and the ends of its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def confidence_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Return the mean of independent normal values and its Student t interval; NaN where there is none.
+
+        mean +- t std / sqrt(n)
+
+    with ``t`` the quantile ``(1 + level) / 2`` of Student's distribution with ``n - 1`` degrees of freedom.
+    Of differences between two treatments of the same subjects it is the paired interval.
+
+    Example:
+        >>> confidence_interval([1.0, 3.0])  # t = 12.706, std / sqrt(2) = 1
+        Interval(mean=2.0, low=-10.706..., high=14.706...)
+    """
+    mean, std = mean_and_std(values)
+    if len(values) < 2:
+        return Interval(mean, math.nan, math.nan)
+    half = float(stdtrit(len(values) - 1, (1 + level) / 2)) * std / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
@@ -77,21 +118,27 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_report(report: Report, out: Path) -> str:
-    """Write ``table.md``, ``results.json`` and ``figure.png`` into a folder, and return the table's text."""
+    """Write ``table.md``, ``results.json`` and the figures into a folder, and return the text of the tables."""
     out.mkdir(parents=True, exist_ok=True)
     table = markdown_table(report.header, report.rows)
     text = f"# {report.title}\n\n{table}\n" + (f"\n{report.note}\n" if report.note else "")
+    for more in report.more_tables:
+        text += f"\n## {more.title}\n\n{markdown_table(more.header, more.rows)}\n"
     (out / "table.md").write_text(text, encoding="utf-8")
     results = json.dumps(_without_nonfinite(list(report.records)), indent=1, allow_nan=False)
     (out / "results.json").write_text(results + "\n", encoding="utf-8")
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    report.draw(figure)
-    figure.savefig(out / "figure.png", dpi=120)
+    for name, draw in {"figure": report.draw, **report.more_figures}.items():
+        figure = Figure(figsize=(9, 5), layout="constrained")
+        draw(figure)
+        figure.savefig(out / f"{name}.png", dpi=120)
     return text
 
 
 class RunCache:
     """Finished runs in a JSONL file, so that a long evaluation stopped at any moment goes on where it was.
+
+    The file is only ever appended to, one line in one write, and read again before a run is computed: several
+    processes may share it.  Two of them that need the same run at the same time both compute it.
 
     Args:
         path: file to read and extend; made when missing.
@@ -100,23 +147,41 @@ class RunCache:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._results: dict[str, Record] = {}
+        self._read_bytes = 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-        for line in lines[:-1]:
-            entry = json.loads(line)
-            self._results[_canonical(entry["key"])] = entry["result"]
-        if lines[-1]:  # a process killed while it wrote leaves half a line: that run is done again
-            path.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
+        path.touch()
+        content = path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            self._append(b"\n")  # a process killed while it wrote leaves half a line: that run is done again
+        self._read()
 
     def get(self, key: Record, compute: Callable[[], Record]) -> Record:
         """Return the stored result of ``key``; compute and store it the first time."""
         name = _canonical(key)
         if name not in self._results:
+            self._read()
+        if name not in self._results:
             result = compute()
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "result": result}) + "\n")
+            self._append(json.dumps({"key": key, "result": result}).encode() + b"\n")
             self._results[name] = result
         return self._results[name]
+
+    def _append(self, line: bytes) -> None:
+        with self.path.open("ab", buffering=0) as file:
+            file.write(line)
+
+    def _read(self) -> None:
+        """Take in what was appended since the last time, up to the last whole line."""
+        with self.path.open("rb") as file:
+            file.seek(self._read_bytes)
+            whole = file.read().rpartition(b"\n")[0]
+        for line in whole.split(b"\n"):
+            try:
+                entry = json.loads(line)
+            except ValueError:  # empty, or the half line of a process that was killed
+                continue
+            self._results[_canonical(entry["key"])] = entry["result"]
+        self._read_bytes += len(whole) + 1 if whole else 0
 
 
 def _canonical(key: Record) -> str:

@@ -63,14 +63,14 @@ class Contestant:
 
     Args:
         name: name in tables.
-        build: makes the optimizer of parameters, learning rate and length of the run.
+        build: makes the optimizer of parameters, learning rate, length of the run and seed.
         lrs: learning rates to choose from, per task, on the ``meta`` split; one value when nothing is tuned.
         cosine: whether a cosine schedule takes the learning rate to zero over the run.
         identity: what else decides the result (the weights of a learned rule); keeps cached runs apart.
     """
 
     name: str
-    build: Callable[[Iterable[Tensor], float, int], Optimizer]
+    build: Callable[[Iterable[Tensor], float, int, int], Optimizer]
     lrs: tuple[float, ...]
     cosine: bool
     identity: str = ""
@@ -80,14 +80,14 @@ _ADAM_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 _SGD_LRS = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 BASELINES: tuple[Contestant, ...] = (
-    Contestant(name="Adam", build=lambda params, lr, _: Adam(params, lr), lrs=_ADAM_LRS, cosine=True),
+    Contestant(name="Adam", build=lambda params, lr, *_: Adam(params, lr), lrs=_ADAM_LRS, cosine=True),
     Contestant(
-        name="AdamW", build=lambda params, lr, _: AdamW(params, lr, weight_decay=0.01), lrs=_ADAM_LRS, cosine=True
+        name="AdamW", build=lambda params, lr, *_: AdamW(params, lr, weight_decay=0.01), lrs=_ADAM_LRS, cosine=True
     ),
     Contestant(
-        name="SGD momentum", build=lambda params, lr, _: SGD(params, lr, momentum=0.9), lrs=_SGD_LRS, cosine=True
+        name="SGD momentum", build=lambda params, lr, *_: SGD(params, lr, momentum=0.9), lrs=_SGD_LRS, cosine=True
     ),
-    Contestant(name="SAM", build=lambda params, lr, _: SAM(params, lr), lrs=_SGD_LRS, cosine=True),
+    Contestant(name="SAM", build=lambda params, lr, *_: SAM(params, lr), lrs=_SGD_LRS, cosine=True),
 )
 
 
@@ -105,17 +105,18 @@ def learned_contestants(pretrained: str) -> list[Contestant]:
         contestant
         for name, rule in (("FlatOpt", learned), ("untrained core", untrained))
         for contestant in (
-            _learned_contestant(f"{name}, horizon known", rule, horizon_known=True),
-            _learned_contestant(f"{name}, horizon unknown", rule, horizon_known=False),
+            learned_contestant(f"{name}, horizon known", rule, horizon_known=True),
+            learned_contestant(f"{name}, horizon unknown", rule, horizon_known=False),
         )
     ]
 
 
-def _learned_contestant(name: str, learned: LearnedRule, *, horizon_known: bool) -> Contestant:
+def learned_contestant(name: str, learned: LearnedRule, *, horizon_known: bool) -> Contestant:
+    """Return FlatOpt with some weights as a contestant."""
     return Contestant(
         name=name,
-        build=lambda params, lr, num_steps: FlatOpt(
-            params, lr, pretrained=learned, num_steps=num_steps if horizon_known else None
+        build=lambda params, lr, num_steps, seed: FlatOpt(
+            params, lr, pretrained=learned, num_steps=num_steps if horizon_known else None, seed=seed
         ),
         lrs=(1.0,),
         cosine=False,

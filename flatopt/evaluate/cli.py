@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import flatness_table, meta_speed, quality, robustness, step_time
+from . import flatness_table, meta_speed, quality, reproduction, robustness, step_time
 from ._report import Report, RunCache, write_report
 from ._training import Options
 
@@ -15,13 +15,14 @@ COMMANDS: dict[str, tuple[Callable[[Options], Report], str, int]] = {
     "flatness": (flatness_table.report, "flatness of the minima that each optimizer reaches", 5),
     "step-time": (step_time.report, "time and memory of one step against AdamW", 5),
     "meta-speed": (meta_speed.report, "throughput of the inner loop of meta-training", 5),
+    "reproduction": (reproduction.report, "regularized against plain learned optimizers, and tuned baselines", 5),
     "robustness": (robustness.report, "divergence over widths, depths, batch sizes and architectures", 1),
 }
 """What each subcommand runs, its help, and its default number of seeds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one subcommand and write ``table.md``, ``results.json`` and ``figure.png`` into the folder ``--out``.
+    """Run one subcommand and write ``table.md``, ``results.json`` and figures into the folder ``--out``.
 
     Finished runs are kept in ``runs.jsonl`` there: the same command goes on after any stop.
 
@@ -33,13 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = Options(
         num_seeds=chosen.seeds,
         fast=chosen.fast,
-        pretrained=chosen.pretrained,
+        pretrained=getattr(chosen, "pretrained", Options.pretrained),
         cache=RunCache((chosen.cache or chosen.out) / "runs.jsonl"),
         split=getattr(chosen, "split", "test"),
         tasks=tuple(getattr(chosen, "tasks", ())),
+        sets=tuple(getattr(chosen, "sets", ())),
+        data=getattr(chosen, "data", Options.data),
+        learned_only=getattr(chosen, "learned_only", Options.learned_only),
     )
-    print(write_report(report(options), chosen.out))
-    print(f"Written to {chosen.out}: table.md, results.json, figure.png")
+    result = report(options)
+    print(write_report(result, chosen.out))
+    figures = ", ".join(f"{name}.png" for name in ("figure", *result.more_figures))
+    print(f"Written to {chosen.out}: table.md, results.json, {figures}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,12 +57,23 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, default=Path("runs/eval") / name, help="folder of results")
         command.add_argument("--cache", type=Path, help="folder of finished runs, if not --out (to share tuning)")
         command.add_argument("--seeds", type=_positive, default=num_seeds, help="runs per cell (default: %(default)s)")
-        if name == "quality":
+        if name in ("quality", "reproduction"):
             command.add_argument("--split", choices=("test", "meta"), default="test", help="split of the table")
-        if name in ("quality", "flatness"):
+        if name in ("quality", "flatness", "reproduction"):
             command.add_argument("--tasks", nargs="+", default=(), help="parts of the names of the tasks to run")
         command.add_argument("--fast", action="store_true", help="toy sizes: shows that it works, in seconds")
-        command.add_argument("--pretrained", default="flat-v1", help="weights of FlatOpt: name, folder or Hub id")
+        if name == "reproduction":
+            command.add_argument(
+                "--sets",
+                nargs="+",
+                default=(),
+                metavar="NAME_OR_FOLDER",
+                help="learned weights, of each rule the plain ones first (default: the nine sets of the paper)",
+            )
+            command.add_argument("--data", choices=("fashion-mnist", "mnist"), default="fashion-mnist", help="images")
+            command.add_argument("--learned-only", action="store_true", help="leave the baselines out")
+        else:
+            command.add_argument("--pretrained", default="flat-v1", help="weights of FlatOpt: name, folder or Hub id")
     return parser
 
 

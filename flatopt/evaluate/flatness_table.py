@@ -5,24 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from flatopt.flatness import flatness_of
-from flatopt.tasks import Batch
-
 from ._report import Record, Report, mean_pm_std
-from ._training import Benchmark, Options, measure, run_key, train_benchmark, tuned_lr
-from .baselines import Contestant
+from ._training import Options, run, tuned_lr
+from .curvature import Curvature
 from .quality import entrants
 
 TASKS = ("MLP 8x8, 1k", "deep MLP 8x8, 4k", "CNN 14x14, 4k", "digits CNN")
 """Names of the benchmarks measured: smooth enough in size that a few hundred Hessian products are quick."""
-
-NUM_EXAMPLES = 1000
-"""Training examples that define the loss surface."""
 
 MEASURES = ("top_eigenvalue", "hutchinson_trace", "sam_gap", "gradient_norm", "loss", "test_loss", "test_accuracy")
 
@@ -31,11 +23,12 @@ def report(options: Options) -> Report:
     """Measure the minima that each contestant reaches, with the learning rates of the quality comparison."""
     benchmarks, contestants = entrants(options)
     chosen = benchmarks if options.fast else [benchmark for benchmark in benchmarks if benchmark.name in TASKS]
+    curvature = Curvature(num_matvecs=5 if options.fast else 100)
     records = []
     pairs = [(benchmark, contestant) for benchmark in chosen for contestant in contestants]
     for benchmark, contestant in tqdm(pairs, desc="flatness", unit="cell"):
         lr = tuned_lr(benchmark, contestant, options.num_seeds, options.cache)
-        runs = [_measure_run(benchmark, contestant, lr, seed, options) for seed in range(options.num_seeds)]
+        runs = [run(benchmark, contestant, lr, seed, options.cache, curvature) for seed in range(options.num_seeds)]
         record: Record = {"task": benchmark.name, "optimizer": contestant.name, "lr": lr}
         records.append(record | {key: [result[key] for result in runs] for key in MEASURES})
     return Report(
@@ -54,27 +47,9 @@ def report(options: Options) -> Report:
         records=records,
         draw=lambda figure: _draw(figure, records),
         note=f"Mean ± standard deviation over {options.num_seeds} seeds. Hessian of the mean cross-entropy on "
-        f"{NUM_EXAMPLES} training images, at the end of training. SAM gap: rise of that loss, 0.05 up the gradient.",
+        f"{curvature.num_examples} training images, at the end of training. SAM gap: rise of that loss, 0.05 up "
+        "the gradient.",
     )
-
-
-def _measure_run(benchmark: Benchmark, contestant: Contestant, lr: float, seed: int, options: Options) -> Record:
-    """Train once more, since the cache keeps no weights, and measure."""
-
-    def compute() -> Record:
-        trained, splits = train_benchmark(benchmark, contestant, lr, seed)
-        data = Batch(*(tensor[:NUM_EXAMPLES] for tensor in splits.train))
-        record: Record = flatness_of(
-            trained.model.eval(),
-            F.cross_entropy,
-            data,
-            num_matvecs=5 if options.fast else 100,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        record["test_loss"], record["test_accuracy"] = measure(trained.model, splits.test)
-        return record
-
-    return options.cache.get({"flatness": True} | run_key(benchmark, contestant, lr, seed), compute)
 
 
 def _row(record: Record) -> list[str]:

@@ -5,6 +5,9 @@ All take images ``[batch, size, size]`` and return logits ``[batch, 10]``; seque
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 NUM_CLASSES = 10
@@ -36,6 +39,48 @@ def cnn(size: int, *, width: int = 16, depth: int = 2, normalise: bool = False) 
         num_channels = width
     features = width * (size // 2 ** min(depth, 2)) ** 2
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, NUM_CLASSES))
+
+
+def published_cnn(size: int) -> nn.Sequential:
+    """Build the convolutional net of the published learned optimizers: BatchNorm, no padding, linear logits."""
+    features = 32 * (((size - 2) // 2 - 4) // 2) ** 2
+    return nn.Sequential(
+        Channel(),
+        nn.Conv2d(1, 16, 3),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 5),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(features, NUM_CLASSES),
+    )
+
+
+def published_plain_cnn(size: int, *, stride: int = 2) -> nn.Sequential:
+    """Build their other one, convolutions without bias, normalisation or pooling; they had a stride of 1."""
+    features = 8 * math.ceil(math.ceil(size / stride) / stride) ** 2
+    return nn.Sequential(
+        Channel(),
+        nn.Conv2d(1, 8, 3, stride=stride, padding=1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 5, stride=stride, padding=2, bias=False),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(features, NUM_CLASSES),
+    )
+
+
+def small_start(size: int, *, build: Callable[[int], nn.Module], std: float = 0.01) -> nn.Module:
+    """Build a model and draw weights and biases of its linear and convolutional layers from ``N(0, std^2)``."""
+    model = build(size)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            for param in module.parameters():
+                nn.init.normal_(param, std=std)
+    return model
 
 
 def residual_net(size: int, *, width: int = 16, num_blocks: int = 2) -> nn.Sequential:

@@ -106,6 +106,11 @@ def lstm(weights: Weights, name: str, x_Fn: Tensor, hidden_Hn: Tensor, cell_Hn: 
     return output.sigmoid() * cell_Hn.tanh(), cell_Hn
 
 
+def lstm_state_keys(num_layers: int) -> frozenset[str]:
+    """Return the keys of :func:`init_lstm_state`."""
+    return frozenset(f"{kind}_{layer}" for layer in range(num_layers) for kind in ("hidden", "cell"))
+
+
 def init_lstm_state(param: Tensor, num_layers: int, hidden: int) -> State:
     """Return zero states ``hidden_0, cell_0, hidden_1, ...``, ``[*param.shape, hidden]`` each."""
     zeros = torch.zeros_like(param).unsqueeze(-1).repeat(*(1,) * param.dim(), hidden)

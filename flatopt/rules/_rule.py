@@ -65,6 +65,11 @@ class UpdateRule(ABC):
 
     ``step`` is advanced by the driver, ``memory`` by ``mix``; any other is a constant."""
 
+    compressible_state: ClassVar[frozenset[str]] = frozenset()
+    """Keys of the per-coordinate state that may be *kept* in ``bfloat16``; all is computed in ``float32`` at least.
+
+    For bounded values that are replaced in each step, not for averages that advance by little."""
+
     @abstractmethod
     def init_weights(self, generator: torch.Generator | None = None) -> Weights:
         """Return fresh float32 weights on the CPU; a rule without learned weights returns an empty dict."""
@@ -204,7 +209,7 @@ def apply_rule(
         weights: its weights, in the dtype to compute in.
         params: at least one parameter; any shapes, contiguous; half types are computed on in float32.
         grads: one gradient per parameter, same shapes; never modified.
-        states: one state per parameter, in the dtype to compute in.
+        states: one state per parameter, in the dtype to compute in; ``compressible_state`` may be in ``bfloat16``.
         shared: state shared by all parameters.
         context: where in the run the step is taken.
         emit: receiver of the steps; makes the call in place.
@@ -230,7 +235,10 @@ def apply_rule(
         constants = _gather_constants(rule, pack, states, steps, given_NG)
         alone = len(pack) == 1
         new_n, terms_Sn = phases.observe(weights, old_n | constants, grad_n, param_n, context, alone)
-        observed.append(old_n | (new_n if emit is None else _overwrite(pack, new_n, states)))
+        if emit is None:
+            observed.append(old_n | new_n)
+        else:
+            _overwrite(pack, new_n, states)
         for part, terms in zip(pack, terms_Sn.split([1] if alone else _sizes(pack), dim=-1), strict=True):
             sums[part.tensor].append(terms.sum(-1))
 
@@ -242,8 +250,10 @@ def apply_rule(
 
     deltas: list[list[Tensor]] = [[] for _ in params]
     updates: list[dict[str, list[Tensor]]] = [{} for _ in params]
-    for pack, state_n in zip(packs, observed, strict=True):
+    for position, pack in enumerate(packs):
         grad_n, param_n = _gather(pack, grads, dim), _gather(pack, params, dim)
+        # Gathered anew where it is kept in the states: what is kept in a half type is not held twice for all packs.
+        state_n = observed[position] if emit is None else _gather_coordinates(rule, pack, states, params, dim)
         control_Cn = control_NC.transpose(-1, -2)[..., _owners(pack, control_NC.device)]
         constants = _gather_constants(rule, pack, states, steps, given_NG)
         new_n, delta_n = phases.propose(weights, state_n | constants, grad_n, param_n, control_Cn, context)
@@ -333,10 +343,11 @@ def _gather(pack: _Pack, tensors: Sequence[Tensor], dim: int, keep_dims: int = 0
 def _gather_coordinates(
     rule: UpdateRule, pack: _Pack, states: Sequence[State], params: Sequence[Tensor], dim: int
 ) -> State:
-    """Return the per-coordinate state of a pack, ``[*, n, ...]``."""
+    """Return the per-coordinate state of a pack, ``[*, n, ...]``, in the dtype to compute in."""
     first = pack[0].tensor
+    dtype = states[first]["step"].dtype
     return {
-        key: _gather(pack, [state[key] for state in states], dim, value.dim() - params[first].dim())
+        key: _gather(pack, [state[key] for state in states], dim, value.dim() - params[first].dim()).to(dtype)
         for key, value in states[first].items()
         if key not in rule.tensor_state
     }
@@ -353,18 +364,14 @@ def _gather_constants(
     return values | {"step": torch.stack(steps, -1)[..., owners], "given": given_Gn}
 
 
-def _overwrite(pack: _Pack, new_n: State, states: Sequence[State]) -> State:
-    """Write per-coordinate state into its storage; return it, for a single part as views of that storage."""
-    views = {}
+def _overwrite(pack: _Pack, new_n: State, states: Sequence[State]) -> None:
+    """Write per-coordinate state into its storage, in the dtype it is kept in."""
     for key, value in new_n.items():
         start = 0
         for part in pack:
-            storage = states[part.tensor][key]
-            view = storage.view(-1, *value.shape[1:])[part.where]
-            view.copy_(value[start : start + part.size])
+            storage = states[part.tensor][key].view(-1, *value.shape[1:])
+            storage[part.where].copy_(value[start : start + part.size])
             start += part.size
-        views[key] = view if len(pack) == 1 else value
-    return views
 
 
 def _join(pieces: list[Tensor], like: Tensor, dim: int) -> Tensor:

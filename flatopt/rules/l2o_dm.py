@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ._features import log_sign
-from ._networks import init_lstm, init_lstm_state, linear, stacked_lstm, truncated_normal
+from ._networks import init_lstm, init_lstm_state, linear, lstm_state_keys, stacked_lstm, truncated_normal
 from ._rule import State, StepContext, UpdateRule, Weights
 
 NUM_LAYERS = 2
@@ -30,7 +30,7 @@ NUM_LAYERS = 2
 class L2ODM(UpdateRule):
     """A coordinate-wise LSTM that turns gradients into steps.
 
-    Memory: 80 floats of state per coordinate, 40 times Adam's.
+    Memory: 80 floats of state per coordinate, 40 times Adam's; half with ``FlatOpt(..., state_dtype=torch.bfloat16)``.
 
     A coordinate takes part from its first gradient that is not zero, with a zero state; in the reference the network
     moves coordinates that have no gradient, too.
@@ -46,6 +46,7 @@ class L2ODM(UpdateRule):
     """
 
     name: ClassVar[str] = "l2o-dm"
+    compressible_state: ClassVar[frozenset[str]] = lstm_state_keys(NUM_LAYERS)
 
     scale: float = 0.01
     hidden: int = 20

@@ -55,7 +55,8 @@ EPS = 1e-16
 class L2OScale(UpdateRule):
     """The hierarchical recurrent optimizer, which chooses its own learning rate for every coordinate.
 
-    Memory: 21 floats of state per coordinate, 10.5 times Adam's, and 22 per tensor.
+    Memory: 21 floats of state per coordinate, 10.5 times Adam's, and 22 per tensor; as 16
+    with ``FlatOpt(..., state_dtype=torch.bfloat16)``.
 
     A coordinate whose gradients were all exactly zero does not move; in the reference it may.
 
@@ -73,6 +74,7 @@ class L2OScale(UpdateRule):
     """
 
     name: ClassVar[str] = "l2o-scale"
+    compressible_state: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
     min_lr: float = 1e-6
     max_lr: float = 1e-2

@@ -1,7 +1,8 @@
 """Small grey-scale image data sets in three splits, and image classification as a task.
 
-Digits come with scikit-learn.  Fashion-MNIST (Xiao et al., 2017, https://arxiv.org/abs/1708.07747) is read from its
-four original IDX files, found in a folder or on the Hugging Face Hub.
+Digits come with scikit-learn.  Fashion-MNIST (Xiao et al., 2017, https://arxiv.org/abs/1708.07747) and MNIST (LeCun et
+al., 1998, https://doi.org/10.1109/5.726791) are read from their four original IDX files, found in a folder or on the
+Hugging Face Hub.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from torch import Tensor
 from ._layers import check_choice
 from ._task import Batch, ClassificationTask, Optimizee, Params, Split
 
-DATASETS = ("digits", "fashion-mnist")
+DATASETS = ("digits", "fashion-mnist", "mnist")
 
-DATA_VARIABLE = "FLATOPT_DATA"
-"""Environment variable that says where the IDX files are, in the form of the ``root`` of :func:`load_images`."""
+DATA_VARIABLE, MNIST_VARIABLE = "FLATOPT_DATA", "FLATOPT_MNIST"
+"""Environment variables that say where the IDX files are, in the form of the ``root`` of :func:`load_images`."""
 
-DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+DEBIAN_FOLDER, MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist"), Path("/usr/share/datasets/mnist")
 HUB_PREFIX = "hf://"
 
 NUM_META = 10_000
-"""Last images of Fashion-MNIST's training files, kept for meta-objectives."""
+"""Last images of the training files of both MNISTs, kept for meta-objectives."""
 
 
 class ImageSplits(NamedTuple):
@@ -48,7 +49,7 @@ class ImageTask(ClassificationTask):
 
     Args:
         model: the optimizee, for images of ``size`` by ``size`` pixels.
-        dataset: ``"digits"`` or ``"fashion-mnist"``.
+        dataset: ``"digits"``, ``"fashion-mnist"`` or ``"mnist"``.
         size: 8, 14 or 28.
         batch_size: images per batch.
         num_train: images of the training split that are used, all when ``None``.
@@ -88,14 +89,16 @@ def load_images(name: str, size: int, root: str | None = None, *, standardize: b
     """Return a data set with pixels in ``[0, 1]``, resized; repeated calls return the same tensors.
 
     Digits: 1,097 train, 300 meta and 400 test images, by a fixed permutation.
-    Fashion-MNIST: 50,000 train and 10,000 meta images, in the order of the training files, and 10,000 test images.
+    Fashion-MNIST and MNIST: 50,000 train and 10,000 meta images, in the order of the training files, and 10,000 test
+    images.
 
     Args:
-        name: ``"digits"`` or ``"fashion-mnist"``.
+        name: ``"digits"``, ``"fashion-mnist"`` or ``"mnist"``.
         size: height and width: 8, 14 or 28.
-        root: for Fashion-MNIST, a folder with the IDX files (plain or ``.gz``), or ``hf://org/name`` or
+        root: for the two MNISTs, a folder with the IDX files (plain or ``.gz``), or ``hf://org/name`` or
             ``hf://org/name@revision`` for a data set repository that holds them.  Default: the environment variable
-            ``FLATOPT_DATA``, else the folder of Debian's package ``dataset-fashion-mnist``.
+            ``FLATOPT_DATA`` (``FLATOPT_MNIST`` for MNIST), else the folder of Debian's package
+            ``dataset-fashion-mnist`` (``/usr/share/datasets/mnist``).
         standardize: subtract the mean of the training pixels and divide by their standard deviation.
 
     Raises:
@@ -107,7 +110,8 @@ def load_images(name: str, size: int, root: str | None = None, *, standardize: b
     check_choice("size", size, (8, 14, 28))
     if name == "digits":
         return _prepared(name, size, "", standardize)
-    return _prepared(name, size, str(root or os.environ.get(DATA_VARIABLE) or DEBIAN_FOLDER), standardize)
+    variable, folder = (MNIST_VARIABLE, MNIST_FOLDER) if name == "mnist" else (DATA_VARIABLE, DEBIAN_FOLDER)
+    return _prepared(name, size, str(root or os.environ.get(variable) or folder), standardize)
 
 
 def read_idx(path: Path, num_dims: int) -> Tensor:
@@ -145,7 +149,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _prepared(name: str, size: int, root: str, standardize: bool) -> ImageSplits:
-    raw = _digits() if name == "digits" else _fashion_mnist(root)
+    raw = _digits() if name == "digits" else _idx_images(name, root)
     splits = ImageSplits(*(Batch(resize(inputs, size), targets) for inputs, targets in raw))
     if not standardize:
         return splits
@@ -166,11 +170,11 @@ def _digits() -> ImageSplits:
     return ImageSplits(*map(Batch, inputs.split(sizes), targets.split(sizes)))
 
 
-def _fashion_mnist(root: str) -> ImageSplits:
+def _idx_images(name: str, root: str) -> ImageSplits:
     train, test = (
         Batch(
-            read_idx(_find(root, f"{part}-images-idx3-ubyte"), 3).float() / 255,
-            read_idx(_find(root, f"{part}-labels-idx1-ubyte"), 1).long(),
+            read_idx(_find(name, root, f"{part}-images-idx3-ubyte"), 3).float() / 255,
+            read_idx(_find(name, root, f"{part}-labels-idx1-ubyte"), 1).long(),
         )
         for part in ("train", "t10k")
     )
@@ -183,13 +187,18 @@ def _fashion_mnist(root: str) -> ImageSplits:
     return ImageSplits(Batch(*(x[:split] for x in train)), Batch(*(x[split:] for x in train)), test)
 
 
-def _find(root: str, name: str) -> Path:
+def _find(dataset: str, root: str, name: str) -> Path:
     """Return the path of one of the four files, fetched if the root is on the Hub."""
     if root.startswith(HUB_PREFIX):
         return _download(root.removeprefix(HUB_PREFIX), f"{name}.gz")
     for file in (Path(root) / name, Path(root) / f"{name}.gz"):
         if file.is_file():
             return file
+    if dataset == "mnist":
+        raise FileNotFoundError(
+            f"MNIST: no {name} or {name}.gz in {root}. Name the folder that holds its four IDX files in "
+            f"{MNIST_VARIABLE}, or name there a data set repository that holds them as {HUB_PREFIX}org/name."
+        )
     raise FileNotFoundError(
         f"Fashion-MNIST: no {name} or {name}.gz in {root}. Install Debian's package dataset-fashion-mnist, or download "
         f"the four IDX files of https://github.com/zalandoresearch/fashion-mnist and name their folder in "

@@ -41,7 +41,7 @@ def test_command_writes_its_results_and_a_second_call_trains_nothing(
     def fail(*arguments: object) -> None:
         raise AssertionError("trained again")
 
-    for module in ("_training", "flatness_table", "robustness"):
+    for module in ("_training", "robustness"):
         monkeypatch.setattr(f"flatopt.evaluate.{module}.train_benchmark", fail)
     main(arguments)
     assert outputs(tmp_path) == first

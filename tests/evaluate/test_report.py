@@ -6,8 +6,19 @@ import statistics
 from pathlib import Path
 
 import pytest
+import scipy.stats
+import torch
 
-from flatopt.evaluate._report import Report, RunCache, markdown_table, mean_and_std, mean_pm_std, write_report
+from flatopt.evaluate._report import (
+    Report,
+    RunCache,
+    Table,
+    confidence_interval,
+    markdown_table,
+    mean_and_std,
+    mean_pm_std,
+    write_report,
+)
 
 
 def test_mean_and_std_are_those_of_the_standard_library() -> None:
@@ -56,17 +67,68 @@ def test_cache_computes_once_and_survives_a_new_process(tmp_path: Path) -> None:
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("cut", [1, 5, 30])
-def test_cache_drops_a_line_cut_by_a_kill_and_keeps_the_others(tmp_path: Path, cut: int) -> None:
+@pytest.mark.parametrize(("cut", "lost"), [(1, []), (5, [2]), (30, [2])])
+def test_cache_redoes_a_run_cut_by_a_kill_and_keeps_the_others(tmp_path: Path, cut: int, lost: list[int]) -> None:
     path = tmp_path / "runs.jsonl"
     for seed in range(3):
         RunCache(path).get({"seed": seed}, lambda seed=seed: {"value": seed})
     path.write_bytes(path.read_bytes()[:-cut])
-    cache = RunCache(path)
-    recomputed = []
-    for seed in range(3):
-        assert cache.get({"seed": seed}, lambda seed=seed: recomputed.append(seed) or {"value": seed}) == {
-            "value": seed
-        }
-    assert recomputed == [2]
-    assert len(path.read_text().splitlines()) == 3
+    for expected in (lost, []):
+        cache = RunCache(path)
+        recomputed: list[int] = []
+        for seed in range(3):
+
+            def compute(seed: int = seed, recomputed: list[int] = recomputed) -> dict[str, int]:
+                recomputed.append(seed)
+                return {"value": seed}
+
+            assert cache.get({"seed": seed}, compute) == {"value": seed}
+        assert recomputed == expected
+
+
+def test_two_processes_share_a_cache_and_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    one, other = RunCache(path), RunCache(path)
+    for seed in range(6):
+        (one, other)[seed % 2].get({"seed": seed}, lambda seed=seed: {"value": seed})
+    for cache in (one, other, RunCache(path)):
+        for seed in range(6):
+            assert cache.get({"seed": seed}, lambda: pytest.fail("computed again")) == {"value": seed}
+    assert len(path.read_text().splitlines()) == 6
+
+
+def test_interval_is_students_by_hand_and_by_scipy() -> None:
+    # Differences 1, 2, 3, 4, 5: mean 3, std sqrt(2.5), t(0.975, 4) = 2.7764 from a printed table.
+    mean, low, high = confidence_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3.0
+    half = pytest.approx(2.7764 * math.sqrt(2.5 / 5), rel=1e-4)
+    assert high - mean == half and mean - low == half
+    values = [0.3, -1.2, 0.8, 2.5]
+    expected = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(0.9)
+    assert confidence_interval(values, 0.9)[1:] == pytest.approx((expected.low, expected.high))
+
+
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+    samples = 0.4 + torch.randn(2000, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    intervals = [confidence_interval(row) for row in samples.tolist()]
+    covered = sum(interval.low <= 0.4 <= interval.high for interval in intervals) / 2000
+    assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)  # with 1.96 in place of 2.776 it is 0.88
+
+
+def test_no_interval_from_one_value_or_from_a_broken_run() -> None:
+    assert confidence_interval([2.0]).mean == 2.0 and math.isnan(confidence_interval([2.0]).low)
+    assert all(map(math.isnan, confidence_interval([1.0, math.nan, 2.0])))
+
+
+def test_further_tables_and_figures_are_written(tmp_path: Path) -> None:
+    report = Report(
+        title="Title",
+        header=["a"],
+        rows=[["1"]],
+        records=[],
+        draw=lambda figure: figure.subplots().plot([0, 1]),
+        more_tables=[Table("Second", ["b"], [["2"]])],
+        more_figures={"other": lambda figure: figure.subplots().plot([1, 0])},
+    )
+    assert "## Second\n\n| b |\n|---|\n| 2 |" in write_report(report, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"table.md", "results.json", "figure.png", "other.png"}

@@ -21,7 +21,7 @@ TOY = Benchmark(name="toy", source="digits", size=8, num_train=100, build=partia
 
 
 def contestant(*lrs: float) -> Contestant:
-    return Contestant(name="SGD", build=lambda params, lr, _: SGD(params, lr), lrs=lrs, cosine=True)
+    return Contestant(name="SGD", build=lambda params, lr, *_: SGD(params, lr), lrs=lrs, cosine=True)
 
 
 def test_initial_weights_depend_on_the_seed_and_leave_the_global_generator_alone() -> None:

@@ -234,7 +234,7 @@ def test_a_gpu_gets_the_same_problems_and_batches() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sources": (("mnist", 1.0),)}, "source must be one of .* not 'mnist'"),
+        ({"sources": (("cifar", 1.0),)}, "source must be one of .* not 'cifar'"),
         ({"sources": (("text", 1.0),)}, "'text' goes alone and needs a Transformer"),
         ({"input_scale_range": (2.0, 0.5)}, "input_scale_range must be two increasing positive numbers"),
         ({"num_train_range": (0, 5)}, "num_train_range"),

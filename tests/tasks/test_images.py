@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flatopt.tasks import MLP, ImageTask, load_images
-from flatopt.tasks.images import DATA_VARIABLE, read_idx, resize
+from flatopt.tasks.images import DATA_VARIABLE, MNIST_VARIABLE, read_idx, resize
 
 NAMES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 
@@ -117,6 +117,15 @@ def test_a_hub_root_downloads_the_four_files_of_one_revision(folder: Path, monke
     torch.testing.assert_close(splits.meta.inputs, load_images("fashion-mnist", 8, str(folder)).meta.inputs)
 
 
+def test_mnist_has_a_folder_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(MNIST_VARIABLE, str(folder))
+    assert [len(split.targets) for split in load_images("mnist", 8)] == [6, 10_000, 5]
+    monkeypatch.setenv(MNIST_VARIABLE, str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match=f"^MNIST: no train-images.*{MNIST_VARIABLE}"):
+        load_images("mnist", 8)
+
+
 def test_missing_files_say_what_to_install(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}.*dataset-fashion-mnist.*{DATA_VARIABLE}.*hf://"):
         load_images("fashion-mnist", 8, str(tmp_path))
@@ -169,7 +178,7 @@ def test_read_idx_returns_what_was_written(tmp_path: Path) -> None:
     torch.testing.assert_close(read_idx(tmp_path / "plain", 3), values, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("name", "size", "message"), [("mnist", 8, "name must be"), ("digits", 9, "size must be")])
+@pytest.mark.parametrize(("name", "size", "message"), [("cifar", 8, "name must be"), ("digits", 9, "size must be")])
 def test_unknown_data_are_refused(name: str, size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_images(name, size)

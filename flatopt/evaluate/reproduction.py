@@ -1,0 +1,390 @@
+"""Do flatness-regularised learned optimizers generalise better?  The experiment of the paper, on other optimizees.
+
+The networks were not seen in meta-training.  Each is trained on the ``train`` split by every set of learned weights,
+with nothing tuned, and by baselines whose learning rate is chosen on ``meta``; results are those on ``test``.  Sets of
+the same rule are compared pair by pair: for optimizee ``k`` and seed ``s``
+
+    d_s = mean_k [ value(regularized, k, s) - value(plain, k, s) ]
+
+and the interval is Student's over the seeds.
+
+Reference: Yang et al., *Learning to Generalize Provably in Learning to Optimize*, 2023,
+https://arxiv.org/abs/2302.11085
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from torch import nn
+from tqdm import tqdm
+
+from flatopt.hub import load_pretrained
+from flatopt.pretrained import LearnedRule, list_pretrained
+
+from . import models
+from ._report import Interval, Record, Report, Table, confidence_interval, mean_and_std, mean_pm_std
+from ._training import Benchmark, Options, run, tuned_lr
+from .baselines import BASELINES, Contestant, learned_contestant
+from .curvature import Curvature
+
+SETS = tuple(
+    rule + regularizer for rule in ("l2o-dm", "rnnprop", "l2o-scale") for regularizer in ("", "-hessian", "-entropy")
+)
+"""The sets of the reproduction; of each rule the plain one comes first."""
+
+BASELINE_NAMES = ("Adam", "SGD momentum", "SAM")
+
+NUM_TRAIN = 4000
+"""Training images: 500 steps then are 16 epochs; the reference's 10,000 steps on 55,000 images are 23."""
+
+CURVATURE = Curvature(num_examples=400, num_matvecs=12, gamma=10.0)
+"""``gamma`` is above the magnitude of the negative eigenvalues that trained networks have here (about 1)."""
+
+FAST_CURVATURE = replace(CURVATURE, num_examples=100, num_matvecs=4, num_probes=1, num_lanczos=4)
+FAST_SEEDS = 2
+
+DATA_NAMES = {"fashion-mnist": "Fashion-MNIST", "mnist": "MNIST"}
+
+
+class Measure(NamedTuple):
+    """A column of the table of results."""
+
+    name: str
+    value: Callable[[Record, str], float]
+    """Value of a run, for a split."""
+    digits: int = 3
+    scale: float = 1.0
+
+
+MEASURES: dict[str, Measure] = {
+    "train_loss": Measure("train loss", lambda run, _: run["train_loss"]),
+    "accuracy": Measure("accuracy %", lambda run, split: run[f"{split}_accuracy"], digits=2, scale=100),
+    "loss": Measure("loss", lambda run, split: run[f"{split}_loss"]),
+    "gap": Measure("gap", lambda run, split: run[f"{split}_loss"] - run["train_loss"]),
+    "top_eigenvalue": Measure("top eigenvalue", lambda run, _: run["top_eigenvalue"], digits=2),
+    "trace": Measure("trace", lambda run, _: run["hutchinson_trace"], digits=1),
+    "local_entropy": Measure("local entropy", lambda run, _: run["local_entropy"], digits=2),
+    "log_top_eigenvalue": Measure("ln top eigenvalue", lambda run, _: _log(run["top_eigenvalue"])),
+}
+"""What is reported; the logarithm only in means over optimizees, whose eigenvalues differ by orders of magnitude."""
+
+COMPARED = ("accuracy", "top_eigenvalue", "log_top_eigenvalue")
+"""Measures of the paired differences."""
+
+
+class Pair(NamedTuple):
+    """Two contestants with the same rule."""
+
+    plain: str
+    regularized: str
+
+
+def report(options: Options) -> Report:
+    """Train every optimizee with every contestant, and compare the sets of each rule."""
+    if options.fast:
+        options = replace(options, num_seeds=min(options.num_seeds, FAST_SEEDS))
+    learned = load_sets(options.sets or SETS)
+    benchmarks, contestants = entrants(options, learned)
+    cells = [(benchmark, contestant) for benchmark in benchmarks for contestant in contestants]
+    progress = tqdm(cells, desc="reproduction", unit="cell")
+    records = [compare(benchmark, contestant, options) for benchmark, contestant in progress]
+    pairs = pairs_of(learned)
+    comparisons = compare_pairs(records, pairs)
+    variants = _variants(learned)
+    return Report(
+        title=f"Unseen optimizees: results on the {options.split} split",
+        header=["optimizee", "optimizer", "lr", *(MEASURES[key].name for key in MEASURES if key not in _MEANS_ONLY)],
+        rows=[_row(record) for record in records],
+        records=[*records, *comparisons],
+        draw=lambda figure: _draw_minima(figure, records, variants),
+        note=f"Mean ± standard deviation over {options.num_seeds} seeds, which decide training images, initial "
+        "weights, batches and the optimizer's own random numbers. Loss and accuracy: of the "
+        f"{options.split} split, train loss: of all training images, gap: their difference. Curvature: Hessian of the "
+        f"mean cross-entropy on {_curvature(options).num_examples} training images at the end. Local entropy: Laplace, "
+        f"gamma = {_curvature(options).gamma:g}, less that of a loss of zero; nan where H + gamma I is not positive "
+        "definite. Learned sets: nothing tuned. Baselines: "
+        "cosine schedule, learning rate chosen per optimizee on the meta split.",
+        more_tables=[
+            Table(
+                "Means over the optimizees",
+                ["optimizer", *(MEASURES[key].name for key in _SUMMARISED)],
+                [_mean_row(records, contestant.name) for contestant in contestants],
+            ),
+            *(_paired_table(comparisons, key, options.num_seeds) for key in COMPARED),
+        ],
+        more_figures={"paired": lambda figure: _draw_pairs(figure, comparisons)} if pairs else {},
+    )
+
+
+_MEANS_ONLY = ("log_top_eigenvalue",)
+_SUMMARISED = ("train_loss", "accuracy", "loss", "gap", "log_top_eigenvalue", "local_entropy")
+MEAN = "mean"
+"""Name of the mean over all optimizees, in place of the name of one."""
+
+
+def load_sets(names: Sequence[str]) -> dict[str, LearnedRule]:
+    """Return learned weights by the names they were asked for: shipped names, folders or Hub ids.
+
+    Raises:
+        ValueError: if some are neither shipped nor a folder nor of the form of a Hub id; names all of them.
+    """
+    missing = [name for name in names if name not in list_pretrained() and not Path(name).is_dir() and "/" not in name]
+    if missing:
+        raise ValueError(
+            f"no learned weights are called {', '.join(missing)}: there are {', '.join(list_pretrained()) or 'none'}. "
+            "Make them with flatopt-train, or choose others with --sets NAME_OR_FOLDER ..."
+        )
+    return {name: load_pretrained(name) for name in names}
+
+
+def pairs_of(learned: dict[str, LearnedRule]) -> list[Pair]:
+    """Return each set with the first one of the same rule, which is the plain one."""
+    first: dict[str, str] = {}
+    for name, rule in learned.items():
+        first.setdefault(rule.rule.name, name)
+    return [Pair(first[rule.rule.name], name) for name, rule in learned.items() if first[rule.rule.name] != name]
+
+
+def entrants(options: Options, learned: dict[str, LearnedRule]) -> tuple[Sequence[Benchmark], Sequence[Contestant]]:
+    """Return what is compared; a tenth of the steps and two learning rates when ``fast``.
+
+    Raises:
+        ValueError: if no optimizee has any of ``options.tasks`` in its name.
+    """
+    benchmarks = optimizees(options.data)
+    chosen = [one for one in benchmarks if not options.tasks or any(part in one.name for part in options.tasks)]
+    if not chosen:
+        raise ValueError(f"no optimizee has {options.tasks} in its name: there are {[one.name for one in benchmarks]}")
+    baselines = [] if options.learned_only else [one for one in BASELINES if one.name in BASELINE_NAMES]
+    if options.fast:
+        chosen = [replace(one, num_steps=one.num_steps // 10) for one in chosen]
+        baselines = [replace(one, lrs=one.lrs[3:5]) for one in baselines]
+    sets = [learned_contestant(name, rule, horizon_known=True) for name, rule in learned.items()]
+    return chosen, [*sets, *baselines]
+
+
+def optimizees(data: str) -> list[Benchmark]:
+    """Return the networks that meta-training has not seen, on images of ``data`` and on digits.
+
+    Pixels in ``[0, 1]``, every layer from ``N(0, 0.01^2)`` and batches of 128, as published.
+    """
+
+    def problem(name: str, build: Callable[[int], nn.Module], num_steps: int, num_train: int) -> Benchmark:
+        return Benchmark(
+            name=f"{name}, {DATA_NAMES[data]}",
+            source=data,
+            size=28,
+            num_train=num_train,
+            build=partial(models.small_start, build=build),
+            batch_size=128,
+            num_steps=num_steps,
+            standardize=False,
+        )
+
+    deep_mlp = partial(models.mlp, width=20, depth=2, activation=nn.Sigmoid)
+    on_images = [
+        problem("ReLU MLP", partial(models.mlp, width=20), 500, NUM_TRAIN),
+        problem("deep sigmoid MLP", deep_mlp, 500, NUM_TRAIN),
+        # A step costs 60 ms on one core: half as many, on half as many images.
+        problem("BatchNorm CNN", models.published_cnn, 250, NUM_TRAIN // 2),
+        problem("plain CNN", models.published_plain_cnn, 500, NUM_TRAIN),
+    ]
+    digits = problem("", models.mlp, 200, NUM_TRAIN)
+    on_digits = [
+        replace(
+            digits, name=name, source="digits", size=8, num_train=None, build=partial(models.small_start, build=build)
+        )
+        for name, build in (("digits MLP", partial(models.mlp, width=20)), ("digits CNN", models.cnn))
+    ]
+    return [*on_images, *on_digits]
+
+
+def compare(benchmark: Benchmark, contestant: Contestant, options: Options) -> Record:
+    """Return the results of one optimizer on one optimizee, all seeds."""
+    lr = tuned_lr(benchmark, contestant, options.num_seeds, options.cache)
+    curvature = _curvature(options)
+    runs = [run(benchmark, contestant, lr, seed, options.cache, curvature) for seed in range(options.num_seeds)]
+    record: Record = {"optimizee": benchmark.name, "optimizer": contestant.name, "lr": lr}
+    record |= {key: [measure.value(result, options.split) for result in runs] for key, measure in MEASURES.items()}
+    return record | {"seconds": [result["seconds"] for result in runs]}
+
+
+def compare_pairs(records: Sequence[Record], pairs: Sequence[Pair]) -> list[Record]:
+    """Return the paired differences regularized - plain: of each optimizee, and of the mean over them."""
+    cells = {(record["optimizee"], record["optimizer"]): record for record in records}
+    names = list(dict.fromkeys(record["optimizee"] for record in records))
+    comparisons: list[Record] = []
+    for pair in pairs:
+        for key in COMPARED:
+            differences = {
+                name: [
+                    regularized - plain
+                    for regularized, plain in zip(
+                        cells[name, pair.regularized][key], cells[name, pair.plain][key], strict=True
+                    )
+                ]
+                for name in names
+            }
+            differences[MEAN] = [fmean(of_seed) for of_seed in zip(*differences.values(), strict=True)]
+            for name, values in differences.items():
+                about: Record = {"optimizee": name, "measure": key, "differences": values}
+                comparisons.append(pair._asdict() | about | confidence_interval(values)._asdict())
+    return comparisons
+
+
+def _curvature(options: Options) -> Curvature:
+    return FAST_CURVATURE if options.fast else CURVATURE
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else math.nan
+
+
+def _row(record: Record) -> list[str]:
+    cells = [
+        mean_pm_std(record[key], measure.digits, measure.scale)
+        for key, measure in MEASURES.items()
+        if key not in _MEANS_ONLY
+    ]
+    return [record["optimizee"], record["optimizer"], f"{record['lr']:g}", *cells]
+
+
+def _mean_row(records: Sequence[Record], optimizer: str) -> list[str]:
+    """Return means over optimizees, and the spread of that mean over seeds."""
+    own = [record for record in records if record["optimizer"] == optimizer]
+    cells = [[fmean(of_seed) for of_seed in zip(*(record[key] for record in own), strict=True)] for key in _SUMMARISED]
+    formats = [MEASURES[key] for key in _SUMMARISED]
+    return [optimizer, *(mean_pm_std(cell, one.digits, one.scale) for cell, one in zip(cells, formats, strict=True))]
+
+
+def _paired_table(comparisons: Sequence[Record], key: str, num_seeds: int) -> Table:
+    """Lay out the differences of one measure as pairs x optimizees."""
+    own = [record for record in comparisons if record["measure"] == key]
+    names = list(dict.fromkeys(record["optimizee"] for record in own))
+    rows: dict[str, list[str]] = {}
+    for record in own:
+        rows.setdefault(_label(record), []).append(_format(_interval(record), MEASURES[key]))
+    title = f"{MEASURES[key].name}: regularized less plain, paired, 95 % interval over {num_seeds} seeds"
+    return Table(title, ["pair", *names], [[label, *cells] for label, cells in rows.items()])
+
+
+def _interval(record: Record) -> Interval:
+    return Interval(*(record[end] for end in Interval._fields))
+
+
+def _format(interval: Interval, measure: Measure) -> str:
+    mean, low, high = (f"{measure.scale * value:+.{measure.digits}f}" for value in interval)
+    return f"{mean} [{low}, {high}]"
+
+
+def _label(record: Record) -> str:
+    return f"{record['regularized']} - {record['plain']}"
+
+
+def _variants(learned: dict[str, LearnedRule]) -> dict[str, tuple[int, int]]:
+    """Return the position of the rule of each set, and its own among those of the rule."""
+    rules = list(dict.fromkeys(rule.rule.name for rule in learned.values()))
+    counts = dict.fromkeys(rules, 0)
+    variants = {}
+    for name, rule in learned.items():
+        variants[name] = (rules.index(rule.rule.name), counts[rule.rule.name])
+        counts[rule.rule.name] += 1
+    return variants
+
+
+def _draw_minima(figure: Figure, records: Sequence[Record], variants: dict[str, tuple[int, int]]) -> None:
+    """Draw accuracy against top eigenvalue, one panel per optimizee: means, with standard deviations as bars.
+
+    Colours are rules, markers are their sets; baselines are grey.
+    """
+    names = list(dict.fromkeys(record["optimizee"] for record in records))
+    optimizers = list(dict.fromkeys(record["optimizer"] for record in records))
+    baselines = [optimizer for optimizer in optimizers if optimizer not in variants]
+    num_columns = min(3, len(names))
+    num_rows = -(-len(names) // num_columns)
+    figure.set_size_inches(4 * num_columns, 3.3 * num_rows + 0.8)
+
+    def style(optimizer: str) -> dict[str, Any]:
+        if optimizer in baselines:
+            return {"color": "0.35", "marker": "DPX*"[baselines.index(optimizer) % 4]}
+        rule, variant = variants[optimizer]
+        return {"color": f"C{rule % 10}", "marker": "os^vp<>hd"[variant % 9]}
+
+    panels = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
+    for axes, name in zip(panels, names, strict=False):
+        for record in (record for record in records if record["optimizee"] == name):
+            (x, x_std), (y, y_std) = mean_and_std(record["log_top_eigenvalue"]), mean_and_std(record["accuracy"])
+            axes.errorbar(
+                x / math.log(10),
+                100 * y,
+                xerr=x_std / math.log(10),
+                yerr=100 * y_std,
+                markersize=6,
+                elinewidth=0.7,
+                linestyle="none",
+                alpha=0.85,
+                **style(record["optimizer"]),
+            )
+        axes.set_title(name, fontsize=10)
+        axes.grid(alpha=0.25)
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    for axes in panels[: len(names)]:
+        axes.set_xlabel("log10 of the top Hessian eigenvalue", fontsize=8)
+    for axes in panels[::num_columns]:
+        axes.set_ylabel("accuracy %")
+    handles = [Line2D([], [], linestyle="none", label=optimizer, **style(optimizer)) for optimizer in optimizers]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=8)
+
+
+def _draw_pairs(figure: Figure, comparisons: Sequence[Record]) -> None:
+    """Draw the intervals of the paired differences: the mean over optimizees large, each of them small above it."""
+    labels = list(dict.fromkeys(map(_label, comparisons)))
+    names = [name for name in dict.fromkeys(record["optimizee"] for record in comparisons) if name != MEAN]
+    colours = {name: f"C{index % 10}" for index, name in enumerate(names)} | {MEAN: "k"}
+    figure.set_size_inches(11, 1.6 + 0.9 * len(labels))
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, key in ((left, "accuracy"), (right, "log_top_eigenvalue")):
+        own = [record for record in comparisons if record["measure"] == key]
+        for record in own:
+            above = list(colours).index(record["optimizee"]) - len(names)
+            height = labels.index(_label(record)) + 0.11 * above
+            _draw_interval(axes, height, record, MEASURES[key], colours[record["optimizee"]])
+        # Intervals of single optimizees may be so wide that those of the means could not be seen.
+        ends = [_interval(record) if record["optimizee"] == MEAN else (record["mean"],) for record in own]
+        seen = [0.0, *(MEASURES[key].scale * end for some in ends for end in some if math.isfinite(end))]
+        margin = 0.1 * (max(seen) - min(seen)) or 1.0
+        axes.set_xlim(min(seen) - margin, max(seen) + margin)
+        axes.axvline(0, color="0.4", linewidth=1)
+        axes.grid(axis="x", alpha=0.25)
+    left.set_yticks(range(len(labels)), labels, fontsize=8)
+    left.invert_yaxis()
+    left.set_xlabel("difference of accuracy, points (right: regularized is better)")
+    right.set_xlabel("difference of ln top eigenvalue (left: regularized is flatter)")
+    handles = [Line2D([], [], color=colour, marker="o", label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
+
+
+def _draw_interval(axes: Axes, height: float, record: Record, measure: Measure, colour: str) -> None:
+    mean, low, high = (measure.scale * end for end in _interval(record))
+    large = record["optimizee"] == MEAN
+    axes.errorbar(
+        mean,
+        height,
+        xerr=[[mean - low], [high - mean]] if math.isfinite(low) else None,
+        color=colour,
+        marker="o",
+        markersize=6 if large else 3,
+        linewidth=2 if large else 0.8,
+        alpha=1.0 if large else 0.7,
+    )
