@@ -20,10 +20,13 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .hub import load_pretrained
 from .pretrained import LearnedRule
-from .rules import State, StepContext, UpdateRule, Weights, apply_rule
+from .rules import Phases, State, StepContext, UpdateRule, Weights, apply_rule, plain_phases
 
 CHUNK_SIZE = 2**15
 """Coordinates handled at once: bounds the memory of a step whatever the size of the tensors."""
+
+COMPILED_CHUNK_SIZE = 2**18
+"""The same where compiled code keeps what is between its inputs and outputs in registers."""
 
 PACK_SIZE = 2**14
 """Tensors up to this size are handled side by side: below it a step costs calls, not arithmetic."""
@@ -81,9 +84,9 @@ class FlatOpt(Optimizer):
         token: access token for the Hub.
         local_files_only: never download.
         maximize: go up instead of down.
-        compile: compile the step with ``torch.compile``, which handles whole tensors at once and so takes more memory.
-            Falls back to eager execution, with one warning, where that is not possible.  Sharded parameters are
-            always handled eagerly.
+        compile: compile the arithmetic on coordinates with ``torch.compile``: half a minute at the first step, once for
+            all models, for steps several times faster.  Falls back to eager execution, with a warning, where that is
+            not possible.
         state_dtype: ``torch.bfloat16`` keeps in it those accumulators of which the rule says that they may be
             (``UpdateRule.compressible_state``: the recurrent states, most of the memory of ``l2o-dm`` and ``rnnprop``);
             they are computed in ``float32`` and rounded once per step.  ``None`` keeps all in ``float32``.
@@ -272,11 +275,11 @@ class FlatOpt(Optimizer):
         """Set what follows from the rule and is not part of a copy or a pickle."""
         rule = self.learned.rule
         self._weights: dict[tuple[torch.device, torch.dtype], Weights] = {}
-        self._take_step: Callable[..., State] = _take_step
-        self._chunk_size: int | None = CHUNK_SIZE
+        self._phases = plain_phases(rule)
+        self._chunk_size = COMPILED_CHUNK_SIZE if self._compile else CHUNK_SIZE
         if self._compile:
-            self._take_step = torch.compile(_take_step, fullgraph=True)
-            self._chunk_size = None
+            plain = self._phases
+            self._phases = plain._replace(observe=_Compiled(plain.observe), propose=_Compiled(plain.propose))
         self._rule_keys = tuple(rule.init_state(self.learned.weights, torch.zeros(1)))
         shared_keys = {SHARED_PREFIX + key for key in rule.init_shared(self.learned.weights)}
         self._state_keys = set(self._rule_keys) | shared_keys
@@ -369,7 +372,6 @@ class FlatOpt(Optimizer):
         targets = [_real(_plain_view(slot.param)) for slot in slots]
         params = [target.contiguous() for target in targets]
         shardings = [_sharding(slot.param) for slot in slots]
-        sharded = any(sharding is not None for sharding in shardings)
         lrs = {id(slot.group): scalar(slot.group["lr"]) for slot in slots}
         arguments: tuple[Any, ...] = (
             self.learned.rule,
@@ -383,15 +385,14 @@ class FlatOpt(Optimizer):
             [slot.group["weight_decay"] for slot in slots],
         )
         with torch.autocast(device.type, enabled=False):  # a step taken inside autocast keeps its precision
-            if sharded:
-                reduce = torch.distributed.ReduceOp.SUM
-                shared = _take_step(
-                    *arguments,
-                    chunk_size=CHUNK_SIZE,
-                    all_reduce=lambda sums: _all_reduce(sums, shardings, reduce),
-                )
-            else:
-                shared = self._take_step_or_fall_back(arguments)
+            shared = _take_step(
+                *arguments,
+                phases=self._phases,
+                chunk_size=self._chunk_size,
+                all_reduce=(lambda sums: _all_reduce(sums, shardings, torch.distributed.ReduceOp.SUM))
+                if any(sharding is not None for sharding in shardings)
+                else None,
+            )
 
         for target, param in zip(targets, params, strict=True):
             if param is not target:
@@ -401,17 +402,6 @@ class FlatOpt(Optimizer):
                 if state and _bucket(other) == (device, dtype):
                     for key, value in shared.items():
                         state[SHARED_PREFIX + key].copy_(value)
-
-    def _take_step_or_fall_back(self, arguments: tuple[Any, ...]) -> State:
-        """Take a step as configured; where it cannot be compiled, do without from now on."""
-        if self._take_step is not _take_step:
-            try:
-                return self._take_step(*arguments, chunk_size=self._chunk_size)
-            except torch._dynamo.exc.TorchDynamoException as error:  # raised before anything runs
-                reason = str(error).strip().splitlines()[0]
-                warnings.warn(f"FlatOpt goes on without torch.compile: {reason}", RuntimeWarning, stacklevel=8)
-                self._take_step, self._chunk_size = _take_step, CHUNK_SIZE
-        return _take_step(*arguments, chunk_size=self._chunk_size)
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
         """Replace the loaded state by exact copies, on the device and in the dtypes it is kept in."""
@@ -458,8 +448,9 @@ def _take_step(
     lrs: Sequence[Tensor],
     weight_decays: Sequence[float],
     *,
-    chunk_size: int | None,
-    all_reduce: Callable[[Tensor], Tensor] | None = None,
+    phases: Phases,
+    chunk_size: int,
+    all_reduce: Callable[[Tensor], Tensor] | None,
 ) -> State:
     """Advance parameters and states in place; return the new shared state."""
 
@@ -482,7 +473,25 @@ def _take_step(
         chunk_size=chunk_size,
         pack_size=PACK_SIZE,
         all_reduce=all_reduce,
+        phases=phases,
     ).shared
+
+
+class _Compiled:
+    """A pure function through ``torch.compile``; where that is not possible the function itself, with one warning."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        self.call: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=True)
+
+    def __call__(self, *arguments: Any) -> Any:
+        try:
+            return self.call(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(f"FlatOpt goes on without torch.compile: {reason}", RuntimeWarning, stacklevel=10)
+            self.call = self.function
+            return self.function(*arguments)
 
 
 def _measure(slots: Sequence[_Slot], grads: Sequence[Tensor], steps: Sequence[Tensor]) -> list[float]:

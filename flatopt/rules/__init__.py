@@ -1,7 +1,7 @@
 """Pure update rules: the contract, the driver, and one file per rule."""
 
 from ._networks import spell_out_products
-from ._rule import Phases, RuleResult, State, StepContext, UpdateRule, Weights, apply_rule, observe_phase
+from ._rule import Phases, RuleResult, State, StepContext, UpdateRule, Weights, apply_rule, observe_phase, plain_phases
 from .adam import Adam
 from .hierarchical_mlp import HierarchicalMLP
 from .l2o_dm import L2ODM
@@ -26,5 +26,6 @@ __all__ = [
     "Weights",
     "apply_rule",
     "observe_phase",
+    "plain_phases",
     "spell_out_products",
 ]
