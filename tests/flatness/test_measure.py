@@ -39,7 +39,6 @@ NON_NEGATIVE = [
     TopEigenvalue(),
     EntropySurrogate(),
     SpectralPenalty(),
-    SpectralPenalty(function="positive"),
 ]
 FUNCTIONS = {
     "top_eigenvalue": lambda loss_fn, params, g: flatness.top_eigenvalue(

@@ -93,6 +93,12 @@ def test_penalty_is_the_mean_of_the_eigenvalues_and_its_gradient_that_of_their_s
     torch.testing.assert_close(slope, finite_difference(exact, params, direction), rtol=1e-5, atol=1e-7)
 
 
+def test_positive_part_of_a_negative_definite_hessian_is_nothing():
+    params, negative = quadratic_params(), quadratic(-torch.eye(4, dtype=torch.float64))
+    measure = flatness.SpectralPenalty(function="positive")
+    assert measure(negative, params, measure.sample_noise(params, generator())) == 0
+
+
 def test_penalty_of_one_probe_is_that_of_the_quadrature_rule():
     params, loss_fn = quadratic_params(), quadratic()
     measure = flatness.SpectralPenalty(num_lanczos=2)

@@ -40,7 +40,7 @@ class ToyUnroll:
     num_truncations: tuple[int, int] = (4, 4)
     log: list[dict[str, Tensor]] = field(default_factory=list)
 
-    def start(self, weights_N, num_pairs, copies, generator):
+    def start(self, weights_N, num_pairs, copies, generator, num_steps=None):
         low, high = self.num_truncations
         truncations = torch.randint(low, high + 1, (num_pairs,), generator=generator)
         problem = torch.randn(num_pairs, generator=generator)

@@ -358,7 +358,9 @@ def test_advancing_goes_back_to_the_best_weights_and_lengthens_the_runs(tmp_path
     stages = [line["validation_stage"] for line in read_metrics(tmp_path) if "validation_loss" in line]
     assert stages == [0, 0, 1, 1, 2, 2]
     # What validation has ended does not go on.
-    assert_equal(train(toy_config(**CURRICULUM), tmp_path, estimator=Watching(), resume=True, validate=None), weights)
+    assert_equal(
+        train(toy_config(**CURRICULUM), tmp_path, estimator=Watching(), resume=True, validate=validate), weights
+    )
 
 
 def test_a_curriculum_resumes_bit_for_bit(tmp_path):
