@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -278,8 +279,7 @@ class FlatOpt(Optimizer):
         self._phases = plain_phases(rule)
         self._chunk_size = COMPILED_CHUNK_SIZE if self._compile else CHUNK_SIZE
         if self._compile:
-            plain = self._phases
-            self._phases = plain._replace(observe=_Compiled(plain.observe), propose=_Compiled(plain.propose))
+            self._phases = _Compiled(self._phases).phases()
         self._rule_keys = tuple(rule.init_state(self.learned.weights, torch.zeros(1)))
         shared_keys = {SHARED_PREFIX + key for key in rule.init_shared(self.learned.weights)}
         self._state_keys = set(self._rule_keys) | shared_keys
@@ -478,20 +478,28 @@ def _take_step(
 
 
 class _Compiled:
-    """A pure function through ``torch.compile``; where that is not possible the function itself, with one warning."""
+    """The phases of a rule on coordinates, through ``torch.compile``; plain ones, with a warning, where it fails."""
 
-    def __init__(self, function: Callable[..., Any]):
-        self.function = function
-        self.call: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=True)
+    def __init__(self, plain: Phases):
+        self.plain = plain
+        self.fast: Phases | None = plain._replace(
+            observe=torch.compile(plain.observe, fullgraph=True, dynamic=True),
+            propose=torch.compile(plain.propose, fullgraph=True, dynamic=True),
+        )
 
-    def __call__(self, *arguments: Any) -> Any:
-        try:
-            return self.call(*arguments)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"FlatOpt goes on without torch.compile: {reason}", RuntimeWarning, stacklevel=10)
-            self.call = self.function
-            return self.function(*arguments)
+    def phases(self) -> Phases:
+        """Return the phases as the driver takes them."""
+        return self.plain._replace(observe=partial(self._call, "observe"), propose=partial(self._call, "propose"))
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        if self.fast is not None:
+            try:
+                return getattr(self.fast, name)(*arguments)
+            except torch._dynamo.exc.TorchDynamoException as error:  # raised before anything runs
+                reason = str(error).strip().splitlines()[0]
+                warnings.warn(f"FlatOpt goes on without torch.compile: {reason}", RuntimeWarning, stacklevel=10)
+                self.fast = None
+        return getattr(self.plain, name)(*arguments)
 
 
 def _measure(slots: Sequence[_Slot], grads: Sequence[Tensor], steps: Sequence[Tensor]) -> list[float]:

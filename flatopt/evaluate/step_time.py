@@ -1,10 +1,11 @@
-"""What a step costs: time and memory of FlatOpt and of AdamW, measured in turn in one process."""
+"""What a step costs: time and memory of FlatOpt, plain and compiled, and of AdamW, in turn in one process."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import median
 
@@ -35,11 +36,17 @@ BATCH_SIZE = 64
 
 
 def report(options: Options) -> Report:
-    """Measure the step of FlatOpt, as it is by default, against ``torch.optim.AdamW``, as it is by default."""
+    """Measure the step of FlatOpt, by default and with ``compile=True``, against ``torch.optim.AdamW`` by default."""
+    kinds: dict[str, Callable[[Iterator[nn.Parameter]], Optimizer]] = {
+        "AdamW": partial(AdamW, lr=1e-4),
+        "FlatOpt": partial(FlatOpt, pretrained=options.pretrained),
+    }
+    if not options.fast and shutil.which("g++"):
+        kinds["compiled"] = partial(FlatOpt, pretrained=options.pretrained, compile=True)
     chosen = dict(list(MODELS.items())[:1]) if options.fast else MODELS
     num_rounds = 2 if options.fast else 3 * options.num_seeds
     records = [
-        _measure(name, size, build, options.pretrained, num_rounds)
+        _measure(name, size, build, kinds, num_rounds)
         for name, (size, build) in tqdm(chosen.items(), desc="step-time", unit="model")
     ]
     return Report(
@@ -47,48 +54,48 @@ def report(options: Options) -> Report:
         header=[
             "model",
             "parameters",
-            "AdamW ms",
-            "FlatOpt ms",
-            "ratio",
-            "ratio with gradients",
-            "state AdamW",
-            "state FlatOpt",
-            "peak AdamW",
-            "peak FlatOpt",
+            *(f"{kind} ms" for kind in kinds),
+            *(f"{what}, {kind}" for kind in list(kinds)[1:] for what in ("ratio", "ratio with gradients")),
+            *(f"{what} {kind}" for what in ("state", "peak") for kind in kinds),
         ],
-        rows=[_row(record) for record in records],
+        rows=[_row(record, list(kinds)) for record in records],
         records=records,
-        draw=lambda figure: _draw(figure, records),
+        draw=lambda figure: _draw(figure, records, list(kinds)),
         note=f"Median over {num_rounds} rounds, in turn, {torch.get_num_threads()} thread(s), torch "
-        f"{torch.__version__}. "
-        f"With gradients: forward and backward pass at batch size {BATCH_SIZE} added to both. State: floats per "
-        "parameter kept between steps. Peak: floats per parameter allocated within a step, beyond the state.",
+        f"{torch.__version__}. Compiled: FlatOpt(compile=True). Ratios are to AdamW. With gradients: forward and "
+        f"backward pass at batch size {BATCH_SIZE} added to both. State: floats per parameter kept between steps. "
+        "Peak: floats per parameter allocated within a step, beyond the state.",
     )
 
 
-def _measure(name: str, size: int, build: Callable[[int], nn.Module], pretrained: str, num_rounds: int) -> Record:
+def _measure(
+    name: str,
+    size: int,
+    build: Callable[[int], nn.Module],
+    kinds: dict[str, Callable[[Iterator[nn.Parameter]], Optimizer]],
+    num_rounds: int,
+) -> Record:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(BATCH_SIZE, size, size, generator=generator)
     targets = torch.randint(models.NUM_CLASSES, (BATCH_SIZE,), generator=generator)
-    reference, model = build_model(build, size, 0), build_model(build, size, 0)
-    optimizers: list[Optimizer] = [
-        AdamW(reference.parameters(), lr=1e-4),
-        FlatOpt(model.parameters(), pretrained=pretrained),
-    ]
-    for network in (reference, model):
-        _gradients(network, inputs, targets)
-    for optimizer in optimizers:  # the first steps make the state, and compile
-        for _ in range(3):
-            optimizer.step()
+    optimizers: list[Optimizer] = []
+    for make in kinds.values():
+        model = build_model(build, size, 0)
+        optimizers.append(make(model.parameters()))
+        _gradients(model, inputs, targets)
+        for _ in range(3):  # the first steps make the state, and compile
+            optimizers[-1].step()
     rounds = [[_milliseconds(optimizer.step) for optimizer in optimizers] for _ in range(num_rounds)]
     num_params = sum(param.numel() for param in model.parameters())
     record: Record = {"model": name, "num_params": num_params}
-    for index, key in enumerate(("adamw", "flatopt")):
-        record[f"{key}_ms"] = median(times[index] for times in rounds)
-        record[f"{key}_state_floats"] = _state_bytes(optimizers[index]) / 4 / num_params
-        record[f"{key}_peak_floats"] = peak_bytes(optimizers[index].step) / 4 / num_params
+    for index, (kind, optimizer) in enumerate(zip(kinds, optimizers, strict=True)):
+        record[kind] = {
+            "ms": median(times[index] for times in rounds),
+            "ratio": median(times[index] / times[0] for times in rounds),
+            "state": _state_bytes(optimizer) / 4 / num_params,
+            "peak": peak_bytes(optimizer.step) / 4 / num_params,
+        }
     record["gradient_ms"] = _milliseconds(lambda: _gradients(model, inputs, targets))
-    record["ratio"] = median(flat / adamw for adamw, flat in rounds)
     return record
 
 
@@ -131,32 +138,27 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return peak
 
 
-def _row(record: Record) -> list[str]:
-    whole = (record["flatopt_ms"] + record["gradient_ms"]) / (record["adamw_ms"] + record["gradient_ms"])
+def _row(record: Record, kinds: Sequence[str]) -> list[str]:
+    whole = {kind: record[kind]["ms"] + record["gradient_ms"] for kind in kinds}
+    ratios = [ratio for kind in kinds[1:] for ratio in (record[kind]["ratio"], whole[kind] / whole[kinds[0]])]
     return [
         record["model"],
         f"{record['num_params']:,}",
-        f"{record['adamw_ms']:.2f}",
-        f"{record['flatopt_ms']:.2f}",
-        f"{record['ratio']:.1f}",
-        f"{whole:.2f}",
-        f"{record['adamw_state_floats']:.1f}",
-        f"{record['flatopt_state_floats']:.1f}",
-        f"{record['adamw_peak_floats']:.1f}",
-        f"{record['flatopt_peak_floats']:.1f}",
+        *(f"{record[kind]['ms']:.2f}" for kind in kinds),
+        *(f"{ratio:.1f}" for ratio in ratios),
+        *(f"{record[kind][what]:.1f}" for what in ("state", "peak") for kind in kinds),
     ]
 
 
-def _draw(figure: Figure, records: Sequence[Record]) -> None:
-    """Draw the parts of a training step as stacked bars, two per model."""
+def _draw(figure: Figure, records: Sequence[Record], kinds: Sequence[str]) -> None:
+    """Draw the parts of a training step as stacked bars, one per optimizer."""
     axes = figure.subplots()
-    for index, key in enumerate(("adamw", "flatopt")):
-        where = [position + 0.4 * index - 0.2 for position in range(len(records))]
-        gradients = [record["gradient_ms"] for record in records]
-        label = "forward and backward" if index == 0 else None
-        axes.bar(where, gradients, width=0.35, color="0.8", label=label)
-        steps = [record[f"{key}_ms"] for record in records]
-        axes.bar(where, steps, width=0.35, bottom=gradients, color=f"C{index}", label=("AdamW", "FlatOpt")[index])
+    gradients = [record["gradient_ms"] for record in records]
+    for index, kind in enumerate(kinds):
+        where = [position + 0.27 * (index - (len(kinds) - 1) / 2) for position in range(len(records))]
+        axes.bar(where, gradients, width=0.25, color="0.8", label="forward and backward" if index == 0 else None)
+        steps = [record[kind]["ms"] for record in records]
+        axes.bar(where, steps, width=0.25, bottom=gradients, color=f"C{index}", label=kind)
     axes.set_xticks(range(len(records)), [record["model"] for record in records], rotation=15, ha="right", fontsize=8)
     axes.set_ylabel("milliseconds per training step")
     axes.legend()
