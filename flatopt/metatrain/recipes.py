@@ -47,7 +47,6 @@ def flat_v1() -> MetaTrainConfig:
             TaskConfig(name="mlp-residual", num_tasks=14, min_steps=100, max_steps=600),
             TaskConfig(name="transformer", num_tasks=6, min_steps=100, max_steps=500),
             TaskConfig(name="mlp-wide", num_tasks=6, min_steps=100, max_steps=1000),
-            TaskConfig(name="mlp-deeper", num_tasks=10, min_steps=100, max_steps=600),
         ),
         objective=ObjectiveConfig(
             base_weight=0.1,
@@ -57,8 +56,8 @@ def flat_v1() -> MetaTrainConfig:
                 name="perturbation-gap", coefficient=0.3, options={"radius": 0.1}, signed=True, clip=6.0
             ),
         ),
-        num_updates=16_000,
-        meta_lr=1e-3,
+        num_updates=14_000,
+        meta_lr=3e-4,
         warmup_updates=100,
         max_grad_norm=1.0,
         ema_decay=0.998,
