@@ -341,7 +341,11 @@ class _Trace:
         module = torch.fx.GraphModule(recorded, fx_graph_cse(recorded.graph))
         module.graph.eliminate_dead_code()
         module.recompile()
-        return torch.compile(module, fullgraph=True, dynamic=False) if self.compiled else module, forms[0]
+        if self.compiled:
+            # The compiler without the tracer in front of it: the graph is there, and keyed by its shapes.
+            with torch.no_grad():
+                return torch._inductor.compile(module, list(values)), forms[0]
+        return module, forms[0]
 
 
 def _repeat(value: Tensor, copies: int, dim: int = 0) -> Tensor:

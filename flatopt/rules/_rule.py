@@ -229,10 +229,11 @@ def apply_rule(
     given_NG = phases.prepare(weights, torch.stack(steps, dim), memory_NM, shared, context)
     observed: list[State] = []
     sums: list[list[Tensor]] = [[] for _ in params]
-    for pack in packs:
+    owners_of_pack = [_owners(pack, steps[0].device) for pack in packs]
+    for pack, owners in zip(packs, owners_of_pack, strict=True):
         grad_n, param_n = _gather(pack, grads, dim), _gather(pack, params, dim)
         old_n = _gather_coordinates(rule, pack, states, params, dim)
-        constants = _gather_constants(rule, pack, states, steps, given_NG)
+        constants = _gather_constants(rule, owners, states, steps, given_NG)
         alone = len(pack) == 1
         new_n, terms_Sn = phases.observe(weights, old_n | constants, grad_n, param_n, context, alone)
         if emit is None:
@@ -250,12 +251,12 @@ def apply_rule(
 
     deltas: list[list[Tensor]] = [[] for _ in params]
     updates: list[dict[str, list[Tensor]]] = [{} for _ in params]
-    for position, pack in enumerate(packs):
+    for position, (pack, owners) in enumerate(zip(packs, owners_of_pack, strict=True)):
         grad_n, param_n = _gather(pack, grads, dim), _gather(pack, params, dim)
         # Gathered anew where it is kept in the states: what is kept in a half type is not held twice for all packs.
         state_n = observed[position] if emit is None else _gather_coordinates(rule, pack, states, params, dim)
-        control_Cn = control_NC.transpose(-1, -2)[..., _owners(pack, control_NC.device)]
-        constants = _gather_constants(rule, pack, states, steps, given_NG)
+        control_Cn = control_NC.transpose(-1, -2)[..., owners]
+        constants = _gather_constants(rule, owners, states, steps, given_NG)
         new_n, delta_n = phases.propose(weights, state_n | constants, grad_n, param_n, control_Cn, context)
         if emit is not None:
             _overwrite(pack, new_n, states)
@@ -354,11 +355,10 @@ def _gather_coordinates(
 
 
 def _gather_constants(
-    rule: UpdateRule, pack: _Pack, states: Sequence[State], steps: list[Tensor], given_NG: Tensor
+    rule: UpdateRule, owners: Tensor, states: Sequence[State], steps: list[Tensor], given_NG: Tensor
 ) -> State:
     """Return the per-tensor state of a pack, ``[*, 1]`` or ``[*, n]``, with the step counters already advanced."""
-    owners = _owners(pack, steps[0].device)
-    keys = [key for key in states[pack[0].tensor] if key in rule.tensor_state and key not in ("memory", "step")]
+    keys = [key for key in states[0] if key in rule.tensor_state and key not in ("memory", "step")]
     values = {key: torch.stack([state[key] for state in states], -1)[..., owners] for key in keys}
     given_Gn = given_NG.transpose(-1, -2)[..., owners]
     return values | {"step": torch.stack(steps, -1)[..., owners], "given": given_Gn}
