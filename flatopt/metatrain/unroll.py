@@ -320,7 +320,7 @@ class _Trace:
 
     def __call__(self, *arguments: Any) -> Any:
         values, form = pytree.tree_flatten(arguments)
-        key = (form, *((value.shape, value.dtype, value.requires_grad) for value in values))
+        key = (form, *((value.shape, value.stride(), value.dtype, value.requires_grad) for value in values))
         if key not in self.graphs:
             self.graphs[key] = self._record(values, form)
         graph, result_form = self.graphs[key]
