@@ -39,6 +39,7 @@ class Options:
         cache: file of finished runs.
         split: ``"test"``, or ``"meta"`` to choose by.
         tasks: parts of the names of the benchmarks to run; all by default.
+        optimizers: names of the optimizers to run, without what follows a comma; all by default.
         sets: learned weights to compare, names or folders (``reproduction`` only).
         data: ``"fashion-mnist"`` or ``"mnist"`` (``reproduction`` only).
         learned_only: leave the baselines out (``reproduction`` only).
@@ -50,6 +51,7 @@ class Options:
     cache: RunCache
     split: str = "test"
     tasks: tuple[str, ...] = ()
+    optimizers: tuple[str, ...] = ()
     sets: tuple[str, ...] = ()
     data: str = "fashion-mnist"
     learned_only: bool = False

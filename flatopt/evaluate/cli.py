@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Args:
         arguments: command line, ``sys.argv[1:]`` by default.
+
+    Raises:
+        SystemExit: with code 2 for a request that cannot be carried out, after a line that says why.
     """
     chosen = build_parser().parse_args(arguments)
     report, _, _ = COMMANDS[chosen.command]
@@ -38,11 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cache=RunCache((chosen.cache or chosen.out) / "runs.jsonl"),
         split=getattr(chosen, "split", "test"),
         tasks=tuple(getattr(chosen, "tasks", ())),
+        optimizers=tuple(getattr(chosen, "optimizers", ())),
         sets=tuple(getattr(chosen, "sets", ())),
         data=getattr(chosen, "data", Options.data),
         learned_only=getattr(chosen, "learned_only", Options.learned_only),
     )
-    result = report(options)
+    try:
+        result = report(options)
+    except ValueError as error:
+        print(f"flatopt-eval: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
     print(write_report(result, chosen.out))
     figures = ", ".join(f"{name}.png" for name in ("figure", *result.more_figures))
     print(f"Written to {chosen.out}: table.md, results.json, {figures}")
@@ -61,6 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--split", choices=("test", "meta"), default="test", help="split of the table")
         if name in ("quality", "flatness", "reproduction"):
             command.add_argument("--tasks", nargs="+", default=(), help="parts of the names of the tasks to run")
+        if name in ("quality", "flatness"):
+            text = "names of the optimizers to run, for example: FlatOpt 'untrained core' Adam"
+            command.add_argument("--optimizers", nargs="+", default=(), metavar="NAME", help=text)
         command.add_argument("--fast", action="store_true", help="toy sizes: shows that it works, in seconds")
         if name == "reproduction":
             command.add_argument(

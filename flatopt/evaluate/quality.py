@@ -40,15 +40,23 @@ def report(options: Options) -> Report:
 
 
 def entrants(options: Options) -> tuple[Sequence[Benchmark], Sequence[Contestant]]:
-    """Return what is compared; two learning rates and toy benchmarks when ``fast``."""
-    learned = learned_contestants(options.pretrained)
+    """Return what is compared; two learning rates and toy benchmarks when ``fast``.
+
+    Raises:
+        ValueError: if no benchmark or no optimizer has a name that was asked for; the message lists them.
+    """
+    contestants = [*learned_contestants(options.pretrained), *BASELINES]
+    names = list(dict.fromkeys(contestant.name.partition(",")[0] for contestant in contestants))
+    if unknown := [name for name in options.optimizers if name not in names]:
+        raise ValueError(f"unknown optimizer {unknown[0]!r}: there are {', '.join(names)}")
+    contestants = [one for one in contestants if one.name.partition(",")[0] in (options.optimizers or names)]
     if options.fast:
-        return FAST_BENCHMARKS, [*learned, *(replace(baseline, lrs=baseline.lrs[2:4]) for baseline in BASELINES)]
+        return FAST_BENCHMARKS, [replace(one, lrs=one.lrs[2:4] or one.lrs) for one in contestants]
     benchmarks = META_BENCHMARKS if options.split == "meta" else BENCHMARKS
     chosen = [one for one in benchmarks if not options.tasks or any(part in one.name for part in options.tasks)]
     if not chosen:
         raise ValueError(f"no benchmark has {options.tasks} in its name: there are {[one.name for one in benchmarks]}")
-    return chosen, [*learned, *BASELINES]
+    return chosen, contestants
 
 
 def compare(benchmark: Benchmark, contestant: Contestant, options: Options) -> Record:

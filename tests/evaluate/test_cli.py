@@ -98,6 +98,25 @@ def test_divergence_is_a_final_loss_above_the_initial_one(initial: float, final:
     assert robustness._diverged({"initial": initial, "final": final}) is diverged
 
 
+def test_quality_runs_the_optimizers_that_are_named(pretrained: str, tmp_path: Path) -> None:
+    arguments = ["quality", "--fast", "--seeds", "1", "--pretrained", pretrained, "--out", str(tmp_path)]
+    main([*arguments, "--optimizers", "untrained core", "Adam"])
+    names = ["untrained core, horizon known", "untrained core, horizon unknown", "Adam"]
+    assert [record["optimizer"] for record in outputs(tmp_path)] == 2 * names
+
+
+@pytest.mark.parametrize(
+    ("option", "listed"), [("--optimizers", "FlatOpt, untrained core, Adam"), ("--tasks", "digits")]
+)
+def test_an_unknown_name_is_one_line_that_lists_the_valid_ones(
+    option: str, listed: str, pretrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["quality", option, "nonsense", "--pretrained", pretrained, "--out", str(tmp_path)])
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and "nonsense" in printed and listed in printed and printed.count("\n") == 1
+
+
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["quality", "--seeds", "0"], ["quality", "--seeds", "x"]])
 def test_wrong_arguments_exit_with_code_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
