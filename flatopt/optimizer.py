@@ -138,7 +138,7 @@ class FlatOpt(Optimizer):
             raise ValueError(f"Invalid weight_decay value: {weight_decay}, must be finite and >= 0")
         if num_steps is not None and not num_steps >= 1:
             raise ValueError(f"Invalid num_steps value: {num_steps}, must be >= 1 or None")
-        if not 0 <= seed < 2**32:
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise ValueError(f"Invalid seed value: {seed}, must be in [0, 2^32)")
         if isinstance(pretrained, LearnedRule):
             self.learned = pretrained
@@ -224,7 +224,7 @@ class FlatOpt(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state made by :meth:`state_dict`, in the precision it was saved in.
+        """Load a state made by :meth:`state_dict`, in the precision that this optimizer keeps it in.
 
         The tensors are copied: two optimizers never share them.
 
@@ -269,7 +269,9 @@ class FlatOpt(Optimizer):
                 if key != "differentiable":
                     group.setdefault(key, value)
         if "learned" in state:
-            self._state_dtype = state.get("_state_dtype")  # older pickles have none
+            self._state_dtype = state.get("_state_dtype")  # older pickles have neither this nor a seed
+            for group in self.param_groups:
+                group.setdefault("seed", 0)
             self._prepare()
 
     def _prepare(self) -> None:
@@ -277,9 +279,9 @@ class FlatOpt(Optimizer):
         rule = self.learned.rule
         self._weights: dict[tuple[torch.device, torch.dtype], Weights] = {}
         self._phases = plain_phases(rule)
-        self._chunk_size = COMPILED_CHUNK_SIZE if self._compile else CHUNK_SIZE
-        if self._compile:
-            self._phases = _Compiled(self._phases).phases()
+        self._compiled = _Compiled(self._phases) if self._compile else None
+        if self._compiled is not None:
+            self._phases = self._compiled.phases()
         self._rule_keys = tuple(rule.init_state(self.learned.weights, torch.zeros(1)))
         shared_keys = {SHARED_PREFIX + key for key in rule.init_shared(self.learned.weights)}
         self._state_keys = set(self._rule_keys) | shared_keys
@@ -388,7 +390,7 @@ class FlatOpt(Optimizer):
             shared = _take_step(
                 *arguments,
                 phases=self._phases,
-                chunk_size=self._chunk_size,
+                chunk_size=COMPILED_CHUNK_SIZE if self._compiled and self._compiled.fast else CHUNK_SIZE,
                 all_reduce=(lambda sums: _all_reduce(sums, shardings, torch.distributed.ReduceOp.SUM))
                 if any(sharding is not None for sharding in shardings)
                 else None,
@@ -495,7 +497,8 @@ class _Compiled:
         if self.fast is not None:
             try:
                 return getattr(self.fast, name)(*arguments)
-            except torch._dynamo.exc.TorchDynamoException as error:  # raised before anything runs
+            # Raised before anything runs; the second is not a TorchDynamoException.
+            except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
                 reason = str(error).strip().splitlines()[0]
                 warnings.warn(f"FlatOpt goes on without torch.compile: {reason}", RuntimeWarning, stacklevel=10)
                 self.fast = None

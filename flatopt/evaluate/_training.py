@@ -180,6 +180,7 @@ def train_benchmark(
     with warnings.catch_warnings():
         # A learning rate of the grid may diverge; FlatOpt warns about gradients that are not finite.
         warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)
         trained = train(
             model,
             contestant.build(model.parameters(), lr, benchmark.num_steps, seed),

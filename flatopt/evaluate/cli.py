@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     try:
         result = report(options)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"flatopt-eval: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     print(write_report(result, chosen.out))

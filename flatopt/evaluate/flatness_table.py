@@ -13,7 +13,7 @@ from ._training import Options, run, tuned_lr
 from .curvature import Curvature
 from .quality import entrants
 
-TASKS = ("MLP 8x8, 1k", "deep MLP 8x8, 4k", "CNN 14x14, 4k", "digits CNN")
+TASKS = ("MLP 8x8, 1k (seen)", "deep MLP 8x8, 4k", "CNN 14x14, 4k", "digits CNN")
 """Names of the benchmarks measured: smooth enough in size that a few hundred Hessian products are quick."""
 
 MEASURES = ("top_eigenvalue", "hutchinson_trace", "sam_gap", "gradient_norm", "loss", "test_loss", "test_accuracy")
@@ -23,6 +23,8 @@ def report(options: Options) -> Report:
     """Measure the minima that each contestant reaches, with the learning rates of the quality comparison."""
     benchmarks, contestants = entrants(options)
     chosen = benchmarks if options.fast else [benchmark for benchmark in benchmarks if benchmark.name in TASKS]
+    if not chosen:
+        raise ValueError(f"flatness is measured on {', '.join(TASKS)} only, not on {', '.join(options.tasks)}")
     curvature = Curvature(num_matvecs=5 if options.fast else 100)
     records = []
     pairs = [(benchmark, contestant) for benchmark in chosen for contestant in contestants]

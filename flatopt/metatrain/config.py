@@ -317,6 +317,9 @@ class MetaTrainConfig:
             raise ValueError(f"unknown rule {self.rule!r}: valid are {_names(RULES)}")
         self.build_rule()
         _require(len(self.tasks) > 0, "tasks must name at least one family", self.tasks)
+        families = self.estimator.families_per_update
+        bound = "estimator.families_per_update must not exceed the number of tasks"
+        _require(families is None or families <= len(self.tasks), bound, families)
         names = [task.name for task in self.tasks]
         _require(len(set(names)) == len(names), "tasks must have distinct names", names)
         for key in ("num_updates", "log_every"):

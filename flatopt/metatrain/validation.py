@@ -48,7 +48,7 @@ class Validation:
                 weights_N = repeat({name: weight.detach() for name, weight in weights.items()}, count)
                 length = num_steps or self.num_steps or unroll.task.max_steps
                 runs = unroll.start(weights_N, count, 1, generator, length)
-                for _ in range(max(1, round(length / unroll.truncation_length))):
+                for _ in range(int(runs.horizon[0]) // unroll.truncation_length):
                     runs, losses = unroll.run(weights_N, runs, 1, generator)
                 loss += unroll.task.weight / total_weight * float(losses.meta.mean())
         return loss

@@ -68,7 +68,7 @@ class UpdateRule(ABC):
     compressible_state: ClassVar[frozenset[str]] = frozenset()
     """Keys of the per-coordinate state that may be *kept* in ``bfloat16``; all is computed in ``float32`` at least.
 
-    For bounded values that are replaced in each step, not for averages that advance by little."""
+    For the state of networks, most of which is replaced in each step, not for averages that advance by little."""
 
     @abstractmethod
     def init_weights(self, generator: torch.Generator | None = None) -> Weights:
@@ -319,9 +319,9 @@ def _packs(numels: list[int], chunk_size: int | None, pack_size: int) -> list[_P
 
 def _owners(pack: _Pack, device: torch.device) -> Tensor:
     """Return the tensor index of every coordinate of a pack, or ``[1]`` index where they are all the same."""
-    indices = torch.tensor([part.tensor for part in pack], device=device)
     if len(pack) == 1:
-        return indices
+        return torch.full((1,), pack[0].tensor, device=device)  # a fill, where torch.tensor would synchronise
+    indices = torch.tensor([part.tensor for part in pack], device=device)
     sizes = torch.tensor([part.size for part in pack], device=device)
     return indices.repeat_interleave(sizes, output_size=sum(part.size for part in pack))
 
