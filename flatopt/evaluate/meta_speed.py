@@ -21,6 +21,8 @@ from ._training import Options
 
 NUM_PROBLEMS = 64
 TRUNCATION_LENGTH = 20
+NUM_TRUNCATIONS = 8
+"""Truncations per round: in meta-training, too, they follow each other."""
 
 
 def report(options: Options) -> Report:
@@ -40,7 +42,7 @@ def report(options: Options) -> Report:
             start = time.perf_counter()
             run()
             seconds[mode].append(time.perf_counter() - start)
-    num_steps = NUM_PROBLEMS * TRUNCATION_LENGTH
+    num_steps = NUM_PROBLEMS * TRUNCATION_LENGTH * NUM_TRUNCATIONS
     records: list[Record] = [
         {"mode": mode, "problem_steps_per_second": [num_steps / value for value in values]}
         for mode, values in seconds.items()
@@ -78,7 +80,10 @@ def _prepare(mode: Mode) -> Callable[[], object]:
     runs = unroll.start(weights_N, NUM_PROBLEMS, 1, generator)
 
     def run() -> object:
-        return unroll.run(weights_N, runs, 1, generator)
+        after = runs
+        for _ in range(NUM_TRUNCATIONS):
+            after, _ = unroll.run(weights_N, after, 1, generator)
+        return after
 
     run()
     return run
