@@ -814,14 +814,14 @@ def test_beyond_the_limit_of_recompilations_the_step_is_eager(monkeypatch: pytes
     torch._dynamo.reset()
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="eager", **options))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     eager, params = (make_params("network") for _ in range(2))
     wide = [torch.nn.Parameter(param.detach().double()) for param in params]
     opt, other = (
         FlatOpt(eager, pretrained=learned("hierarchical-mlp")),
         FlatOpt([*params, *wide], pretrained=learned("hierarchical-mlp"), compile=True),
     )
-    with pytest.warns(RuntimeWarning, match="FlatOpt goes on without torch.compile"):
+    limited = torch._dynamo.config.patch(recompile_limit=1)
+    with limited, pytest.warns(RuntimeWarning, match="FlatOpt goes on without torch.compile"):
         for seed in range(2):
             step_with(opt, eager, seed)
             set_grads(wide, seed)
