@@ -86,8 +86,8 @@ class FlatOpt(Optimizer):
         local_files_only: never download.
         maximize: go up instead of down.
         compile: compile the arithmetic on coordinates with ``torch.compile``: half a minute at the first step, once for
-            all models, for steps several times faster.  Falls back to eager execution, with a warning, where that is
-            not possible.
+            all models, for steps up to twice as fast on large ones.  Falls back to eager execution, with a warning,
+            where that is not possible.
         state_dtype: ``torch.bfloat16`` keeps in it those accumulators of which the rule says that they may be
             (``UpdateRule.compressible_state``: the recurrent states, most of the memory of ``l2o-dm`` and ``rnnprop``);
             they are computed in ``float32`` and rounded once per step.  ``None`` keeps all in ``float32``.
