@@ -15,11 +15,14 @@ is
 .. math::
     \Delta_t = -\eta_t\, e^{\lambda}
     \Big( \frac{d}{\mathrm{rms}(d)} + \mathrm{MLP}_b(\text{7 features}) + \omega\, x \Big),
-    \qquad d = u^f + a_g u^g + a_s u^s, \qquad \eta_t = \frac{0.03}{\sqrt{\text{fan-in}}}\, s_t
+    \qquad d = u^f + a_g u^g + a_s u^s, \qquad \eta_t = \frac{0.03\, s_t}
+    {\sqrt{\text{fan-in}\,(1 + \text{width} / 128)\,(1 + \text{matrices} / 8)}}
 
 with the schedule :math:`s_t` a short linear warm-up times a cosine to zero over a known horizon, or times
-:math:`(1 + t/\tau)^{-1/2}` when the horizon is unknown.  With zero outputs of both networks this is the core: Adam's
-direction at unit RMS, a step per coordinate that scales with fan-in, and nothing to tune.
+:math:`(1 + t/\tau)^{-1/2}` when the horizon is unknown.  The width of a tensor is its number of input channels, zero
+for vectors, and there are as many matrices as tensors with two axes or more: the spectral norm of a step of low rank
+grows with the width, and the layers of a deep network add up.  With zero outputs of both networks this is the core:
+Adam's direction at unit RMS, a step per coordinate that scales with the shape, and nothing to tune.
 
 A coordinate whose gradients were all exactly zero does not move.
 
@@ -58,9 +61,11 @@ class HierarchicalMLP(UpdateRule):
     """Hand-designed core with a learned residual per coordinate and a learned controller per tensor.
 
     Args:
-        base_step: step per coordinate, times the square root of fan-in, at the peak of the schedule.
+        base_step: step per coordinate, times the square root of fan-in, at the peak of the schedule of a small network.
         vector_fan_in: fan-in assumed for parameters with fewer than two axes (biases, gains).
         min_fan_in: smaller fan-ins count as this.
+        large_width: number of input channels from which on the step shrinks with their square root once more.
+        many_matrices: number of matrices from which on the step shrinks with its square root.
         warmup_steps: length of the linear warm-up.
         decay_steps: time scale of the decay when the horizon is unknown.
         betas: decays of the fast momentum, the slow momentum and the second moment.
@@ -78,8 +83,10 @@ class HierarchicalMLP(UpdateRule):
     base_step: float = 0.03
     vector_fan_in: float = 64.0
     min_fan_in: float = 8.0
-    warmup_steps: float = 10.0
-    decay_steps: float = 300.0
+    large_width: float = 128.0
+    many_matrices: float = 8.0
+    warmup_steps: float = 20.0
+    decay_steps: float = 100.0
     betas: tuple[float, float, float] = (0.9, 0.98, 0.99)
     hidden: int = 8
     controller_hidden: int = 16
@@ -97,15 +104,16 @@ class HierarchicalMLP(UpdateRule):
         }
 
     def init_state(self, weights: Weights, param: Tensor, generator: torch.Generator | None = None) -> State:
-        """Return zero accumulators, and as memory ``[numel, fan_in, is_vector]``."""
+        """Return zero accumulators, and as memory ``[numel, fan_in, width, is_vector]``."""
         is_vector = param.dim() < 2
+        width = 0 if is_vector else param.shape[1]
         fan = self.vector_fan_in if is_vector else max(fan_in(param), self.min_fan_in)
         return {
             "step": torch.zeros((), dtype=param.dtype, device=param.device),
             "exp_avg": torch.zeros_like(param),
             "exp_avg_slow": torch.zeros_like(param),
             "exp_avg_sq": torch.zeros_like(param),
-            "memory": torch.tensor([param.numel(), fan, is_vector], dtype=param.dtype, device=param.device),
+            "memory": torch.tensor([param.numel(), fan, width, is_vector], dtype=param.dtype, device=param.device),
         }
 
     def prepare(
@@ -137,7 +145,7 @@ class HierarchicalMLP(UpdateRule):
             ``[N, 12 + hidden]`` controls: step size, decay, a_g, a_s, 1 / rms(d), then what normalises the seven
             features, then the shifts ``b`` of the first hidden layer.
         """
-        numel, fan, is_vector = memory_NM.unbind(-1)
+        numel, fan, width, is_vector = memory_NM.unbind(-1)
         eps = tiny(summaries_NS)
         gg, ff, ss, gf, gs, fs, xx, v, grad_sq = (summaries_NS / numel.clamp(min=1)[:, None]).unbind(-1)
         log_gg, log_ff, log_ss, log_xx = ((value + eps).log() for value in (gg, ff, ss, xx))
@@ -167,12 +175,17 @@ class HierarchicalMLP(UpdateRule):
         decay = out[:, 1].clamp(0, 1)
         a_g, a_s = out[:, 2].clamp(-2, 2), out[:, 3].clamp(-2, 2)
         dd = ff + a_g**2 * gg + a_s**2 * ss + 2 * (a_g * gf + a_s * fs + a_g * a_s * gs)
-        step_size = self.base_step / fan.sqrt() * self._schedule(context).to(fan) * log_step.exp()
+        step_size = self._peak(fan, width, is_vector) * self._schedule(context).to(fan) * log_step.exp()
         # Not rsqrt: its derivative at the least value overflows.
         squares = (torch.maximum(dd, MIX_FLOOR * ff), gg, ff, ss, xx, v, grad_sq)
         scales = [(value + eps).sqrt().reciprocal() for value in squares]
         control = torch.stack([step_size, decay, a_g, a_s, *scales, -(v + eps).log() / 2], dim=-1)
         return torch.cat([control, out[:, 4:].clamp(-3, 3)], dim=-1), memory_NM, shared
+
+    def _peak(self, fan: Tensor, width: Tensor, is_vector: Tensor) -> Tensor:
+        """Return the step per coordinate of every tensor at the peak of the schedule, ``[N]``."""
+        num_matrices = (1 - is_vector).sum()
+        return self.base_step * (fan * (1 + width / self.large_width) * (1 + num_matrices / self.many_matrices)).rsqrt()
 
     def _embed_horizon(self, context: StepContext) -> list[Tensor]:
         """Return five 0-D features of the horizon, all zero when it is unknown."""

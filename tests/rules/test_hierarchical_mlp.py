@@ -57,10 +57,17 @@ def fan_of(shape: tuple[int, ...]) -> float:
     return 64.0 if len(shape) < 2 else float(max(np.prod(shape[1:]), 8))
 
 
+def peak_of(shape: tuple[int, ...], shapes: Sequence[tuple[int, ...]]) -> float:
+    """Return the step of one tensor among others when the schedule is at its peak."""
+    width = shape[1] if len(shape) >= 2 else 0
+    matrices = sum(len(other) >= 2 for other in shapes)
+    return 0.03 / math.sqrt(fan_of(shape)) / math.sqrt(1 + width / 128) / math.sqrt(1 + matrices / 8)
+
+
 def schedule(t: int, num_steps: float) -> float:
-    warmup = min(t / 10, 1)
+    warmup = min(t / 20, 1)
     if math.isinf(num_steps):
-        return warmup / math.sqrt(1 + t / 300)
+        return warmup / math.sqrt(1 + t / 100)
     return warmup * (1 + math.cos(math.pi * min((t - 1) / num_steps, 1))) / 2
 
 
@@ -75,20 +82,21 @@ def averages(grads: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.nd
     return average(grads, 0.9), average(grads, 0.98), average([grad**2 for grad in grads], 0.99)
 
 
-def core_step(grads: Sequence[np.ndarray], shape: tuple[int, ...], num_steps: float) -> np.ndarray:
-    """Adam's direction at unit RMS, a step that scales with fan-in, and a schedule."""
+def core_step(grads: Sequence[np.ndarray], peak: float, num_steps: float) -> np.ndarray:
+    """Adam's direction at unit RMS, a step that scales with the shape, and a schedule."""
     fast, _, v = averages(grads)
     u = fast / np.sqrt(v)
     direction = np.clip(u / rms(u), -6, 6) if u.size else u
-    return np.asarray(-0.03 / math.sqrt(fan_of(shape)) * schedule(len(grads), num_steps) * direction)
+    return np.asarray(-peak * schedule(len(grads), num_steps) * direction)
 
 
 def train_core(params: list[Tensor], grads_of_step: list[list[Tensor]], num_steps: float) -> list[np.ndarray]:
     moved = [param.numpy().copy() for param in params]
+    shapes = [tuple(param.shape) for param in params]
     for t in range(1, len(grads_of_step) + 1):
-        for index, param in enumerate(params):
+        for index, shape in enumerate(shapes):
             history = [grads[index].numpy() for grads in grads_of_step[:t]]
-            moved[index] = moved[index] + core_step(history, tuple(param.shape), num_steps)
+            moved[index] = moved[index] + core_step(history, peak_of(shape, shapes), num_steps)
     return moved
 
 
@@ -156,7 +164,8 @@ def whole_step(
             hidden = np.maximum(affine(weights, "coordinate.1", hidden), 0)
             residual = affine(weights, "coordinate.2", hidden)[0]
             step[at] = direction[at] + residual + decay * param[at]
-        eta = 0.03 / math.sqrt(fan_of(param.shape)) * schedule(t, num_steps) * math.exp(log_step)
+        peak = peak_of(param.shape, [other.shape for other in params])
+        eta = peak * schedule(t, num_steps) * math.exp(log_step)
         steps.append(-eta * step)
     return steps
 
@@ -260,14 +269,14 @@ def test_unknown_horizon_decays_and_known_one_warms_up_and_anneals():
         num_steps: [
             float(step_once(core_weights(), params, grads[0], t, num_steps)[0].square().mean().sqrt()) for t in at
         ]
-        for num_steps, at in ((math.inf, (5, 10, 300, 9900)), (1000.0, (5, 11, 501)))
+        for num_steps, at in ((math.inf, (5, 20, 300, 9900)), (1000.0, (5, 21, 501)))
     }
-    peak = 0.03 / 4
+    peak = peak_of((3, 16), [(3, 16)])
     # The direction of a single gradient has unit RMS whatever t is.
     np.testing.assert_allclose(
-        sizes[math.inf], peak * np.array([0.5, 1, 1, 1]) / np.sqrt(1 + np.array([5, 10, 300, 9900]) / 300)
+        sizes[math.inf], peak * np.array([0.25, 1, 1, 1]) / np.sqrt(1 + np.array([5, 20, 300, 9900]) / 100)
     )
-    expected = [0.5 * (1 + math.cos(0.004 * math.pi)) / 2, (1 + math.cos(0.01 * math.pi)) / 2, 0.5]
+    expected = [0.25 * (1 + math.cos(0.004 * math.pi)) / 2, (1 + math.cos(0.02 * math.pi)) / 2, 0.5]
     np.testing.assert_allclose(sizes[1000.0], peak * np.array(expected))
 
 
@@ -350,9 +359,17 @@ def test_weights_repeat_with_the_generator():
 
 def test_options_change_the_core_as_they_say():
     params, grads = draw([(3, 16), (2, 2), (4,)], 1)
-    rule = HierarchicalMLP(base_step=0.3, vector_fan_in=9.0, min_fan_in=4.0, warmup_steps=1.0, decay_steps=1.0)
+    rule = HierarchicalMLP(
+        base_step=0.3,
+        vector_fan_in=9.0,
+        min_fan_in=4.0,
+        large_width=2.0,
+        many_matrices=1.0,
+        warmup_steps=1.0,
+        decay_steps=1.0,
+    )
     weights = core_weights()
     states = [rule.init_state(weights, param) for param in params]
     deltas = apply_rule(rule, weights, params, grads[0], states, {}, context_at(1, dtype=torch.float64)).deltas
     sizes = [float(delta.square().mean().sqrt()) for delta in deltas]
-    np.testing.assert_allclose(sizes, 0.3 / math.sqrt(2) / np.array([4, 2, 3]))
+    np.testing.assert_allclose(sizes, 0.3 / math.sqrt(2) / np.sqrt(3) / np.array([4 * 3, 2 * math.sqrt(2), 3]))
