@@ -14,15 +14,16 @@ is
 
 .. math::
     \Delta_t = -\eta_t\, e^{\lambda}
-    \Big( \frac{d}{\mathrm{rms}(d)} + \mathrm{MLP}_b(\text{7 features}) + \omega\, x \Big),
-    \qquad d = u^f + a_g u^g + a_s u^s, \qquad \eta_t = \frac{0.03\, s_t}
-    {\sqrt{\text{fan-in}\,(1 + \text{width} / 128)\,(1 + \text{matrices} / 8)}}
+    \Big( \frac{d}{\mathrm{rms}(d)} + \mathrm{MLP}_b(\text{7 features}) + (0.1 + \omega)\, x \Big),
+    \qquad d = u^f + a_g u^g + a_s u^s,
+
+    \eta_t = \frac{0.03\, s_t}{\sqrt{\text{fan-in} \cdot \max(1, \text{width} / 64) \cdot \max(1, \text{matrices} / 4)}}
 
 with the schedule :math:`s_t` a short linear warm-up times a cosine to zero over a known horizon, or times
 :math:`(1 + t/\tau)^{-1/2}` when the horizon is unknown.  The width of a tensor is its number of input channels, zero
 for vectors, and there are as many matrices as tensors with two axes or more: the spectral norm of a step of low rank
-grows with the width, and the layers of a deep network add up.  With zero outputs of both networks this is the core:
-Adam's direction at unit RMS, a step per coordinate that scales with the shape, and nothing to tune.
+grows with the width, and the steps of the layers of a deep network add up.  With zero outputs of both networks this is
+the core: Adam's direction at unit RMS, a step per coordinate that depends on the shape, and nothing to tune.
 
 A coordinate whose gradients were all exactly zero does not move.
 
@@ -62,10 +63,11 @@ class HierarchicalMLP(UpdateRule):
 
     Args:
         base_step: step per coordinate, times the square root of fan-in, at the peak of the schedule of a small network.
+        base_decay: decay ``omega`` is added to: not zero, where bounding it from below would stop its learning.
         vector_fan_in: fan-in assumed for parameters with fewer than two axes (biases, gains).
         min_fan_in: smaller fan-ins count as this.
-        large_width: number of input channels from which on the step shrinks with their square root once more.
-        many_matrices: number of matrices from which on the step shrinks with its square root.
+        large_width: number of input channels beyond which the step shrinks with their square root once more.
+        many_matrices: number of matrices beyond which the step shrinks with its square root.
         warmup_steps: length of the linear warm-up.
         decay_steps: time scale of the decay when the horizon is unknown.
         betas: decays of the fast momentum, the slow momentum and the second moment.
@@ -83,9 +85,10 @@ class HierarchicalMLP(UpdateRule):
     base_step: float = 0.03
     vector_fan_in: float = 64.0
     min_fan_in: float = 8.0
-    large_width: float = 128.0
-    many_matrices: float = 8.0
-    warmup_steps: float = 20.0
+    base_decay: float = 0.1
+    large_width: float = 64.0
+    many_matrices: float = 4.0
+    warmup_steps: float = 10.0
     decay_steps: float = 100.0
     betas: tuple[float, float, float] = (0.9, 0.98, 0.99)
     hidden: int = 8
@@ -172,7 +175,7 @@ class HierarchicalMLP(UpdateRule):
         out = x @ weights["controller.2.weight"].T + weights["controller.2.bias"]
 
         log_step = 2 * torch.tanh(out[:, 0] / 2)
-        decay = out[:, 1].clamp(0, 1)
+        decay = (self.base_decay + out[:, 1]).clamp(0, 1)
         a_g, a_s = out[:, 2].clamp(-2, 2), out[:, 3].clamp(-2, 2)
         dd = ff + a_g**2 * gg + a_s**2 * ss + 2 * (a_g * gf + a_s * fs + a_g * a_s * gs)
         step_size = self._peak(fan, width, is_vector) * self._schedule(context).to(fan) * log_step.exp()
@@ -185,7 +188,9 @@ class HierarchicalMLP(UpdateRule):
     def _peak(self, fan: Tensor, width: Tensor, is_vector: Tensor) -> Tensor:
         """Return the step per coordinate of every tensor at the peak of the schedule, ``[N]``."""
         num_matrices = (1 - is_vector).sum()
-        return self.base_step * (fan * (1 + width / self.large_width) * (1 + num_matrices / self.many_matrices)).rsqrt()
+        wide = (width / self.large_width).clamp(min=1)
+        deep = (num_matrices / self.many_matrices).clamp(min=1)
+        return self.base_step * (fan * wide * deep).rsqrt()
 
     def _embed_horizon(self, context: StepContext) -> list[Tensor]:
         """Return five 0-D features of the horizon, all zero when it is unknown."""
