@@ -19,11 +19,12 @@ is
 
     \eta_t = \frac{0.03\, s_t}{\sqrt{\text{fan-in} \cdot \max(1, \text{width} / 64) \cdot \max(1, \text{matrices} / 4)}}
 
-with the schedule :math:`s_t` a short linear warm-up times a cosine to zero over a known horizon, or times
-:math:`(1 + t/\tau)^{-1/2}` when the horizon is unknown.  The width of a tensor is its number of input channels, zero
-for vectors, and there are as many matrices as tensors with two axes or more: the spectral norm of a step of low rank
-grows with the width, and the steps of the layers of a deep network add up.  With zero outputs of both networks this is
-the core: Adam's direction at unit RMS, a step per coordinate that depends on the shape, and nothing to tune.
+with the schedule :math:`s_t` a linear warm-up over :math:`10 \max(1, \text{matrices} / 4)` steps times a cosine to
+zero over a known horizon, or times :math:`(1 + t/\tau)^{-1/2}` when the horizon is unknown.  The width of a tensor is
+its number of input channels, zero for vectors, and there are as many matrices as tensors with two axes or more: the
+spectral norm of a step of low rank grows with the width, and the steps of the layers of a deep network add up.  With
+zero outputs of both networks this is the core: Adam's direction at unit RMS, a step per coordinate that depends on the
+shape, and nothing to tune.
 
 A coordinate whose gradients were all exactly zero does not move.
 
@@ -67,8 +68,8 @@ class HierarchicalMLP(UpdateRule):
         vector_fan_in: fan-in assumed for parameters with fewer than two axes (biases, gains).
         min_fan_in: smaller fan-ins count as this.
         large_width: number of input channels beyond which the step shrinks with their square root once more.
-        many_matrices: number of matrices beyond which the step shrinks with its square root.
-        warmup_steps: length of the linear warm-up.
+        many_matrices: number of matrices beyond which the step shrinks with its square root, and the warm-up grows.
+        warmup_steps: length of the linear warm-up of a network with few matrices.
         decay_steps: time scale of the decay when the horizon is unknown.
         betas: decays of the fast momentum, the slow momentum and the second moment.
         hidden: width of the two hidden layers of the per-coordinate network.
@@ -178,19 +179,15 @@ class HierarchicalMLP(UpdateRule):
         decay = (self.base_decay + out[:, 1]).clamp(0, 1)
         a_g, a_s = out[:, 2].clamp(-2, 2), out[:, 3].clamp(-2, 2)
         dd = ff + a_g**2 * gg + a_s**2 * ss + 2 * (a_g * gf + a_s * fs + a_g * a_s * gs)
-        step_size = self._peak(fan, width, is_vector) * self._schedule(context).to(fan) * log_step.exp()
+        deep = ((1 - is_vector).sum() / self.many_matrices).clamp(min=1)
+        wide = (width / self.large_width).clamp(min=1)
+        peak = self.base_step * (fan * wide * deep).rsqrt()
+        step_size = peak * self._schedule(context, deep).to(fan) * log_step.exp()
         # Not rsqrt: its derivative at the least value overflows.
         squares = (torch.maximum(dd, MIX_FLOOR * ff), gg, ff, ss, xx, v, grad_sq)
         scales = [(value + eps).sqrt().reciprocal() for value in squares]
         control = torch.stack([step_size, decay, a_g, a_s, *scales, -(v + eps).log() / 2], dim=-1)
         return torch.cat([control, out[:, 4:].clamp(-3, 3)], dim=-1), memory_NM, shared
-
-    def _peak(self, fan: Tensor, width: Tensor, is_vector: Tensor) -> Tensor:
-        """Return the step per coordinate of every tensor at the peak of the schedule, ``[N]``."""
-        num_matrices = (1 - is_vector).sum()
-        wide = (width / self.large_width).clamp(min=1)
-        deep = (num_matrices / self.many_matrices).clamp(min=1)
-        return self.base_step * (fan * wide * deep).rsqrt()
 
     def _embed_horizon(self, context: StepContext) -> list[Tensor]:
         """Return five 0-D features of the horizon, all zero when it is unknown."""
@@ -201,9 +198,9 @@ class HierarchicalMLP(UpdateRule):
         features = [torch.ones_like(fraction), 2 * fraction - 1, fraction**2, late, (log_length - 6) / 2]
         return [torch.where(known, feature, torch.zeros_like(feature)) for feature in features]
 
-    def _schedule(self, context: StepContext) -> Tensor:
-        """Return the multiplier of the step over the run, 0-D, between 0 and 1."""
-        warmup = (context.step / self.warmup_steps).clamp(max=1)
+    def _schedule(self, context: StepContext, deep: Tensor) -> Tensor:
+        """Return the multiplier of the step over the run, 0-D, between 0 and 1; ``deep`` times as long a warm-up."""
+        warmup = (context.step / (self.warmup_steps * deep)).clamp(max=1)
         fraction = ((context.step - 1) / context.num_steps).clamp(max=1)
         cosine = (1 + torch.cos(math.pi * fraction)) / 2
         anytime = (1 + context.step / self.decay_steps).rsqrt()
