@@ -84,7 +84,7 @@ PENALTIES = {
 COEFFICIENTS = {
     ("l2o-dm", "hessian"): 0.05,
     ("l2o-dm", "entropy"): 4.0,
-    ("rnnprop", "hessian"): 0.1,
+    ("rnnprop", "hessian"): 0.01,
     ("rnnprop", "entropy"): 4.0,
     ("l2o-scale", "hessian"): 0.03,
     ("l2o-scale", "entropy"): 8.0,
