@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
@@ -343,22 +343,9 @@ class _Trace:
         module.recompile()
         if self.compiled:
             # The compiler without the tracer in front of it: the graph is there, and keyed by its shapes.
-            with torch.no_grad(), _fused_multiply_add():
+            with torch.no_grad():
                 return torch._inductor.compile(module, list(values)), forms[0]
         return module, forms[0]
-
-
-def _fused_multiply_add() -> AbstractContextManager[None]:
-    """Let the compiler of kernels for the CPU contract ``a * b + c``: an eighth of the time of the coordinate network.
-
-    The default forbids it for the sake of equal results with and without the compiler.
-    """
-    from torch._inductor import config
-
-    # A boolean before it was a choice of modes.
-    flag = "fast" if isinstance(config.cpp.enable_floating_point_contract_flag, str) else True
-    patched: AbstractContextManager[None] = config.patch({"cpp.enable_floating_point_contract_flag": flag})
-    return patched
 
 
 def _repeat(value: Tensor, copies: int, dim: int = 0) -> Tensor:
