@@ -80,7 +80,8 @@ PENALTIES = {
 }
 """The penalties of the published rules by the end of the recipe's name."""
 
-# Chosen on the meta split (docs/reproduction.md).  The objective of L2O-Scale is logarithmic, hence other values.
+# Those of the shipped sets; docs/reproduction.md has the few others that were tried.  The objective of L2O-Scale is
+# logarithmic, hence other values.
 COEFFICIENTS = {
     ("l2o-dm", "hessian"): 0.05,
     ("l2o-dm", "entropy"): 4.0,
