@@ -158,10 +158,12 @@ def pairs_of(learned: dict[str, LearnedRule]) -> list[Pair]:
 def entrants(options: Options, learned: dict[str, LearnedRule]) -> tuple[Sequence[Benchmark], Sequence[Contestant]]:
     """Return what is compared; a tenth of the steps and two learning rates when ``fast``.
 
+    On the ``meta`` split the optimizees are others than those of the results, which nothing may be chosen by.
+
     Raises:
         ValueError: if no optimizee has any of ``options.tasks`` in its name.
     """
-    benchmarks = optimizees(options.data)
+    benchmarks = optimizees(options.data) if options.split == "test" else selection_optimizees(options.data)
     chosen = [one for one in benchmarks if not options.tasks or any(part in one.name for part in options.tasks)]
     if not chosen:
         raise ValueError(f"no optimizee has {options.tasks} in its name: there are {[one.name for one in benchmarks]}")
@@ -174,39 +176,54 @@ def entrants(options: Options, learned: dict[str, LearnedRule]) -> tuple[Sequenc
 
 
 def optimizees(data: str) -> list[Benchmark]:
-    """Return the networks that meta-training has not seen, on images of ``data`` and on digits.
-
-    Pixels in ``[0, 1]``, every layer from ``N(0, 0.01^2)`` and batches of 128, as published.
-    """
-
-    def problem(name: str, build: Callable[[int], nn.Module], num_steps: int, num_train: int) -> Benchmark:
-        return Benchmark(
-            name=f"{name}, {DATA_NAMES[data]}",
-            source=data,
-            size=28,
-            num_train=num_train,
-            build=partial(models.small_start, build=build),
-            batch_size=128,
-            num_steps=num_steps,
-            standardize=False,
-        )
-
+    """Return the networks of the results, which meta-training has not seen, on images of ``data`` and on digits."""
     deep_mlp = partial(models.mlp, width=20, depth=2, activation=nn.Sigmoid)
-    on_images = [
-        problem("ReLU MLP", partial(models.mlp, width=20), 500, NUM_TRAIN),
-        problem("deep sigmoid MLP", deep_mlp, 500, NUM_TRAIN),
+    return [
+        _on_images("ReLU MLP", data, partial(models.mlp, width=20), 500),
+        _on_images("deep sigmoid MLP", data, deep_mlp, 500),
         # A step costs 60 ms on one core: half as many, on half as many images.
-        problem("BatchNorm CNN", models.published_cnn, 250, NUM_TRAIN // 2),
-        problem("plain CNN", models.published_plain_cnn, 500, NUM_TRAIN),
+        _on_images("BatchNorm CNN", data, models.published_cnn, 250, num_train=NUM_TRAIN // 2),
+        _on_images("plain CNN", data, models.published_plain_cnn, 500),
+        _on_digits("digits MLP", partial(models.mlp, width=20)),
+        _on_digits("digits CNN", models.cnn),
     ]
-    digits = problem("", models.mlp, 200, NUM_TRAIN)
-    on_digits = [
-        replace(
-            digits, name=name, source="digits", size=8, num_train=None, build=partial(models.small_start, build=build)
-        )
-        for name, build in (("digits MLP", partial(models.mlp, width=20)), ("digits CNN", models.cnn))
+
+
+def selection_optimizees(data: str) -> list[Benchmark]:
+    """Return the networks that coefficients and sets are chosen by: none of meta-training, none of the results."""
+    return [
+        _on_images("tanh MLP", data, partial(models.mlp, width=32, activation=nn.Tanh), 300),
+        _on_images("deep ReLU MLP", data, partial(models.mlp, width=24, depth=2), 300),
+        _on_images("CNN 14x14", data, partial(models.cnn, width=8), 300, size=14),
+        _on_digits("digits sigmoid MLP", partial(models.mlp, width=32, activation=nn.Sigmoid)),
+        _on_digits("digits LayerNorm MLP", partial(models.mlp, width=24, depth=2, normalise=True)),
     ]
-    return [*on_images, *on_digits]
+
+
+def _on_images(
+    name: str,
+    data: str,
+    build: Callable[[int], nn.Module],
+    num_steps: int,
+    *,
+    num_train: int | None = NUM_TRAIN,
+    size: int = 28,
+) -> Benchmark:
+    """Return a problem with pixels in ``[0, 1]``, every layer from ``N(0, 0.01^2)`` and batches of 128, as published."""
+    return Benchmark(
+        name=f"{name}, {DATA_NAMES[data]}" if data in DATA_NAMES else name,
+        source=data,
+        size=size,
+        num_train=num_train,
+        build=partial(models.small_start, build=build),
+        batch_size=128,
+        num_steps=num_steps,
+        standardize=False,
+    )
+
+
+def _on_digits(name: str, build: Callable[[int], nn.Module]) -> Benchmark:
+    return _on_images(name, "digits", build, 200, num_train=None, size=8)
 
 
 def compare(benchmark: Benchmark, contestant: Contestant, options: Options) -> Record:

@@ -71,9 +71,9 @@ PENALTIES = {
     # Five products without a graph for the vector, one for the value.  Every other step: half of the cost.
     "hessian": FlatnessConfig(name="top-eigenvalue", options={"num_iterations": 5}, schedule="every", every=2),
     "entropy": FlatnessConfig(
-        # Five gradients without a graph.  The chain is cold: at temperature 1 it would leave so sharp a valley.
+        # Ten gradients without a graph.  Chains in pairs: the noise of a single one is larger than its drift.
         name="local-entropy",
-        options={"gamma": 1.0, "num_steps": 5, "step_size": 0.1, "temperature": 1e-6},
+        options={"gamma": 1.0, "num_steps": 5, "step_size": 0.1, "temperature": 0.05, "antithetic": True},
         schedule="every",
         every=2,
     ),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -65,6 +65,10 @@ class Draws(NamedTuple):
     """Noise of the flatness term, ``[L, perturbations, P, ...]`` by parameter; empty without one."""
     inner_noise: dict[str, Tensor]
     """The same for the flatness term of the inner loss."""
+
+
+_Inputs = tuple[Batch, Batch, dict[str, Tensor], dict[str, Tensor]]
+"""Batches to train on and to judge by, noise of both flatness terms: what :meth:`Unroll.step` takes last."""
 
 
 class StepLosses(NamedTuple):
@@ -176,18 +180,24 @@ class Unroll:
         """
         # A recorded graph holds the backward pass of the inner loss as plain operations, cut off from autograd.
         differentiated = any(weight.requires_grad for weight in weights_N.values())
+        steps = self._steps(runs, draws, copies)
+        if not differentiated and self.mode != "plain":
+            return _run_traced(weights_N, runs, steps)
         losses = []
+        for variant, inputs in steps:
+            runs, step_losses = variant.step(weights_N, runs, *inputs)
+            losses.append(step_losses)
+        return runs, StepLosses(*(torch.stack(values) for values in zip(*losses, strict=True)))
+
+    def _steps(self, runs: Runs, draws: Draws, copies: int) -> Iterator[tuple[Unroll, _Inputs]]:
+        """Yield what makes each step of a truncation, and what it takes besides weights and runs."""
         for index, on in enumerate(self._terms_on(runs)):
-            variant = self._variants[on]
-            one_step = variant.step if differentiated or self.mode == "plain" else variant._traced_step
             train, meta = (Batch(*(_repeat(part[index], copies) for part in batch)) for batch in draws[:2])
             noise, inner_noise = (
                 {name: _repeat(value[index], copies, dim=1) for name, value in drawn.items() if is_on}
                 for drawn, is_on in zip(draws[2:], on, strict=True)
             )
-            runs, step_losses = one_step(weights_N, runs, train, meta, noise, inner_noise)
-            losses.append(step_losses)
-        return runs, StepLosses(*(torch.stack(values) for values in zip(*losses, strict=True)))
+            yield self._variants[on], (train, meta, noise, inner_noise)
 
     def _terms_on(self, runs: Runs) -> list[tuple[bool, bool]]:
         """Return for each step of a truncation whether any run counts the flatness terms, outer and inner."""
@@ -216,7 +226,7 @@ class Unroll:
         return variants
 
     @cached_property
-    def _traced_step(self) -> Callable[..., tuple[Runs, StepLosses]]:
+    def _traced_step(self) -> _Trace:
         return _Trace(self.step, compiled=self.mode == "compiled")
 
     def step(
@@ -306,35 +316,52 @@ def _regularized(
     return regularized
 
 
+def _run_traced(weights_N: Weights, runs: Runs, steps: Iterable[tuple[Unroll, _Inputs]]) -> tuple[Runs, StepLosses]:
+    """Take steps by their graphs; trees are taken apart once, which else would cost a tenth of a compiled step."""
+    fixed, (carried, form) = pytree.tree_leaves(weights_N), pytree.tree_flatten(runs)
+    losses = []
+    graphs: dict[int, Callable[..., list[Tensor]]] = {}
+    for variant, inputs in steps:
+        values = [*fixed, *carried, *pytree.tree_leaves(inputs)]
+        if id(variant) not in graphs:  # later steps have tensors of the same layout
+            graphs[id(variant)] = variant._traced_step.graph(values, (weights_N, runs, *inputs))
+        results = graphs[id(variant)](*values)
+        carried, step_losses = results[: len(carried)], results[len(carried) :]
+        losses.append(step_losses)
+    stacked = StepLosses(*(torch.stack(values) for values in zip(*losses, strict=True)))
+    return pytree.tree_unflatten(carried, form), stacked
+
+
 class _Trace:
-    """A function of tensors as one flat graph, recorded at its first call for every set of shapes.
+    """A step as one flat graph of its tensors, recorded when it is first asked for with such shapes.
 
     Recording takes seconds and rids a step of most of its Python and ``vmap`` overhead.  Compiling the graph takes a
     minute or two for each family of problems.
     """
 
-    def __init__(self, function: Callable[..., Any], *, compiled: bool):
-        self.function = function
+    def __init__(self, step: Callable[..., tuple[Runs, StepLosses]], *, compiled: bool):
+        self.step = step
         self.compiled = compiled
-        self.graphs: dict[Any, tuple[Callable[..., list[Tensor]], pytree.TreeSpec]] = {}
+        self.graphs: dict[Any, Callable[..., list[Tensor]]] = {}
 
-    def __call__(self, *arguments: Any) -> Any:
-        values, form = pytree.tree_flatten(arguments)
-        key = (form, *((value.shape, value.stride(), value.dtype, value.requires_grad) for value in values))
+    def graph(self, values: list[Tensor], arguments: tuple[Any, ...]) -> Callable[..., list[Tensor]]:
+        """Return the function of the tensors of weights, runs and inputs to those of runs and losses.
+
+        Args:
+            values: these tensors.
+            arguments: trees of their form, whatever they hold.
+        """
+        key = tuple((value.shape, value.stride(), value.dtype) for value in values)
         if key not in self.graphs:
-            self.graphs[key] = self._record(values, form)
-        graph, result_form = self.graphs[key]
-        return pytree.tree_unflatten(graph(*values), result_form)
+            self.graphs[key] = self._record(values, pytree.tree_structure(arguments))
+        return self.graphs[key]
 
-    def _record(
-        self, values: list[Tensor], form: pytree.TreeSpec
-    ) -> tuple[Callable[..., list[Tensor]], pytree.TreeSpec]:
-        forms = []
-
+    def _record(self, values: list[Tensor], form: pytree.TreeSpec) -> Callable[..., list[Tensor]]:
         def flat(*values: Tensor) -> list[Tensor]:
-            results, result_form = pytree.tree_flatten(self.function(*pytree.tree_unflatten(list(values), form)))
-            forms.append(result_form)
-            return results
+            weights_N, before, *inputs = pytree.tree_unflatten(list(values), form)
+            after, losses = self.step(weights_N, before, *inputs)
+            # Names in the order that they came in.
+            return pytree.tree_leaves((merge_trees(lambda _, value: value, before, after), losses))
 
         with spell_out_products() if self.compiled else nullcontext():
             recorded = make_fx(flat)(*values)
@@ -344,8 +371,9 @@ class _Trace:
         if self.compiled:
             # The compiler without the tracer in front of it: the graph is there, and keyed by its shapes.
             with torch.no_grad():
-                return torch._inductor.compile(module, list(values)), forms[0]
-        return module, forms[0]
+                compiled: Callable[..., list[Tensor]] = torch._inductor.compile(module, list(values))
+                return compiled
+        return module
 
 
 def _repeat(value: Tensor, copies: int, dim: int = 0) -> Tensor:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,14 @@ from flatopt.evaluate._report import RunCache
 from flatopt.evaluate._training import Benchmark, Options, build_model, run
 from flatopt.evaluate.cli import main
 from flatopt.evaluate.curvature import MEASURES, Curvature
-from flatopt.evaluate.reproduction import Pair, compare_pairs, load_sets, optimizees, pairs_of
+from flatopt.evaluate.reproduction import (
+    Pair,
+    compare_pairs,
+    load_sets,
+    optimizees,
+    pairs_of,
+    selection_optimizees,
+)
 from flatopt.rules import L2ODM, Adam, L2OScale, UpdateRule
 from flatopt.tasks import Batch
 
@@ -37,6 +45,7 @@ def toy_optimizees(data: str) -> list[Benchmark]:
 def sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Save four sets of weights that nobody has trained, and make everything else small."""
     monkeypatch.setattr(reproduction, "optimizees", toy_optimizees)
+    monkeypatch.setattr(reproduction, "selection_optimizees", toy_optimizees)
     monkeypatch.setattr(reproduction, "FAST_CURVATURE", TOY)
     rules: dict[str, UpdateRule] = {"dm": L2ODM(), "dm-a": L2ODM(), "scale": L2OScale(), "dm-b": L2ODM()}
     for seed, (name, rule) in enumerate(rules.items()):
@@ -174,7 +183,22 @@ def test_optimizees_have_the_published_numbers_of_parameters() -> None:
     assert sum(p.numel() for p in models.published_plain_cnn(28, stride=1).parameters()) == 64_402
 
 
-@pytest.mark.parametrize("problem", optimizees("fashion-mnist"), ids=lambda problem: problem.name)
+def test_what_is_chosen_by_is_neither_what_is_reported_nor_what_meta_training_saw() -> None:
+    def layers(problem: Benchmark) -> str:
+        return f"{problem.source} {problem.size} {build_model(problem.build, problem.size, 0)}"
+
+    seen = replace(optimizees("mnist")[0], build=partial(models.mlp, width=20, activation=nn.Sigmoid))
+    reported = {layers(problem) for problem in optimizees("mnist")}
+    chosen_by = {layers(problem) for problem in selection_optimizees("mnist")}
+    assert len(reported) == 6 and len(chosen_by) == 5
+    assert not reported & chosen_by and layers(seen) not in reported | chosen_by
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [*optimizees("fashion-mnist"), *selection_optimizees("fashion-mnist")],
+    ids=lambda problem: problem.name,
+)
 def test_optimizees_start_small_and_every_parameter_has_a_gradient(problem: Benchmark) -> None:
     model = build_model(problem.build, problem.size, 0)
     weights = torch.cat(

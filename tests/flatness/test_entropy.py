@@ -83,6 +83,21 @@ def test_chain_without_noise_converges_to_the_exact_mean():
     torch.testing.assert_close(flat(mean), exact_mean(params), rtol=0, atol=1e-6)
 
 
+def test_antithetic_noise_cancels_on_a_quadratic_and_leaves_the_smoothed_gradient_of_a_cubic():
+    params = quadratic_params()
+    settings = {"gamma": GAMMA, "num_steps": 5, "step_size": 0.02}
+    cold, warm = (EntropySurrogate(**settings, temperature=t, antithetic=t > 0) for t in (0.0, 3.0))
+    noise = warm.sample_noise(params, generator())
+    torch.testing.assert_close(flat(warm.mean(quadratic(), params, noise)), flat(cold.mean(quadratic(), params, noise)))
+
+    # One step from 0, then one whose drift is 3 (s xi)^2, s^2 = 2 T eta: the mean of both chains is -3 eta s^2 xi^2.
+    chain = EntropySurrogate(gamma=1e-9, num_steps=2, step_size=0.02, temperature=0.5, antithetic=True)
+    point = {"x": torch.zeros(3, dtype=torch.float64)}
+    noise = chain.sample_noise(point, generator())
+    actual = chain.mean(lambda params: params["x"].pow(3).sum(), point, noise)["x"]
+    torch.testing.assert_close(actual, -3 * 0.02 * (2 * 0.5 * 0.02) * noise["x"][0] ** 2)
+
+
 def test_stationary_moments_of_the_chain_on_a_gaussian():
     levels = torch.tensor([0.5, 3.0], dtype=torch.float64)
     params = {"x": torch.tensor([[1.0, -2.0]], dtype=torch.float64).expand(4000, 2).clone()}  # 4000 chains at once
