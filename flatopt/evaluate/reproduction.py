@@ -209,7 +209,7 @@ def _on_images(
     num_train: int | None = NUM_TRAIN,
     size: int = 28,
 ) -> Benchmark:
-    """Return a problem with pixels in ``[0, 1]``, every layer from ``N(0, 0.01^2)`` and batches of 128, as published."""
+    """Return a problem as published: pixels in ``[0, 1]``, every layer from ``N(0, 0.01^2)``, batches of 128."""
     return Benchmark(
         name=f"{name}, {DATA_NAMES[data]}" if data in DATA_NAMES else name,
         source=data,
