@@ -12,6 +12,8 @@ from torch import nn
 
 from flatopt import FlatOpt, list_pretrained
 from flatopt.evaluate.reproduction import SETS
+from flatopt.metatrain import RECIPES, MetaTrainConfig
+from flatopt.pretrained import shipped_folder
 from flatopt.tasks import load_images
 
 pytest.importorskip("sklearn")
@@ -35,6 +37,13 @@ def train(model: nn.Module, optimizer: FlatOpt, first: int, last: int) -> list[f
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_recipe_is_the_configuration_on_the_card(name: str) -> None:
+    card = (shipped_folder(name) / "README.md").read_text(encoding="utf-8")
+    configuration = card.partition("## Configuration")[2].partition("```json\n")[2].partition("```")[0]
+    assert MetaTrainConfig.from_json(configuration) == RECIPES[name]()
 
 
 @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])

@@ -37,7 +37,7 @@ class Options:
         fast: toy sizes, to see a subcommand work; the numbers mean nothing.
         pretrained: weights of FlatOpt: shipped name, folder or Hub id.
         cache: file of finished runs.
-        split: ``"test"``, or ``"meta"`` to choose by.
+        split: ``"test"``, or ``"meta"`` to choose by; the optimizees of ``reproduction`` depend on it.
         tasks: parts of the names of the benchmarks to run; all by default.
         optimizers: names of the optimizers to run, without what follows a comma; all by default.
         sets: learned weights to compare, names or folders (``reproduction`` only).

@@ -67,7 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--cache", type=Path, help="folder of finished runs, if not --out (to share tuning)")
         command.add_argument("--seeds", type=_positive, default=num_seeds, help="runs per cell (default: %(default)s)")
         if name in ("quality", "reproduction"):
-            command.add_argument("--split", choices=("test", "meta"), default="test", help="split of the table")
+            text = "split of the table; in reproduction, meta has optimizees of its own"
+            command.add_argument("--split", choices=("test", "meta"), default="test", help=text)
         if name in ("quality", "flatness", "reproduction"):
             command.add_argument("--tasks", nargs="+", default=(), help="parts of the names of the tasks to run")
         if name in ("quality", "flatness"):

@@ -1,8 +1,9 @@
 """Do flatness-regularised learned optimizers generalise better?  The experiment of the paper, on other optimizees.
 
 The networks were not seen in meta-training.  Each is trained on the ``train`` split by every set of learned weights,
-with nothing tuned, and by baselines whose learning rate is chosen on ``meta``; results are those on ``test``.  Sets of
-the same rule are compared pair by pair: for optimizee ``k`` and seed ``s``
+with nothing tuned, and by baselines whose learning rate is chosen on ``meta``; results are those on ``test``.  For
+tables of the ``meta`` split, to choose sets by, other networks are trained.  Sets of the same rule are compared pair by
+pair: for optimizee ``k`` and seed ``s``
 
     d_s = mean_k [ value(regularized, k, s) - value(plain, k, s) ]
 
@@ -158,7 +159,8 @@ def pairs_of(learned: dict[str, LearnedRule]) -> list[Pair]:
 def entrants(options: Options, learned: dict[str, LearnedRule]) -> tuple[Sequence[Benchmark], Sequence[Contestant]]:
     """Return what is compared; a tenth of the steps and two learning rates when ``fast``.
 
-    On the ``meta`` split the optimizees are others than those of the results, which nothing may be chosen by.
+    On the ``meta`` split the optimizees are others than those of the results, by which neither coefficients nor sets
+    may be chosen.
 
     Raises:
         ValueError: if no optimizee has any of ``options.tasks`` in its name.
@@ -177,42 +179,46 @@ def entrants(options: Options, learned: dict[str, LearnedRule]) -> tuple[Sequenc
 
 def optimizees(data: str) -> list[Benchmark]:
     """Return the networks of the results, which meta-training has not seen, on images of ``data`` and on digits."""
+    problem = partial(_problem, data, size=28, num_train=NUM_TRAIN)
+    digits = partial(_problem, "digits", num_steps=200)
     deep_mlp = partial(models.mlp, width=20, depth=2, activation=nn.Sigmoid)
     return [
-        _on_images("ReLU MLP", data, partial(models.mlp, width=20), 500),
-        _on_images("deep sigmoid MLP", data, deep_mlp, 500),
+        problem("ReLU MLP", partial(models.mlp, width=20), num_steps=500),
+        problem("deep sigmoid MLP", deep_mlp, num_steps=500),
         # A step costs 60 ms on one core: half as many, on half as many images.
-        _on_images("BatchNorm CNN", data, models.published_cnn, 250, num_train=NUM_TRAIN // 2),
-        _on_images("plain CNN", data, models.published_plain_cnn, 500),
-        _on_digits("digits MLP", partial(models.mlp, width=20)),
-        _on_digits("digits CNN", models.cnn),
+        problem("BatchNorm CNN", models.published_cnn, num_steps=250, num_train=NUM_TRAIN // 2),
+        problem("plain CNN", models.published_plain_cnn, num_steps=500),
+        digits("digits MLP", partial(models.mlp, width=20)),
+        digits("digits CNN", models.cnn),
     ]
 
 
 def selection_optimizees(data: str) -> list[Benchmark]:
-    """Return the networks that coefficients and sets are chosen by: none of meta-training, none of the results."""
+    """Return networks to choose coefficients and sets by: none of meta-training, none of the results."""
+    problem = partial(_problem, data, size=28, num_train=NUM_TRAIN, num_steps=300)
+    digits = partial(_problem, "digits", num_steps=200)
     return [
-        _on_images("tanh MLP", data, partial(models.mlp, width=32, activation=nn.Tanh), 300),
-        _on_images("deep ReLU MLP", data, partial(models.mlp, width=24, depth=2), 300),
-        _on_images("CNN 14x14", data, partial(models.cnn, width=8), 300, size=14),
-        _on_digits("digits sigmoid MLP", partial(models.mlp, width=32, activation=nn.Sigmoid)),
-        _on_digits("digits LayerNorm MLP", partial(models.mlp, width=24, depth=2, normalise=True)),
+        problem("tanh MLP", partial(models.mlp, width=32, activation=nn.Tanh)),
+        problem("deep ReLU MLP", partial(models.mlp, width=24, depth=2)),
+        problem("CNN 14x14", partial(models.cnn, width=8), size=14),
+        digits("digits sigmoid MLP", partial(models.mlp, width=32, activation=nn.Sigmoid)),
+        digits("digits LayerNorm MLP", partial(models.mlp, width=24, depth=2, normalise=True)),
     ]
 
 
-def _on_images(
+def _problem(
+    source: str,
     name: str,
-    data: str,
     build: Callable[[int], nn.Module],
-    num_steps: int,
     *,
-    num_train: int | None = NUM_TRAIN,
-    size: int = 28,
+    num_steps: int,
+    num_train: int | None = None,
+    size: int = 8,
 ) -> Benchmark:
-    """Return a problem as published: pixels in ``[0, 1]``, every layer from ``N(0, 0.01^2)``, batches of 128."""
+    """Return a problem that starts as published: pixels in ``[0, 1]``, layers from ``N(0, 0.01^2)``, batches of 128."""
     return Benchmark(
-        name=f"{name}, {DATA_NAMES[data]}" if data in DATA_NAMES else name,
-        source=data,
+        name=name if source == "digits" else f"{name}, {DATA_NAMES[source]}",
+        source=source,
         size=size,
         num_train=num_train,
         build=partial(models.small_start, build=build),
@@ -220,10 +226,6 @@ def _on_images(
         num_steps=num_steps,
         standardize=False,
     )
-
-
-def _on_digits(name: str, build: Callable[[int], nn.Module]) -> Benchmark:
-    return _on_images(name, "digits", build, 200, num_train=None, size=8)
 
 
 def compare(benchmark: Benchmark, contestant: Contestant, options: Options) -> Record:

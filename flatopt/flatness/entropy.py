@@ -54,9 +54,9 @@ class EntropySurrogate(FlatnessMeasure):
         step_size: step of the chain, below ``2 / (lambda_max + gamma)`` to be stable.
         temperature: ``T``, 1 for the entropy in nats; small values search a minimum more and sample less.
         subtract_loss: whether to subtract the loss.
-        antithetic: take the mean over two chains whose noise has opposite signs, for twice the gradients.  Noise of
-            odd order cancels, exactly on a quadratic; a wide neighbourhood, which else drowns ``mu`` in noise, is
-            then seen by a short chain.
+        antithetic: take the mean over two chains whose noise has opposite signs, for twice the gradients.  Terms of
+            odd order in the noise cancel, on a quadratic all of it: a short chain can then see a wide neighbourhood,
+            which else drowns ``mu`` in noise.
 
     References:
         Chaudhari et al., 2017, https://arxiv.org/abs/1611.01838; for antithetic variates, Hammersley and Morton,
@@ -96,7 +96,7 @@ class EntropySurrogate(FlatnessMeasure):
         return unflatten(total, params)
 
     def samples(self, loss_fn: LossFn, params: Params, noise: Noise, sign: int = 1) -> Iterator[Tensor]:
-        """Yield the chain ``y <- y - eta (grad f(y) + gamma (y - params)) + sqrt(2 T eta) xi``, ``[d]`` each."""
+        """Yield the chain ``y <- y - eta (grad f(y) + gamma (y - params)) + sign sqrt(2 T eta) xi``, ``[d]`` each."""
         center = flatten(params).detach()
         sample, noise_std = center, sign * math.sqrt(2 * self.temperature * self.step_size)
         for xi in probes(noise):

@@ -70,7 +70,7 @@ PENALTIES = {
     "": FlatnessConfig(),
     # Five products without a graph for the vector, one for the value.  Every other step: half of the cost.
     "hessian": FlatnessConfig(name="top-eigenvalue", options={"num_iterations": 5}, schedule="every", every=2),
-    # Five gradients without a graph, ten for pairs of chains.
+    # Five gradients without a graph.  The chain is cold: at temperature 1 it would leave so sharp a valley.
     "entropy": FlatnessConfig(
         name="local-entropy",
         options={"gamma": 1.0, "num_steps": 5, "step_size": 0.1, "temperature": 1e-6},
@@ -90,8 +90,8 @@ COEFFICIENTS = {
     ("l2o-scale", "hessian"): 0.03,
     ("l2o-scale", "entropy"): 8.0,
 }
-# A chain this warm sees a neighbourhood of 0.2 per coordinate; alone it would drown in its noise.
-OPTIONS = {("l2o-scale", "entropy"): {"temperature": 0.05, "antithetic": True}}
+# Also of the shipped set.  So warm a chain sees 0.2 around each coordinate; alone it would drown in its noise.
+PENALTY_OPTIONS = {("l2o-scale", "entropy"): {"temperature": 0.05, "antithetic": True}}
 
 PUBLISHED_RULES = ("l2o-dm", "rnnprop", "l2o-scale")
 
@@ -119,7 +119,7 @@ def published(rule: str, penalty: str = "") -> MetaTrainConfig:
     flatness = replace(
         flatness,
         coefficient=COEFFICIENTS.get((rule, penalty), 0.0),
-        options=flatness.options | OPTIONS.get((rule, penalty), {}),
+        options=flatness.options | PENALTY_OPTIONS.get((rule, penalty), {}),
     )
     return MetaTrainConfig(
         recipe=f"{rule}-{penalty}" if penalty else rule,

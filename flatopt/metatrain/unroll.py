@@ -317,13 +317,14 @@ def _regularized(
 
 
 def _run_traced(weights_N: Weights, runs: Runs, steps: Iterable[tuple[Unroll, _Inputs]]) -> tuple[Runs, StepLosses]:
-    """Take steps by their graphs; trees are taken apart once, which else would cost a tenth of a compiled step."""
+    """Take steps by their graphs; weights and runs are taken apart once, not at every step."""
     fixed, (carried, form) = pytree.tree_leaves(weights_N), pytree.tree_flatten(runs)
     losses = []
     graphs: dict[int, Callable[..., list[Tensor]]] = {}
     for variant, inputs in steps:
         values = [*fixed, *carried, *pytree.tree_leaves(inputs)]
-        if id(variant) not in graphs:  # later steps have tensors of the same layout
+        # Of one layout in all steps: a step returns contiguous runs, and batches are slices of one draw.
+        if id(variant) not in graphs:
             graphs[id(variant)] = variant._traced_step.graph(values, (weights_N, runs, *inputs))
         results = graphs[id(variant)](*values)
         carried, step_losses = results[: len(carried)], results[len(carried) :]
@@ -349,18 +350,19 @@ class _Trace:
 
         Args:
             values: these tensors.
-            arguments: trees of their form, whatever they hold.
+            arguments: weights, runs and inputs, of which only the form is used.
         """
-        key = tuple((value.shape, value.stride(), value.dtype) for value in values)
+        form = pytree.tree_structure(arguments)
+        key = (form, *((value.shape, value.stride(), value.dtype) for value in values))
         if key not in self.graphs:
-            self.graphs[key] = self._record(values, pytree.tree_structure(arguments))
+            self.graphs[key] = self._record(values, form)
         return self.graphs[key]
 
     def _record(self, values: list[Tensor], form: pytree.TreeSpec) -> Callable[..., list[Tensor]]:
         def flat(*values: Tensor) -> list[Tensor]:
             weights_N, before, *inputs = pytree.tree_unflatten(list(values), form)
             after, losses = self.step(weights_N, before, *inputs)
-            # Names in the order that they came in.
+            # In the order of `before`, so that the results can be fed back.
             return pytree.tree_leaves((merge_trees(lambda _, value: value, before, after), losses))
 
         with spell_out_products() if self.compiled else nullcontext():

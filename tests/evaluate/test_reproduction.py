@@ -45,7 +45,7 @@ def toy_optimizees(data: str) -> list[Benchmark]:
 def sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Save four sets of weights that nobody has trained, and make everything else small."""
     monkeypatch.setattr(reproduction, "optimizees", toy_optimizees)
-    monkeypatch.setattr(reproduction, "selection_optimizees", toy_optimizees)
+    monkeypatch.setattr(reproduction, "selection_optimizees", lambda data: toy_optimizees(f"{data} to choose by"))
     monkeypatch.setattr(reproduction, "FAST_CURVATURE", TOY)
     rules: dict[str, UpdateRule] = {"dm": L2ODM(), "dm-a": L2ODM(), "scale": L2OScale(), "dm-b": L2ODM()}
     for seed, (name, rule) in enumerate(rules.items()):
@@ -135,12 +135,15 @@ def test_command_writes_tables_figures_and_goes_on_where_it_was(
     def fail(*arguments: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("flatopt.evaluate._training.train_benchmark", fail)
-    main(arguments)
+    with monkeypatch.context() as nothing_is_trained:
+        nothing_is_trained.setattr("flatopt.evaluate._training.train_benchmark", fail)
+        main(arguments)
     assert json.loads((out / "results.json").read_text()) == first
-    main([*arguments, "--split", "meta", "--learned-only"])  # another table of the same runs
+    main([*arguments, "--split", "meta", "--learned-only"])
     meta = [row for row in json.loads((out / "results.json").read_text()) if "lr" in row]
     assert len(meta) == 2 * 4
+    assert {row["optimizee"] for row in meta} == {f"{name} fashion-mnist to choose by" for name in ("one", "two")}
+    assert not {row["optimizee"] for row in meta} & {row["optimizee"] for row in cells}
     cache = RunCache(out / "runs.jsonl")
     accuracies = {
         (entry["benchmark"], entry["optimizer"], entry["seed"]): result["meta_accuracy"]
@@ -148,7 +151,7 @@ def test_command_writes_tables_figures_and_goes_on_where_it_was(
         if "curvature" in entry
     }
     assert [meta[0]["accuracy"][seed] for seed in (0, 1)] == [
-        accuracies["one fashion-mnist", sets[0], seed] for seed in (0, 1)
+        accuracies["one fashion-mnist to choose by", sets[0], seed] for seed in (0, 1)
     ]
     assert "results on the meta split" in (out / "table.md").read_text(encoding="utf-8")
 

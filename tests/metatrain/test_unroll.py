@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from small import WITH_FLATNESS, assert_trees_equal, make_unroll, stack_weights
 from torch import Tensor
 
 from flatopt.flatness import PerturbationGap
-from flatopt.metatrain import ObjectiveConfig
+from flatopt.metatrain import FlatnessConfig, ObjectiveConfig
 from flatopt.metatrain.objective import clip_loss, step_weight
 from flatopt.metatrain.unroll import (
     Draws,
@@ -116,6 +117,30 @@ def test_recorded_step_equals_the_step(unrolls):
     for one, other in zip(recorded, plain, strict=True):
         torch.testing.assert_close(flatten_tree(one), flatten_tree(other), rtol=1e-4, atol=1e-6)
     assert plain[1].objective.requires_grad and not recorded[1].objective.requires_grad
+
+
+def test_recorded_steps_follow_a_schedule_that_alternates():
+    flatness = FlatnessConfig(name="gradient-norm", coefficient=1.0, schedule="every", every=2)
+    unroll = make_unroll("linear", objective=ObjectiveConfig(flatness=flatness))
+    weights, runs = start(unroll)
+    draws = unroll.draw(runs, COPIES, torch.Generator().manual_seed(2))
+    (after, losses), (expected, plain) = (
+        one.unroll(weights, runs, draws, COPIES) for one in (unroll, replace(unroll, mode="plain"))
+    )
+    assert {bool(on.any()) for on in losses.flatness != 0} == {True, False}
+    torch.testing.assert_close(flatten_tree(after), flatten_tree(expected), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_recorded_steps_go_by_the_names_of_the_state_not_by_their_order():
+    unroll = make_unroll("linear")
+    weights, runs = start(unroll)
+    draws = unroll.draw(runs, COPIES, torch.Generator().manual_seed(2))
+    expected, _ = unroll.unroll(weights, runs, draws, COPIES)
+    reordered = {name: dict(reversed(state.items())) for name, state in runs.states.items()}
+    after, _ = unroll.unroll(weights, runs._replace(states=reordered), draws, COPIES)
+    assert all(list(after.states[name]) == list(state) for name, state in reordered.items())
+    assert_trees_equal(flatten_tree(after.params), flatten_tree(expected.params))
 
 
 @pytest.mark.slow
