@@ -79,7 +79,7 @@ MEASURES: dict[str, Measure] = {
 }
 """What is reported; the logarithm only in means over optimizees, whose eigenvalues differ by orders of magnitude."""
 
-COMPARED = ("accuracy", "top_eigenvalue", "log_top_eigenvalue")
+COMPARED = ("accuracy", "loss", "top_eigenvalue", "log_top_eigenvalue")
 """Measures of the paired differences."""
 
 

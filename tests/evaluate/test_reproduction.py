@@ -81,6 +81,7 @@ def record(optimizee: str, optimizer: str, accuracy: list[float], top_eigenvalue
         "optimizee": optimizee,
         "optimizer": optimizer,
         "accuracy": accuracy,
+        "loss": [1 - value for value in accuracy],
         "top_eigenvalue": top_eigenvalue,
         "log_top_eigenvalue": logs,
     }
@@ -96,6 +97,7 @@ def test_differences_are_paired_by_seed_and_optimizee_and_then_averaged_over_opt
     ]
     found = {(row["optimizee"], row["measure"]): row for row in compare_pairs(records, [Pair("plain", "flat")])}
     assert found["x", "accuracy"]["differences"] == pytest.approx([0.02, 0.01, 0.05])
+    assert found["x", "loss"]["differences"] == pytest.approx([-0.02, -0.01, -0.05])
     mean = found["mean", "accuracy"]
     assert mean["differences"] == pytest.approx([0.03, 0.0, 0.04])  # seed by seed
     expected = scipy.stats.ttest_rel([0.68, 0.75, 0.59], [0.65, 0.75, 0.55]).confidence_interval()
@@ -126,9 +128,9 @@ def test_command_writes_tables_figures_and_goes_on_where_it_was(
     for row in cells:
         for train_loss, loss, gap in zip(row["train_loss"], row["loss"], row["gap"], strict=True):
             assert gap == pytest.approx(loss - train_loss)
-    assert len(first) - len(cells) == 2 * 3 * 3  # pairs, measures, two optimizees and their mean
+    assert len(first) - len(cells) == 2 * 4 * 3  # pairs, measures, two optimizees and their mean
     text = (out / "table.md").read_text(encoding="utf-8")
-    assert text.count("## ") == 4 and "regularized less plain" in text
+    assert text.count("## ") == 5 and "regularized less plain" in text
     for name in ("figure", "paired"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
