@@ -187,7 +187,7 @@ class Unroll:
         for variant, inputs in steps:
             runs, step_losses = variant.step(weights_N, runs, *inputs)
             losses.append(step_losses)
-        return runs, StepLosses(*(torch.stack(values) for values in zip(*losses, strict=True)))
+        return runs, _stack_losses(losses)
 
     def _steps(self, runs: Runs, draws: Draws, copies: int) -> Iterator[tuple[Unroll, _Inputs]]:
         """Yield what makes each step of a truncation, and what it takes besides weights and runs."""
@@ -329,8 +329,12 @@ def _run_traced(weights_N: Weights, runs: Runs, steps: Iterable[tuple[Unroll, _I
         results = graphs[id(variant)](*values)
         carried, step_losses = results[: len(carried)], results[len(carried) :]
         losses.append(step_losses)
-    stacked = StepLosses(*(torch.stack(values) for values in zip(*losses, strict=True)))
-    return pytree.tree_unflatten(carried, form), stacked
+    return pytree.tree_unflatten(carried, form), _stack_losses(losses)
+
+
+def _stack_losses(losses: Iterable[Iterable[Tensor]]) -> StepLosses:
+    """Return the losses of ``L`` steps as ``[L, N]`` each."""
+    return StepLosses(*(torch.stack(values) for values in zip(*losses, strict=True)))
 
 
 class _Trace:
