@@ -54,13 +54,13 @@ class ToyMixer(UpdateRule):
 
     def observe(
         self, weights: Weights, state: State, grad: Tensor, param: Tensor, context: StepContext
-    ) -> tuple[State, Tensor]:
+    ) -> tuple[State, list[Tensor]]:
         decays = grad.new_tensor([0.9, 0.98])
         new = {
             "exp_avg": decays * state["exp_avg"] + (1 - decays) * grad.unsqueeze(-1),
             "exp_avg_sq": 0.95 * state["exp_avg_sq"] + 0.05 * grad.square(),
         }
-        return new, torch.stack([torch.ones_like(grad), new["exp_avg_sq"], param.square()])
+        return new, [torch.ones_like(grad), torch.stack([new["exp_avg_sq"], param.square()])]
 
     def mix(
         self, weights: Weights, summaries_NS: Tensor, memory_NM: Tensor, shared: State, context: StepContext

@@ -3,7 +3,7 @@
 A learned optimizer is a pure :class:`UpdateRule` plus a dict of weights.  A rule works in three phases,
 so that whole-tensor statistics cost one small reduction per step and large tensors can be cut in pieces:
 
-1. ``observe``  coordinates: advance their accumulators, return terms whose *sums* over a tensor describe it;
+1. ``observe``  coordinates: advance their accumulators, return a list of terms whose *sums* over a tensor describe it;
 2. ``mix``      tensors: turn the sums of all tensors into a few control numbers per tensor;
 3. ``propose``  coordinates: turn accumulators and control numbers into a step.
 
@@ -102,7 +102,7 @@ class UpdateRule(ABC):
     @abstractmethod
     def observe(
         self, weights: Weights, state: State, grad: Tensor, param: Tensor, context: StepContext
-    ) -> tuple[State, Tensor]:
+    ) -> tuple[State, list[Tensor]]:
         """Advance the accumulators of some coordinates by one gradient.
 
         Args:
@@ -114,7 +114,8 @@ class UpdateRule(ABC):
             context: where in the run the step is taken.
 
         Returns:
-            The new per-coordinate state, and ``[S, n]`` terms that the caller sums over each tensor (``S`` may be 0).
+            The new per-coordinate state, and terms that the caller sums over each tensor: each ``[n]``, or ``[K, n]``
+            for ``K`` of the ``S`` sums; the list may be empty.
         """
 
     def mix(
@@ -174,9 +175,12 @@ class Phases(NamedTuple):
 def observe_phase(
     rule: UpdateRule, weights: Weights, state: State, grad: Tensor, param: Tensor, context: StepContext, total: bool
 ) -> tuple[State, Tensor]:
-    """Return what ``rule.observe`` does, with the terms summed to ``[S, 1]`` if ``total``."""
-    new, terms_Sn = rule.observe(weights, state, grad, param, context)
-    return new, terms_Sn.sum(-1, keepdim=True) if total else terms_Sn
+    """Return what ``rule.observe`` does, its terms as one ``[S, n]``, summed to ``[S, 1]`` if ``total``."""
+    new, terms = rule.observe(weights, state, grad, param, context)
+    if not terms:
+        return new, grad.new_zeros(0, 1 if total else len(grad))
+    # Each is summed by itself: a compiler does that in the pass that computes it, and never stores the terms.
+    return new, torch.cat([torch.atleast_2d(term.sum(-1, keepdim=True) if total else term) for term in terms])
 
 
 def plain_phases(rule: UpdateRule) -> Phases:

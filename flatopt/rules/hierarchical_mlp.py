@@ -128,7 +128,7 @@ class HierarchicalMLP(UpdateRule):
 
     def observe(
         self, weights: Weights, state: State, grad: Tensor, param: Tensor, context: StepContext
-    ) -> tuple[State, Tensor]:
+    ) -> tuple[State, list[Tensor]]:
         """Advance the three averages; return the products whose sums are second moments of directions."""
         fast, slow, square = self.betas
         new = {
@@ -138,7 +138,7 @@ class HierarchicalMLP(UpdateRule):
         }
         u_g, u_f, u_s, v = _directions(new, grad, state["given"])
         products = [u_g * u_g, u_f * u_f, u_s * u_s, u_g * u_f, u_g * u_s, u_f * u_s, param * param, v, grad * grad]
-        return new, torch.stack(products)
+        return new, products
 
     def mix(
         self, weights: Weights, summaries_NS: Tensor, memory_NM: Tensor, shared: State, context: StepContext

@@ -67,9 +67,9 @@ class L2ODM(UpdateRule):
 
     def observe(
         self, weights: Weights, state: State, grad: Tensor, param: Tensor, context: StepContext
-    ) -> tuple[State, Tensor]:
+    ) -> tuple[State, list[Tensor]]:
         """Return nothing: no coordinate needs to know of another."""
-        return {}, grad.new_zeros(0, len(grad))
+        return {}, []
 
     def propose(
         self, weights: Weights, state: State, grad: Tensor, param: Tensor, control: Tensor, context: StepContext

@@ -157,7 +157,7 @@ class L2OScale(UpdateRule):
 
     def observe(
         self, weights: Weights, state: State, grad: Tensor, param: Tensor, context: StepContext
-    ) -> tuple[State, Tensor]:
+    ) -> tuple[State, list[Tensor]]:
         """Advance accumulators and network; return sums of squared direction, step, ``log_lr``, ``h`` and ``x``."""
         # Both decays start at zero, so the first step forgets the zero start.
         decays = [state["input_decay"]]
@@ -184,7 +184,7 @@ class L2OScale(UpdateRule):
         }
         step, log_lr = self._learning_rate(weights, hidden_Hn, state["log_lr"])
         direction = _direction(weights, hidden_Hn, scaled_Jn)
-        return new, torch.cat([torch.stack([direction.square(), step, log_lr]), hidden_Hn, x_Fn])
+        return new, [direction.square(), step, log_lr, hidden_Hn, x_Fn]
 
     def _learning_rate(self, weights: Weights, hidden_Hn: Tensor, log_lr: Tensor) -> tuple[Tensor, Tensor]:
         """Return the learning rate of this step, and the smoothed logarithm that is kept."""

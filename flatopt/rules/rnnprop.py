@@ -78,14 +78,14 @@ class RNNProp(UpdateRule):
 
     def observe(
         self, weights: Weights, state: State, grad: Tensor, param: Tensor, context: StepContext
-    ) -> tuple[State, Tensor]:
+    ) -> tuple[State, list[Tensor]]:
         """Advance both moments; no sums are needed."""
         beta1, beta2 = self.betas
         new = {
             "exp_avg": advance_average(state["exp_avg"], grad, beta1),
             "exp_avg_sq": advance_average(state["exp_avg_sq"], grad.square(), beta2),
         }
-        return new, grad.new_zeros(0, len(grad))
+        return new, []
 
     def propose(
         self, weights: Weights, state: State, grad: Tensor, param: Tensor, control: Tensor, context: StepContext

@@ -36,7 +36,7 @@ class StepSize(UpdateRule):
         return {}
 
     def observe(self, weights, state, grad, param, context):
-        return {}, grad.new_zeros(0)
+        return {}, []
 
     def propose(self, weights, state, grad, param, control, context):
         return {}, -weights["log/step"].exp() * grad

@@ -58,7 +58,7 @@ def step_by_hand(model: Model, grads: Sequence[Tensor], context: StepContext) ->
         constants = {"step": state["step"].view(1) + 1, "given": given[index][:, None]}
         new, terms = rule.observe(weights, flat | constants, grad.reshape(-1), param.reshape(-1), context)
         observed.append({**flat, **new, **constants})
-        sums.append(terms.sum(1))
+        sums.append(torch.cat([grad.new_zeros(0), *(torch.atleast_1d(term.sum(-1)) for term in terms)]))
     controls, memory, shared = rule.mix(weights, torch.stack(sums), memory, model.shared, context)
     deltas, states = [], []
     for index, (param, grad) in enumerate(zip(model.params, grads, strict=True)):
