@@ -88,6 +88,8 @@ class TaskConfig:
     """Fraction of the runs in which the rule is not told the horizon."""
     weight: float = 1.0
     """Weight of the family in the meta-loss."""
+    num_train: int | None = None
+    """Training examples of every run, at most what there are; the family's own range of sizes if ``None``."""
     random_scaling: float = 0.0
     """Bound ``b`` of random scaling: the parameters are held in units of ``exp(U(-b, b))`` per coordinate; 0 for none.
     Never in validation."""
@@ -96,6 +98,8 @@ class TaskConfig:
         key = f"tasks.{self.name}"
         _require(0 <= self.random_scaling < 20, f"{key}.random_scaling must be in [0, 20)", self.random_scaling)
         _require(self.num_tasks >= 1, f"{key}.num_tasks must be at least 1", self.num_tasks)
+        num_train = self.num_train
+        _require(num_train is None or num_train >= 1, f"{key}.num_train must be at least 1", num_train)
         _require(self.min_steps >= 1, f"{key}.min_steps must be at least 1", self.min_steps)
         _require(self.max_steps >= self.min_steps, f"{key}.max_steps must be at least min_steps", self.max_steps)
         probability = self.unknown_horizon_probability

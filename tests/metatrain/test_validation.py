@@ -66,6 +66,13 @@ def test_validation_of_a_configuration_is_plain():
     assert unroll.distribution.reparametrization_range == (1.0, 1.0)
 
 
+def test_the_size_of_the_training_set_is_that_of_the_configuration():
+    config = smoke().override(["tasks.mlp.num_train=70"])
+    (unroll,) = build_validation(config, config.build_rule(), torch.device("cpu")).unrolls
+    problems = unroll.distribution.sample_problems(5, torch.Generator().manual_seed(0))
+    assert problems.num_train.tolist() == [70] * 5
+
+
 def test_a_recipe_with_validation_trains_exports_the_best_and_resumes_bit_for_bit(tmp_path):
     options = ["num_updates=12", "validate_every=3", "validation.num_tasks=2", "validation.num_steps=10", "seed=5"]
     assert main(["run", "smoke", *options, "--out", str(tmp_path / "whole")]) == 0

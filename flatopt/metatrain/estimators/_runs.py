@@ -47,12 +47,14 @@ def build_unrolls(config: MetaTrainConfig, rule: UpdateRule, device: torch.devic
 
 
 def _distribution(task: TaskConfig) -> TaskDistribution:
-    """Return the problems of a family, with the random scaling that is asked for."""
+    """Return the problems of a family, with the training-set size and the random scaling that are asked for."""
     distribution = FAMILIES[task.name]()
-    if task.random_scaling == 0:
-        return distribution
-    bounds = (math.exp(-task.random_scaling), math.exp(task.random_scaling))
-    return replace(distribution, reparametrization_range=bounds, reparametrization="coordinate")
+    if task.num_train is not None:
+        distribution = replace(distribution, num_train_range=(task.num_train, task.num_train))
+    if task.random_scaling > 0:
+        bounds = (math.exp(-task.random_scaling), math.exp(task.random_scaling))
+        distribution = replace(distribution, reparametrization_range=bounds, reparametrization="coordinate")
+    return distribution
 
 
 def _first_stage(task: TaskConfig, stages: Sequence[int]) -> TaskConfig:
