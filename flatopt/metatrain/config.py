@@ -468,7 +468,8 @@ def _build(data: dict[str, Any], cls: Any, key: str, *, complete: bool) -> Any:
         if name not in known:
             raise ValueError(f"unknown key {prefix + name!r}: valid are {', '.join(prefix + one for one in known)}")
     for name, one in known.items():
-        required = complete or (one.default is MISSING and one.default_factory is MISSING)
+        # Where the default is nothing, a key that is missing is one that the version which wrote the file did not have.
+        required = one.default is not None and (complete or one.default is one.default_factory is MISSING)
         if required and name not in data:
             raise ValueError(f"missing key {prefix + name!r}")
     return cls(**{name: _convert(value, hints[name], prefix + name, complete=complete) for name, value in data.items()})

@@ -128,6 +128,12 @@ def test_a_wrong_override_says_what_is_valid(assignment, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_configuration_from_before_an_option_is_one_without_it():
+    data = json.loads(make_config().to_json())
+    assert data["tasks"][0].pop("num_train", 0) is None
+    assert MetaTrainConfig.from_json(json.dumps(data)) == make_config()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
