@@ -255,6 +255,36 @@ def test_truncation_leaves_out_what_earlier_steps_did():
     assert abs(missing) > 0.05 * abs(whole)
 
 
+def test_wide_entropy_prefers_longer_steps_than_the_loss():
+    spectrum = torch.tensor([0.01, 0.05, 0.3, 1.2], dtype=torch.float64)
+    # Late in training: as much of the loss is left in every direction, and the noise is that of gradients.
+    start, variances = spectrum.rsqrt(), spectrum
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 4)  # a noise with few values
+
+    def best_step(gamma):
+        """Return the step that minimises the mean of -G, or of the loss for ``None``: a parabola through three."""
+
+        def mean(step):
+            points = start - step * (spectrum * start + signs * variances.sqrt())
+            if gamma is None:
+                return float((0.5 * spectrum * points**2).sum(1).mean())
+            lowest = gamma * points / (spectrum + gamma)
+            return float((0.5 * spectrum * lowest**2 + 0.5 * gamma * (points - lowest) ** 2).sum(1).mean())
+
+        before, middle, after = mean(-1.0), mean(0.0), mean(1.0)
+        return 0.5 * (before - after) / (before - 2 * middle + after)
+
+    def formula(weights):
+        signal = spectrum**2 * start**2
+        return float((weights * signal).sum() / (weights * spectrum * (signal + variances)).sum())
+
+    assert best_step(None) == pytest.approx(formula(torch.ones_like(spectrum)))
+    steps = [best_step(gamma) for gamma in (0.03, 1.0, 100.0)]
+    assert steps == pytest.approx([formula(gamma / (gamma + spectrum)) for gamma in (0.03, 1.0, 100.0)])
+    assert steps[0] > steps[1] > steps[2] > best_step(None)
+    assert steps[0] > 1.5 * best_step(None)
+
+
 def test_without_second_derivatives_the_curvature_of_the_path_drops_out():
     log_step, start = as_float(math.log(0.2)), as_float(1.1)
     found = torch.func.grad(lambda w: train(w, start, 4, bumpy, keep_graph=False)[-1])(log_step)
