@@ -86,12 +86,22 @@ COEFFICIENTS = {
     ("l2o-dm", "hessian"): 0.05,
     ("l2o-dm", "entropy"): 4.0,
     ("rnnprop", "hessian"): 0.01,
-    ("rnnprop", "entropy"): 4.0,
+    ("rnnprop", "entropy"): 100.0,
     ("l2o-scale", "hessian"): 0.03,
     ("l2o-scale", "entropy"): 8.0,
 }
-# Also of the shipped set.  So warm a chain sees 0.2 around each coordinate; alone it would drown in its noise.
-PENALTY_OPTIONS = {("l2o-scale", "entropy"): {"temperature": 0.05, "antithetic": True}}
+# Also of the shipped sets.  Both see 0.2 around each coordinate: one by warm chains, which alone would drown in their
+# noise, the other by a weak pull to the centre, for which a chain has to be long.
+PENALTY_OPTIONS = {
+    ("l2o-scale", "entropy"): {"temperature": 0.05, "antithetic": True},
+    ("rnnprop", "entropy"): {
+        "gamma": 0.03,
+        "num_steps": 60,
+        "step_size": 0.5,
+        "temperature": 0.001,
+        "antithetic": True,
+    },
+}
 
 PUBLISHED_RULES = ("l2o-dm", "rnnprop", "l2o-scale")
 
