@@ -17,23 +17,21 @@ import ctypes
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import shutil
-import types
-import typing
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from ._dataclass_json import parse_json, read, shorten
 from .rules import RULES, UpdateRule, Weights
 
 if TYPE_CHECKING:
@@ -181,7 +179,7 @@ def load_folder(folder: str | os.PathLike[str]) -> LearnedRule:
     return LearnedRule(config.rule, weights, card, config.metadata, name=str(folder))
 
 
-class Config(typing.NamedTuple):
+class Config(NamedTuple):
     """What ``config.json`` says."""
 
     rule: UpdateRule
@@ -196,12 +194,12 @@ def read_config(path: Path) -> Config:
         FileNotFoundError: if there is no such file.
         ValueError: if a field is missing, unknown, of the wrong type, or from a newer format.
     """
-    config = _parse_json(_decode_text(read_bounded(path, MAX_TEXT_BYTES), path), path)
+    config = parse_json(_decode_text(read_bounded(path, MAX_TEXT_BYTES), path), path)
     if not isinstance(config, dict) or "format_version" not in config:
         raise ValueError(f"{path}: no 'format_version': this is not the configuration of a flatopt rule")
     version = config["format_version"]
     if type(version) is not int or version < 1:
-        raise ValueError(f"{path}: 'format_version' must be a positive integer, got {_shorten(version)}")
+        raise ValueError(f"{path}: 'format_version' must be a positive integer, got {shorten(version)}")
     if version > FORMAT_VERSION:
         raise ValueError(
             f"{path}: 'format_version' is {version}, this flatopt reads up to {FORMAT_VERSION}: upgrade it"
@@ -210,7 +208,7 @@ def read_config(path: Path) -> Config:
     _check_keys(config, expected, str(path))
     for key, kind in expected.items():
         if not isinstance(config[key], kind):
-            raise ValueError(f"{path}: {key!r} must be {kind.__name__}, got {_shorten(config[key])}")
+            raise ValueError(f"{path}: {key!r} must be {kind.__name__}, got {shorten(config[key])}")
     rule = _build_rule(config["rule"], config["hyperparameters"], path)
     return Config(rule, config["weights_sha256"], config["metadata"])
 
@@ -282,77 +280,14 @@ def _decode_text(content: bytes, path: Path) -> str:
         raise ValueError(f"{path}: not UTF-8 text: {error}") from error
 
 
-def _parse_json(text: str, where: object) -> Any:
-    """Parse strict JSON: no duplicate keys, no NaN, no numbers that do not fit 64 bits, no bottomless nesting."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        parsed = dict(pairs)
-        if len(parsed) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"duplicate key {_shorten(next(key for key in keys if keys.count(key) > 1))}")
-        return parsed
-
-    def finite(digits: str) -> float:
-        number = float(digits)
-        if not math.isfinite(number):
-            raise ValueError(f"number out of range: {digits[:40]}")
-        return number
-
-    def bounded(digits: str) -> int:
-        if len(digits) > 18:  # beyond int64, which no field of ours needs
-            raise ValueError(f"number out of range: {digits[:40]}")
-        return int(digits)
-
-    def refuse(constant: str) -> float:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_int=bounded, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from error
-
-
 def _build_rule(name: str, hyperparameters: dict[str, Any], path: Path) -> UpdateRule:
     """Make the rule that a configuration names."""
     if name not in RULES:
-        raise ValueError(f"{path}: 'rule' {_shorten(name)} is unknown; known rules: {', '.join(sorted(RULES))}")
-    kind = RULES[name]
-    _check_keys(hyperparameters, [item.name for item in dataclasses.fields(kind)], f"{path}: 'hyperparameters'")
-    types_by_name = typing.get_type_hints(kind)
-    arguments = {}
-    for key, value in hyperparameters.items():
-        try:
-            arguments[key] = _convert(value, types_by_name[key])
-        except TypeError as error:
-            raise ValueError(
-                f"{path}: 'hyperparameters' {key!r} must be {types_by_name[key]}, got {_shorten(value)}"
-            ) from error
+        raise ValueError(f"{path}: 'rule' {shorten(name)} is unknown; known rules: {', '.join(sorted(RULES))}")
     try:
-        return kind(**arguments)
+        return read(hyperparameters, RULES[name], "hyperparameters", complete=True)
     except ValueError as error:
-        raise ValueError(f"{path}: 'hyperparameters': {error}") from error
-
-
-def _convert(value: Any, kind: Any) -> Any:
-    """Return a JSON value as the Python type of a field, with lists as tuples; TypeError if it is not of that type."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if kind is float and type(value) in (int, float):
-        return float(value)
-    if kind in (bool, int, str, types.NoneType) and type(value) is kind:
-        return value
-    if origin is typing.Literal and any(type(value) is type(part) and value == part for part in parts):
-        return value
-    if origin is tuple and isinstance(value, list):
-        kinds = [parts[0]] * len(value) if parts[-1] is Ellipsis else parts
-        if len(kinds) == len(value):
-            return tuple(_convert(item, part) for item, part in zip(value, kinds, strict=True))
-    if origin in (typing.Union, types.UnionType):
-        for part in parts:
-            try:
-                return _convert(value, part)
-            except TypeError:
-                continue
-    raise TypeError(f"not a {kind}")
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_weights(path: Path, rule: UpdateRule, sha256: str) -> Weights:
@@ -375,14 +310,14 @@ def _read_weights(path: Path, rule: UpdateRule, sha256: str) -> Weights:
 
 def _parse_layout(header: str, path: Path) -> dict[str, tuple[Any, Any]]:
     """Return dtype and shape of every tensor that a safetensors header declares."""
-    entries = _parse_json(header, f"{path}: header")
+    entries = parse_json(header, f"{path}: header")
     if not isinstance(entries, dict):
         raise ValueError(f"{path}: header: not a JSON object")
     entries.pop("__metadata__", None)
     layout = {}
     for key, entry in entries.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
-            raise ValueError(f"{path}: header: {_shorten(key)} does not describe a tensor")
+            raise ValueError(f"{path}: header: {shorten(key)} does not describe a tensor")
         layout[key] = (entry.get("dtype"), entry["shape"])
     return layout
 
@@ -399,9 +334,9 @@ def _check_layout(rule: UpdateRule, layout: Mapping[str, tuple[Any, Iterable[Any
     _check_keys(layout, expected, where)
     for key, (dtype, shape) in layout.items():
         if dtype != "F32":
-            raise ValueError(f"{where}: {key!r} must be float32, got {_shorten(dtype)}")
+            raise ValueError(f"{where}: {key!r} must be float32, got {shorten(dtype)}")
         if list(shape) != list(expected[key]):
-            raise ValueError(f"{where}: {key!r} must have shape {list(expected[key])}, got {_shorten(list(shape))}")
+            raise ValueError(f"{where}: {key!r} must have shape {list(expected[key])}, got {shorten(list(shape))}")
 
 
 @lru_cache(maxsize=64)
@@ -423,7 +358,7 @@ def _check_keys(found: Iterable[str], expected: Iterable[str], where: str) -> No
     """Raise unless both hold the same keys."""
     found, expected = set(found), set(expected)
     problems = [f"missing {key!r}" for key in sorted(expected - found)]
-    problems += [f"unexpected {_shorten(key)}" for key in sorted(found - expected)]
+    problems += [f"unexpected {shorten(key)}" for key in sorted(found - expected)]
     if problems:
         raise ValueError(f"{where}: {', '.join(problems[:8])}")
 
@@ -431,12 +366,6 @@ def _check_keys(found: Iterable[str], expected: Iterable[str], where: str) -> No
 def _dtype_name(tensor: Tensor) -> str:
     """Return a dtype as safetensors spells float32, others as torch does."""
     return "F32" if tensor.dtype == torch.float32 else str(tensor.dtype)
-
-
-def _shorten(value: object) -> str:
-    """Return a repr that a hostile file cannot make long."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # --- writing -------------------------------------------------------------------------------------------------------

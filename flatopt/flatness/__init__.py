@@ -43,3 +43,15 @@ from .spectrum import spectral_quadrature as spectral_quadrature
 from .trace import HutchinsonTrace as HutchinsonTrace
 from .trace import SquaredTrace as SquaredTrace
 from .trace import hutchinson_trace as hutchinson_trace
+
+MEASURES: dict[str, type[FlatnessMeasure]] = {
+    "top-eigenvalue": TopEigenvalue,
+    "trace": HutchinsonTrace,
+    "squared-trace": SquaredTrace,
+    "spectral-quadrature": SpectralPenalty,
+    "local-entropy": EntropySurrogate,
+    "gradient-norm": GradientNorm,
+    "sam-gap": SamGap,
+    "perturbation-gap": PerturbationGap,
+}
+"""Every measure by the name that configurations of meta-training use."""

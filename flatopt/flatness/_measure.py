@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,11 @@ class FlatnessMeasure(ABC):
     (an unrolled training, say) but must not contain ``torch.utils.checkpoint``.  The value can be differentiated from
     outside, by ``torch.autograd`` or ``torch.func``, as far as the docstring of the measure says.
     """
+
+    has_value: ClassVar[bool] = True
+    """Whether the value means something, else the gradient alone does: then evolution strategies cannot use it."""
+    as_penalty: ClassVar[Mapping[str, Any]] = {}
+    """Fields that must have these values in a penalty of meta-training, with the reason where they are set."""
 
     @abstractmethod
     def sample_noise(self, params: Params, generator: torch.Generator | None = None) -> Noise:

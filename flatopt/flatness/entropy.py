@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +62,9 @@ class EntropySurrogate(FlatnessMeasure):
         Chaudhari et al., 2017, https://arxiv.org/abs/1611.01838; for antithetic variates, Hammersley and Morton,
         1956, https://doi.org/10.1017/S0305004100031455
     """
+
+    has_value: ClassVar[bool] = False
+    as_penalty = {"subtract_loss": False}  # the difference rewards negative curvature
 
     gamma: float = 1.0
     num_steps: int = 20

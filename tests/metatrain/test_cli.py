@@ -151,7 +151,7 @@ def test_list_shows_every_recipe(capsys):
         (["run", "smok", "--out", "OUT"], "unknown recipe 'smok': valid are smoke, flat-v1"),
         (["run", "smoke", "speed=1", "--out", "OUT"], "unknown key 'speed': valid are recipe, rule"),
         (["run", "smoke", "seed=a", "--out", "OUT"], "seed must be an integer, not 'a'"),
-        (["run", "smoke", "estimator.name=guess", "--out", "OUT"], "unknown estimator.name 'guess': valid are "),
+        (["run", "smoke", "estimator.name=guess", "--out", "OUT"], "estimator.name must be one of persistent-es, "),
         (["run", "smoke", "tasks.mlp.name=tree", "--out", "OUT"], "'tree'"),
         (["run", "smoke", "--out", "OUT", "--device", "nowhere"], "device 'nowhere' cannot be used"),
         (["resume", "OUT"], "no whole checkpoint in OUT/checkpoints"),

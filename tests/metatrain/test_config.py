@@ -1,9 +1,12 @@
 import json
+from dataclasses import fields
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
+from flatopt.flatness import MEASURES
 from flatopt.metatrain import RECIPES, EstimatorConfig, FlatnessConfig, MetaTrainConfig, ObjectiveConfig, TaskConfig
-from flatopt.rules import Adam
+from flatopt.rules import RULES, Adam
 
 
 def make_config(**changes):
@@ -59,6 +62,47 @@ def test_override_sets_one_value_with_its_type(assignment, read, expected):
     assert type(value) is type(expected)
 
 
+def choices(kinds):
+    """Return name, field and value of every choice of a ``Literal`` field."""
+    return [
+        (name, field.name, value)
+        for name, kind in kinds.items()
+        for field in fields(kind)
+        if get_origin(hint := get_type_hints(kind)[field.name]) is Literal
+        for value in get_args(hint)
+    ]
+
+
+def test_there_are_choices_to_test():
+    assert ("l2o-scale", "global_pool", "last") in choices(RULES)
+    assert ("spectral-quadrature", "function", "positive") in choices(MEASURES)
+
+
+@pytest.mark.parametrize(("name", "field", "value"), choices(RULES))
+def test_every_choice_of_a_rule_comes_from_recipe_checkpoint_and_command_line(name, field, value):
+    config = make_config(rule=name, rule_options={field: value})
+    typed = make_config(rule=name, rule_options={}).override([f"rule_options.{field}={value}"])
+    for one in (config, typed, MetaTrainConfig.from_json(config.to_json())):
+        assert getattr(one.build_rule(), field) == value
+
+
+@pytest.mark.parametrize(("name", "field", "value"), choices(MEASURES))
+def test_every_choice_of_a_measure_comes_from_recipe_checkpoint_and_command_line(name, field, value):
+    config = make_config(objective=ObjectiveConfig(flatness=FlatnessConfig(name=name, options={field: value})))
+    typed = make_config().override(
+        [f"objective.flatness.name={name}", f"objective.flatness.options.{field}={value}"],
+    )
+    for one in (config, typed, MetaTrainConfig.from_json(config.to_json())):
+        assert getattr(one.objective.flatness.build_measure(), field) == value
+
+
+def test_bounds_hold_for_a_configuration_made_in_python():
+    with pytest.raises(ValueError, match=r"EstimatorConfig.std must be a number above 0, not -1"):
+        EstimatorConfig(std=-1.0)
+    with pytest.raises(ValueError, match="FlatnessConfig.schedule must be one of always, first, last, every, not"):
+        FlatnessConfig(schedule="never")
+
+
 def test_overrides_are_checked_together():
     # Either alone would put the shortest horizon above the longest.
     config = make_config().override(["tasks.mlp.min_steps=5000", "tasks.mlp.max_steps=9000"])
@@ -74,52 +118,63 @@ def test_overrides_are_checked_together():
         ("tasks.mlp.size=1", "unknown key 'tasks.mlp.size': valid are .*tasks.mlp.num_tasks"),
         ("tasks.mlp=1", "unknown key 'tasks.mlp'"),
         ("rule_options.beta=1", "unknown key 'rule_options.beta': valid are .*rule_options.betas"),
-        ("rule_options.betas=[1]", "rule_options.betas must be a list"),
+        ("rule_options.betas=[1]", "rule_options.betas must be a list of 2, not"),
         ("seed.low=1", "seed has no parts"),
         ("rule=sgd", "unknown rule 'sgd': valid are .*adam"),
-        ("num_updates=ten", "num_updates must be an integer, not 'ten'"),
-        ("num_updates=1.5", "num_updates must be an integer, not 1.5"),
-        ("num_updates=true", "num_updates must be an integer, not True"),
-        ("num_updates=none", "num_updates must be an integer, not None"),
-        ("meta_lr=fast", "meta_lr must be a number, not 'fast'"),
+        ("num_updates=ten", "num_updates must be an integer of at least 1, not 'ten'"),
+        ("num_updates=1.5", "num_updates must be an integer of at least 1, not 1.5"),
+        ("num_updates=true", "num_updates must be an integer of at least 1, not True"),
+        ("num_updates=none", "num_updates must be an integer of at least 1, not None"),
+        ("meta_lr=fast", "meta_lr must be a number above 0, not 'fast'"),
         ("compile=maybe", "compile must be true or false, not 'maybe'"),
         ("tensorboard=1", "tensorboard must be true or false, not 1"),
         ("objective=1", "objective must be an object, not 1"),
-        ("num_updates=0", "num_updates must be at least 1, not 0"),
-        ("tasks.mlp.max_steps=1", "tasks.mlp.max_steps must be at least min_steps, not 1"),
+        ("num_updates=0", "num_updates must be an integer of at least 1, not 0"),
+        ("tasks.mlp.max_steps=1", "tasks.mlp: max_steps must be at least min_steps, 150, not 1"),
         ("tasks=[]", "tasks must name at least one family"),
         ('tasks=[{"name": "mlp"}, {"name": "mlp"}]', "tasks must have distinct names"),
-        ("ema_decay=1", r"ema_decay must be in \[0, 1\)"),
-        ("meta_lr=-1", "meta_lr must be a positive number, not -1.0"),
+        ("ema_decay=1", "ema_decay must be a number of at least 0 and below 1, not 1"),
+        ("meta_lr=-1", "meta_lr must be a number above 0, not -1"),
         ("meta_lr=NaN", "meta_lr must be"),
         ("meta_lr=inf", "meta_lr must be"),
-        ("max_grad_norm=0", "max_grad_norm must be a positive number or none, not 0.0"),
+        ("max_grad_norm=0", "max_grad_norm must be a number above 0 or none, not 0"),
         (
             "objective.flatness.name=sharpness",
-            "unknown flatness.name 'sharpness': valid are none, top-eigenvalue, trace, ",
+            "objective.flatness: unknown name 'sharpness' of a measure: valid are none, top-eigenvalue, trace, ",
         ),
         (
             "objective.flatness.options.rho=1",
-            "unknown key 'flatness.options.rho': valid are flatness.options.num_matvecs",
+            "objective.flatness: unknown key 'options.rho': valid are options.num_matvecs",
         ),
-        ("objective.flatness.options.num_matvecs=0.5", "flatness.options.num_matvecs must be an integer, not 0.5"),
-        ("objective.flatness.options.num_matvecs=0", "num_matvecs must be > 0, got 0"),
+        (
+            "objective.flatness.options.num_matvecs=0.5",
+            "flatness: options.num_matvecs must be an integer, not 0.5",
+        ),
+        ("objective.flatness.options.num_matvecs=0", "objective.flatness: options: num_matvecs must be > 0, got 0"),
         (
             "objective.flatness.schedule=never",
             "flatness.schedule must be one of always, first, last, every, not 'never'",
         ),
-        ("objective.flatness.coefficient=-1", "flatness.coefficient must not be negative, not -1"),
+        ("objective.flatness.coefficient=-1", "flatness.coefficient must be a number of at least 0, not -1"),
         ("objective.flatness.name=local-entropy", "no meaningful value, and persistent-es only evaluates"),
-        ("objective.inner_flatness.fraction=0", r"flatness.fraction must be in \(0, 1\]"),
+        (
+            "objective.inner_flatness.fraction=0",
+            "objective.inner_flatness.fraction must be a number above 0 and at most 1",
+        ),
         ("objective.meta_split=test", "objective.meta_split must be one of meta, train, not 'test'"),
         ("objective.transform=exp", "objective.transform must be one of none, log, not 'exp'"),
-        ("curriculum.stages=[200,100]", "curriculum.stages must increase"),
+        ("curriculum.stages=[200,100]", "curriculum: stages must increase"),
         ("curriculum.stages=[100]", "validate_every must be at least 1 with a curriculum"),
-        ('imitation.teachers=["sgd"]', "imitation.teachers must be of adam, rmsprop, not 'sgd'"),
-        ("imitation.probabilities=[2]", r"imitation.probabilities must be in \[0, 1\]"),
+        ('imitation.teachers=["sgd"]', r"imitation.teachers\[0\] must be one of adam, rmsprop, not 'sgd'"),
+        (
+            "imitation.probabilities=[2]",
+            r"imitation.probabilities\[0\] must be a number of at least 0 and at most 1",
+        ),
         ("meta_optimizer=sgd", "meta_optimizer must be one of adam, rmsprop-tf, not 'sgd'"),
-        ("validation.patience=0", "validation.patience must be at least 1 or none, not 0"),
+        ("validation.patience=0", "validation.patience must be an integer of at least 1 or none, not 0"),
         ("num_updates", "'num_updates' is not of the form key=value"),
+        ("estimator.name=guess", "estimator.name must be one of persistent-es, truncated-es, truncated-backprop, not"),
+        ("rule_options.betas.low=1", "'rule_options.betas.low': rule_options.betas has no parts"),
     ],
 )
 def test_a_wrong_override_says_what_is_valid(assignment, message):
@@ -139,7 +194,7 @@ def test_a_configuration_from_before_an_option_is_one_without_it():
     [
         (lambda data: data.pop("seed"), "missing key 'seed'"),
         (lambda data: data["estimator"].pop("std"), "missing key 'estimator.std'"),
-        (lambda data: data["tasks"][1].pop("weight"), r"missing key 'tasks\[1\].weight'"),
+        (lambda data: data["tasks"][1].pop("weight"), "missing key 'tasks.cnn.weight'"),
         (lambda data: data.update(speed=1), "unknown key 'speed'"),
         (lambda data: data.update(seed="1"), "seed must be an integer, not '1'"),
     ],
@@ -152,5 +207,5 @@ def test_from_json_is_strict(change, message):
 
 
 def test_from_json_refuses_what_is_not_json():
-    with pytest.raises(ValueError, match="configuration is not JSON"):
+    with pytest.raises(ValueError, match="configuration: not valid JSON"):
         MetaTrainConfig.from_json("{")

@@ -9,9 +9,8 @@ import torch
 from doubles import InDouble, as_leaves, in_double, slope
 from small import assert_trees_equal, make_unroll, random_weights
 
-from flatopt.flatness import EntropySurrogate, GradientNorm
+from flatopt.flatness import MEASURES, EntropySurrogate, GradientNorm
 from flatopt.metatrain import FlatnessConfig, ObjectiveConfig
-from flatopt.metatrain.config import MEASURES
 from flatopt.metatrain.estimators import TruncatedBackprop
 from flatopt.metatrain.estimators._runs import InnerRuns
 from flatopt.metatrain.objective import penalty, schedule_mask, transform_loss
@@ -185,7 +184,7 @@ def test_negative_curvature_is_not_rewarded_unless_asked_for():
     measured, zero = torch.tensor([-2.0, 3.0, math.nan, 900.0]), torch.zeros(4)
     assert penalty(FlatnessConfig(), measured, zero, zero).tolist() == [0.0, 3.0, 100.0, 100.0]
     assert penalty(FlatnessConfig(signed=True, clip=6.0), measured, zero, zero).tolist() == [-2.0, 3.0, 6.0, 6.0]
-    with pytest.raises(ValueError, match="subtract_loss must be false"):
+    with pytest.raises(ValueError, match="options.subtract_loss must be false in a penalty"):
         term("local-entropy", options={"subtract_loss": True})
 
 

@@ -14,7 +14,7 @@ from toy_metatrain import Slow, toy_config, toy_estimator
 import flatopt
 from flatopt.metatrain import CurriculumConfig, TrainingInterrupted, train
 from flatopt.metatrain.checkpoint import latest
-from flatopt.metatrain.estimators import GradientEstimator, MetaGradient, build_estimator
+from flatopt.metatrain.estimators import GradientEstimator, MetaGradient
 from flatopt.metatrain.trainer import learning_rate
 
 HERE = Path(__file__).parent
@@ -409,12 +409,6 @@ def test_resuming_with_another_configuration_is_refused(reference):
 def test_a_device_that_cannot_be_used_is_refused(tmp_path):
     with pytest.raises(ValueError, match="device 'nowhere' cannot be used"):
         train(toy_config(), tmp_path, estimator=toy_estimator(), device="nowhere")
-
-
-def test_an_unknown_estimator_is_refused_with_the_valid_names():
-    config = toy_config().override(["estimator.name=guess"])
-    with pytest.raises(ValueError, match="unknown estimator.name 'guess': valid are persistent-es, truncated-es"):
-        build_estimator(config, config.build_rule(), torch.device("cpu"))
 
 
 def test_a_terminal_gets_a_progress_bar_with_the_loss(tmp_path, capsys, monkeypatch):
