@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import flatopt.metatrain.estimators.persistent_es as module
 from flatopt.metatrain import TaskConfig
-from flatopt.metatrain.estimators.persistent_es import PersistentES
+from flatopt.metatrain.estimators.persistent_es import PersistentES, signal_to_noise, variance_of_mean
 
 DECAY, WEIGHT, STD = 0.9, 0.5, 0.05
 
@@ -227,6 +228,51 @@ def test_families_count_by_their_weight():
     torch.testing.assert_close(meta.loss, (alone[0][0].loss + 3 * alone[1][0].loss) / 4)
     expected = (alone[0][0].gradient["w"] + 3 * alone[1][0].gradient["w"]) / 4
     torch.testing.assert_close(meta.gradient["w"], expected)
+
+
+def test_variance_of_the_mean_is_that_of_the_estimates_one_by_one():
+    generator = torch.Generator().manual_seed(0)
+    slope, sums = torch.randn(6, generator=generator), {"a": torch.randn(6, 2, 3, generator=generator)}
+    sums["b"] = torch.randn(6, generator=generator)
+    estimates = torch.cat([(slope[:, None] * value.reshape(6, -1)) for value in sums.values()], 1)
+    mean = {"all": estimates.mean(0)}
+    variance = variance_of_mean(slope, sums, mean)
+    assert variance == pytest.approx(float(estimates.var(0).sum()) / 6, rel=1e-5)
+    assert signal_to_noise(mean, variance) == pytest.approx(float(mean["all"].square().sum()) / variance - 1)
+    assert math.isnan(variance_of_mean(slope[:1], {"a": sums["a"][:1]}, mean))
+
+
+@pytest.mark.parametrize(("signal", "expected"), [(0.0, 0.0), (0.5, 10 * 0.25)])
+def test_signal_to_noise_is_nothing_in_the_mean_without_a_signal(signal, expected):
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(400):
+        estimates = {"w": signal + torch.randn(10, 50, generator=generator)}
+        mean = {"w": estimates["w"].mean(0)}
+        found.append(signal_to_noise(mean, variance_of_mean(torch.ones(10), estimates, mean)))
+    found = torch.tensor(found)
+    # The inverse of a variance is larger than the inverse of its mean, by 1 + 2 / (9 * 50) for normal numbers.
+    assert abs(float(found.mean()) - expected) < 4 * float(found.std()) / 20 + 0.01 * (1 + expected)
+
+
+def test_snr_of_an_update_counts_families_by_the_squares_of_their_shares():
+    a, b = make_toy("a", num_tasks=5, weight=1.0), make_toy("b", num_tasks=7, weight=3.0)
+    both = make_estimator(a, b)
+    weights, state, generator = begin(both)
+    meta, _ = both.estimate(weights, state, generator)
+    variances = []
+    for unroll in (a, b):
+        run = unroll.log[-1]
+        x, loss = restore(state, unroll.task.name).x, torch.zeros(())
+        for batch in run["noise"]:
+            x = DECAY * x + run["weights"] + batch
+            loss = loss + x.square() / 4
+        pairs = unroll.task.num_tasks
+        estimates = (loss[:pairs] - loss[pairs:]) / (2 * STD**2) * (run["weights"][:pairs] - WEIGHT)
+        variances.append(float(estimates.var()) / pairs)
+        expected = float(estimates.mean()) ** 2 / variances[-1] - 1
+        assert meta.metrics[f"{unroll.task.name}/snr"] == pytest.approx(expected, rel=0.02, abs=0.02)
+    expected = float(meta.gradient["w"]) ** 2 / (variances[0] / 16 + variances[1] * 9 / 16) - 1
+    assert meta.metrics["snr"] == pytest.approx(expected, rel=0.02, abs=0.02)
 
 
 def test_estimates_repeat_from_a_copied_state_and_generator():

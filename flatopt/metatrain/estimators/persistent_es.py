@@ -11,6 +11,14 @@ since the run began,
 Unlike truncated backpropagation this counts what earlier steps did to the current state: it is unbiased for the
 smoothed objective.  ``persistent=False`` uses :math:`\epsilon_{i,k}` in place of the sum: truncated ES, biased.
 
+The signal-to-noise ratio of the mean of the pairs :math:`\hat g = \frac{1}{P} \sum_i g_i` is logged as ``NAME/snr``:
+
+.. math::
+    \frac{\|\hat g\|^2}{S/P} - 1, \qquad S = \frac{1}{P-1} \sum_i \|g_i - \hat g\|^2,
+
+which is 0 in the mean where there is nothing but noise, since :math:`E \|\hat g\|^2 = \|E \hat g\|^2 + E S/P`.  ``snr``
+is that of the whole update: families with the squares of their shares.
+
 Reference: Vicol, Metz and Sohl-Dickstein, *Unbiased gradient estimation in unrolled computation graphs with persistent
 evolution strategies*, 2021, https://arxiv.org/abs/2112.13835
 
@@ -19,9 +27,11 @@ Legend: ``P`` pairs, ``D`` scalars of the weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,13 +99,18 @@ class PersistentES(GradientEstimator):
         gradient = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         loss = next(iter(weights.values())).new_zeros(())
         metrics: dict[str, float] = {}
+        variance = 0.0
         new_state = state | {"turn": torch.tensor((turn + count) % len(self.unrolls))}
         for unroll in chosen:
             share = unroll.task.weight / total_weight
-            gradient_f, loss_f, state_f = self._estimate_family(unroll, weights, state, generator, metrics)
-            gradient = {name: value + share * gradient_f[name] for name, value in gradient.items()}
-            loss = loss + share * loss_f
-            new_state.update(state_f)
+            one = self._estimate_family(unroll, weights, state, generator)
+            gradient = {name: value + share * one.gradient[name] for name, value in gradient.items()}
+            loss = loss + share * one.loss
+            variance += share**2 * one.variance
+            metrics.update(one.metrics)
+            metrics[f"{unroll.task.name}/snr"] = signal_to_noise(one.gradient, one.variance)
+            new_state.update(one.state)
+        metrics["snr"] = signal_to_noise(gradient, variance)
         return MetaGradient(gradient, loss, metrics), new_state
 
     def _estimate_family(
@@ -104,8 +119,7 @@ class PersistentES(GradientEstimator):
         weights: Weights,
         state: EstimatorState,
         generator: torch.Generator,
-        metrics: dict[str, float],
-    ) -> tuple[Weights, Tensor, EstimatorState]:
+    ) -> _Family:
         name, num_pairs = unroll.task.name, unroll.task.num_tasks
         runs = restore_runs(state, f"{name}/runs")
         noise_P = {
@@ -126,8 +140,48 @@ class PersistentES(GradientEstimator):
         loss_2P = losses.objective.mean(0).view(2, num_pairs)
         slope_P = (loss_2P[0] - loss_2P[1]) / (2 * self.std**2)
         gradient = {key: torch.tensordot(slope_P, value, dims=1) / num_pairs for key, value in sums_P.items()}
-        metrics.update(mean_losses(losses, name))
-        return gradient, loss_2P.mean(), _name_state(unroll, runs, sums_P)
+        variance = variance_of_mean(slope_P, sums_P, gradient)
+        metrics = mean_losses(losses, name)
+        return _Family(gradient, loss_2P.mean(), variance, metrics, _name_state(unroll, runs, sums_P))
+
+
+class _Family(NamedTuple):
+    """What one update learns from the runs of one family."""
+
+    gradient: Weights
+    loss: Tensor
+    variance: float
+    """Of the gradient, summed over the weights."""
+    metrics: dict[str, float]
+    state: EstimatorState
+
+
+def variance_of_mean(slope_P: Tensor, sums_P: Weights, mean: Weights) -> float:
+    """Return ``S/P`` of the estimates ``g_i = slope_i sums_i``, of which ``mean`` is the mean; NaN for a single one."""
+    num_pairs = len(slope_P)
+    if num_pairs == 1:
+        return math.nan
+    squares_P = (
+        sum(value.double().reshape(num_pairs, -1).square().sum(1) for value in sums_P.values())
+        * slope_P.double().square()
+    )
+    deviation = float(squares_P.sum()) - num_pairs * squared_norm(mean)
+    return max(deviation, 0.0) / (num_pairs - 1) / num_pairs
+
+
+def signal_to_noise(mean: Weights, variance: float) -> float:
+    """Return ``||mean||^2 / variance - 1``, with the variance of the mean summed over the weights.
+
+    Example:
+        >>> signal_to_noise({"w": torch.tensor([3.0, 4.0])}, 5.0)
+        4.0
+    """
+    return squared_norm(mean) / variance - 1 if variance > 0 else math.nan
+
+
+def squared_norm(gradient: Weights) -> float:
+    """Return the squared Euclidean norm over all weights, summed in double."""
+    return float(torch.stack([value.double().square().sum() for value in gradient.values()]).sum())
 
 
 def _name_state(unroll: Unroll, runs: Runs, sums_P: Weights) -> EstimatorState:
