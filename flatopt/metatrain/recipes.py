@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
+from typing import Any
 
 from .config import (
     CurriculumConfig,
@@ -66,93 +66,86 @@ def flat_v1() -> MetaTrainConfig:
     )
 
 
-PENALTIES = {
-    "": FlatnessConfig(),
-    # Five products without a graph for the vector, one for the value.  Every other step: half of the cost.
-    "hessian": FlatnessConfig(name="top-eigenvalue", options={"num_iterations": 5}, schedule="every", every=2),
-    # Five gradients without a graph.  The chain is cold: at temperature 1 it would leave so sharp a valley.
-    "entropy": FlatnessConfig(
-        name="local-entropy",
-        options={"gamma": 1.0, "num_steps": 5, "step_size": 0.1, "temperature": 1e-6},
-        schedule="every",
-        every=2,
-    ),
-}
-"""The penalties of the published rules by the end of the recipe's name."""
-
-# Those of the shipped sets; docs/reproduction.md has the others that were tried.  The objective of L2O-Scale is
-# logarithmic, hence other coefficients.
-COEFFICIENTS = {
-    ("l2o-dm", "hessian"): 0.05,
-    ("l2o-dm", "entropy"): 4.0,
-    ("rnnprop", "hessian"): 0.01,
-    ("rnnprop", "entropy"): 100.0,
-    ("l2o-scale", "hessian"): 0.03,
-    ("l2o-scale", "entropy"): 8.0,
-}
-# Also of the shipped sets.  Both see 0.2 around each coordinate: one by warm chains, which alone would drown in their
-# noise, the other by a weak pull to the centre, for which a chain has to be long.
-PENALTY_OPTIONS = {
-    ("l2o-scale", "entropy"): {"temperature": 0.05, "antithetic": True},
-    ("rnnprop", "entropy"): {
-        "gamma": 0.03,
-        "num_steps": 60,
-        "step_size": 0.5,
-        "temperature": 0.001,
-        "antithetic": True,
-    },
-}
-
-PUBLISHED_RULES = ("l2o-dm", "rnnprop", "l2o-scale")
-
-# Begins at 3e-3: from the published 1e-4, the middle of 1e-6 and 1e-2, the rule learned in so few updates to raise its
-# learning rates, and did not stop after the length of its training runs (docs/meta-training.md).
-RULE_OPTIONS = {"l2o-scale": {"min_lr": 1e-3, "max_lr": 1e-2, "max_log_lr": 0.0}}
-META_LR = {"l2o-dm": 5e-3, "rnnprop": 5e-3, "l2o-scale": 2e-3}
-IMITATION = {"l2o-dm": (0.5, 0.3), "rnnprop": (0.5, 0.3), "l2o-scale": (0.3,)}
+def l2o_dm() -> MetaTrainConfig:
+    """Return L2O-DM without a regularizer."""
+    return _published("l2o-dm", imitation=(0.5, 0.3), meta_lr=5e-3)
 
 
-def published(rule: str, penalty: str = "") -> MetaTrainConfig:
+def l2o_dm_hessian() -> MetaTrainConfig:
+    """Return L2O-DM with the top Hessian eigenvalue."""
+    return _regularized(l2o_dm(), "top-eigenvalue", 0.05, num_iterations=5)
+
+
+def l2o_dm_entropy() -> MetaTrainConfig:
+    """Return L2O-DM with a narrow local entropy: at temperature 1 the chain would leave so sharp a valley."""
+    return _regularized(l2o_dm(), "local-entropy", 4.0, gamma=1.0, num_steps=5, step_size=0.1, temperature=1e-6)
+
+
+def rnnprop() -> MetaTrainConfig:
+    """Return RNNProp without a regularizer."""
+    return _published("rnnprop", imitation=(0.5, 0.3), meta_lr=5e-3)
+
+
+def rnnprop_hessian() -> MetaTrainConfig:
+    """Return RNNProp with the top Hessian eigenvalue."""
+    return _regularized(rnnprop(), "top-eigenvalue", 0.01, num_iterations=5)
+
+
+def rnnprop_entropy() -> MetaTrainConfig:
+    """Return RNNProp with a wide local entropy, 0.2 around each coordinate: a weak pull, hence a long chain."""
+    return _regularized(
+        rnnprop(), "local-entropy", 100.0, gamma=0.03, num_steps=60, step_size=0.5, temperature=0.001, antithetic=True
+    )
+
+
+def l2o_scale() -> MetaTrainConfig:
+    """Return L2O-Scale without a regularizer: logarithmic objective, initial learning rates of 3e-3.
+
+    From the published 1e-4, the middle of 1e-6 and 1e-2, the rule learned in so few updates to raise its learning
+    rates, and did not stop after the length of its training runs (docs/meta-training.md).
+    """
+    config = _published("l2o-scale", imitation=(0.3,), meta_lr=2e-3)
+    return replace(
+        config,
+        rule_options={"min_lr": 1e-3, "max_lr": 1e-2, "max_log_lr": 0.0},
+        objective=replace(config.objective, transform="log"),
+    )
+
+
+def l2o_scale_hessian() -> MetaTrainConfig:
+    """Return L2O-Scale with the top Hessian eigenvalue."""
+    return _regularized(l2o_scale(), "top-eigenvalue", 0.03, num_iterations=5)
+
+
+def l2o_scale_entropy() -> MetaTrainConfig:
+    """Return L2O-Scale with a wide local entropy: warm chains, in pairs because one would drown in its noise."""
+    return _regularized(
+        l2o_scale(), "local-entropy", 8.0, gamma=1.0, num_steps=5, step_size=0.1, temperature=0.05, antithetic=True
+    )
+
+
+def _published(rule: str, *, imitation: tuple[float, ...], meta_lr: float) -> MetaTrainConfig:
     """Return the enhanced training of a published rule on the 784-20-10 net: curriculum, imitation, held-out selection.
 
-    The objective is the training loss after each step, its logarithm for L2O-Scale, and a penalty on sharpness if any.
-
-    A run of minutes where the published ones took hours.  What makes up for it: imitation from the first stage on, in
-    more updates; a high learning rate with a moving average of the weights; and a bound on the norm of the
-    meta-gradient below what it usually is, so that updates of both kinds have the same norm.
-
-    Args:
-        rule: ``l2o-dm``, ``rnnprop`` or ``l2o-scale``.
-        penalty: a key of ``PENALTIES``: none, ``hessian`` or ``entropy``.
+    The objective is the training loss after each step.  A run of minutes where the published ones took hours.  What
+    makes up for it: imitation from the first stage on, in more updates; a high learning rate with a moving average of
+    the weights; and a bound on the norm of the meta-gradient below what it usually is, so that updates of both kinds
+    have the same norm.
     """
-    flatness = PENALTIES[penalty]
-    flatness = replace(
-        flatness,
-        coefficient=COEFFICIENTS.get((rule, penalty), 0.0),
-        options=flatness.options | PENALTY_OPTIONS.get((rule, penalty), {}),
-    )
     return MetaTrainConfig(
-        recipe=f"{rule}-{penalty}" if penalty else rule,
+        recipe=rule,
         rule=rule,
-        rule_options=RULE_OPTIONS.get(rule, {}),
         estimator=EstimatorConfig(name="truncated-backprop", truncation_length=20),
         tasks=(
             TaskConfig(name="mnist-mlp", num_tasks=1, min_steps=100, max_steps=100, unknown_horizon_probability=1.0),
         ),
-        objective=ObjectiveConfig(
-            meta_split="train",
-            transform="log" if rule == "l2o-scale" else "none",
-            base_weight=1.0,
-            final_weight=0.0,
-            flatness=flatness,
-            clip=100.0,
-        ),
+        objective=ObjectiveConfig(meta_split="train", base_weight=1.0, final_weight=0.0, clip=100.0),
         curriculum=CurriculumConfig(stages=(100, 200, 500), min_num_eval=3),
         # The loss is measured in units of the teacher's step: one Adam serves both kinds of updates.
-        imitation=ImitationConfig(probabilities=IMITATION[rule], lr=0.01, coefficient=1e4),
+        imitation=ImitationConfig(probabilities=imitation, lr=0.01, coefficient=1e4),
         validation=ValidationConfig(num_tasks=2),
         num_updates=700,
-        meta_lr=META_LR[rule],
+        meta_lr=meta_lr,
         meta_lr_final_fraction=0.1,
         max_grad_norm=0.01,
         ema_decay=0.95,
@@ -161,17 +154,24 @@ def published(rule: str, penalty: str = "") -> MetaTrainConfig:
     )
 
 
-def _published(rule: str, penalty: str) -> Callable[[], MetaTrainConfig]:
-    def recipe() -> MetaTrainConfig:
-        return published(rule, penalty)
-
-    recipe.__doc__ = f"Return a published rule with enhanced training and {penalty or 'no'} regularizer."
-    return recipe
+def _regularized(plain: MetaTrainConfig, measure: str, coefficient: float, **options: Any) -> MetaTrainConfig:
+    """Return the same training with a penalty at every other step, for half of the cost."""
+    flatness = FlatnessConfig(name=measure, coefficient=coefficient, options=options, schedule="every", every=2)
+    suffix = {"top-eigenvalue": "hessian", "local-entropy": "entropy"}[measure]
+    return replace(plain, recipe=f"{plain.recipe}-{suffix}", objective=replace(plain.objective, flatness=flatness))
 
 
 RECIPES: dict[str, Callable[[], MetaTrainConfig]] = {
     "smoke": smoke,
     "flat-v1": flat_v1,
-    **{published(*one).recipe: _published(*one) for one in product(PUBLISHED_RULES, PENALTIES)},
+    "l2o-dm": l2o_dm,
+    "l2o-dm-hessian": l2o_dm_hessian,
+    "l2o-dm-entropy": l2o_dm_entropy,
+    "rnnprop": rnnprop,
+    "rnnprop-hessian": rnnprop_hessian,
+    "rnnprop-entropy": rnnprop_entropy,
+    "l2o-scale": l2o_scale,
+    "l2o-scale-hessian": l2o_scale_hessian,
+    "l2o-scale-entropy": l2o_scale_entropy,
 }
-"""Every recipe by the name that the command line uses."""
+"""Every recipe by the name that the command line uses.  Coefficients are those of the shipped sets."""
