@@ -1,102 +1,111 @@
 """Named families of inner problems: what a ``TaskConfig`` refers to.
 
-Small enough for two CPU cores, and different enough in kind that what is learned carries over: plain and normalised,
-shallow and deep, dense, convolutional, recurrent and attending.  All reported optimizees are other ones.
+Small enough for two CPU cores, and of all kinds that users have: tables and noisy regression, images and text; plain
+and normalised, shallow and deep, narrow and wide, dense, convolutional, recurrent and attending; to classify, to
+predict and to reconstruct.  Labels are wrong in an eighth of the problems with images or classes of a table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
-from ..tasks import CNN, MLP, RecurrentNet, TaskDistribution, Transformer
+from ..tasks import (
+    CNN,
+    MLP,
+    Images,
+    RecurrentLanguageModel,
+    RecurrentNet,
+    ResidualMLP,
+    Tabular,
+    TaskDistribution,
+    Text,
+    Transformer,
+    VisionTransformer,
+)
 
+# Deep and recurrent networks do not start from any scale.
+_images = partial(TaskDistribution, batch_size=32, init_scale_range=(0.7, 1.4))
+_rows = partial(
+    TaskDistribution,
+    batch_size=32,
+    num_train_range=(300, 5000),
+    input_scale_range=(1.0, 1.0),
+    init_scale_range=(0.7, 1.4),
+)
+_text = partial(
+    TaskDistribution,
+    data=Text(context_length=16),
+    batch_size=16,
+    num_train_range=(20_000, 1_000_000),
+    init_scale_range=(0.7, 1.4),
+    label_noise_probability=0.0,
+    label_permutation=False,
+)
 
-def mlp() -> TaskDistribution:
-    """Return 64-32-10 ReLU nets on 8x8 images: the family of the meta-speed benchmark."""
-    return TaskDistribution(model=MLP(sizes=(64, 32, 10)))
-
-
-def mlp_deep() -> TaskDistribution:
-    """Return plain ReLU nets with four hidden layers."""
-    return TaskDistribution(model=MLP(sizes=(64, 24, 24, 24, 24, 10), initialization="he"), init_scale_range=(0.7, 1.4))
-
-
-def mlp_deeper() -> TaskDistribution:
-    """Return plain, narrow ReLU nets with eight hidden layers."""
-    return TaskDistribution(model=MLP(sizes=(64, *[16] * 8, 10), initialization="he"), init_scale_range=(0.8, 1.25))
-
-
-def mlp_wide() -> TaskDistribution:
-    """Return ReLU nets with one hidden layer on 14x14 images: five times the parameters of the others."""
-    return TaskDistribution(model=MLP(sizes=(196, 64, 10)), size=14)
-
-
-def mlp_sigmoid() -> TaskDistribution:
-    """Return sigmoid nets with one hidden layer."""
-    return TaskDistribution(model=MLP(sizes=(64, 24, 10), activation="sigmoid"))
-
-
-def mlp_layernorm() -> TaskDistribution:
-    """Return deep nets with LayerNorm before each ReLU and no skip connections."""
-    return TaskDistribution(model=MLP(sizes=(64, 24, 24, 24, 24, 10), norm="layer"))
-
-
-def mlp_residual() -> TaskDistribution:
-    """Return residual nets with LayerNorm and GELU."""
-    return TaskDistribution(model=MLP(sizes=(64, 24, 24, 24, 10), norm="layer", residual=True, activation="gelu"))
-
-
-def cnn() -> TaskDistribution:
-    """Return plain convolutional nets on 8x8 images."""
-    return TaskDistribution(model=CNN(channels=(8, 16), image_size=8), batch_size=32)
-
-
-def lstm() -> TaskDistribution:
-    """Return LSTMs that read 8x8 images row by row."""
-    return TaskDistribution(
-        model=RecurrentNet(width=16, num_rows=8, row_size=8), batch_size=32, init_scale_range=(0.7, 1.4)
-    )
-
-
-def transformer() -> TaskDistribution:
-    """Return one-layer transformers on the characters of Python source."""
-    return TaskDistribution(
-        model=Transformer(vocab_size=96, width=16, num_heads=2, num_layers=1, context_length=16),
-        sources=(("text", 1.0),),
+FAMILIES: dict[str, TaskDistribution] = {
+    # Tables: classification, and regression with noisy targets.
+    "tabular": _rows(
+        model=MLP(sizes=(20, 48, 48, 5)), data=Tabular(num_features=20, num_classes=5, seed=1), batch_size=32
+    ),
+    "tabular-binary": _rows(
+        model=MLP(sizes=(10, 32, 32, 32, 2), initialization="he"),
+        data=Tabular(num_features=10, num_classes=2, seed=2),
         batch_size=16,
-        num_train_range=(20_000, 1_000_000),
-        init_scale_range=(0.7, 1.4),
-        label_noise_probability=0.0,
-        label_permutation=False,
-    )
-
-
-def mnist_mlp() -> TaskDistribution:
-    """Return the 784-20-10 sigmoid nets that L2O-DM, RNNProp and L2O-Scale were meta-trained on, with Fashion-MNIST."""
-    return TaskDistribution(
+    ),
+    "tabular-wide": _rows(
+        model=MLP(sizes=(40, 128, 10), activation="gelu"),
+        data=Tabular(num_features=40, num_classes=10, num_sets=48, seed=3),
+        batch_size=64,
+    ),
+    "regression": _rows(model=MLP(sizes=(12, 64, 64, 1)), data=Tabular(num_features=12, seed=4)),
+    "regression-few": _rows(
+        model=MLP(sizes=(30, 64, 1), activation="tanh"),
+        data=Tabular(num_features=30, seed=5),
+        num_train_range=(300, 1000),
+        batch_size=64,
+    ),
+    # Images, dense.
+    "mlp": TaskDistribution(model=MLP(sizes=(64, 32, 10))),  # the family of the meta-speed benchmark
+    "mlp-deep": TaskDistribution(
+        model=MLP(sizes=(64, 24, 24, 24, 24, 10), initialization="he"), init_scale_range=(0.7, 1.4)
+    ),
+    "mlp-deeper": TaskDistribution(
+        model=MLP(sizes=(64, *[16] * 8, 10), initialization="he"), init_scale_range=(0.8, 1.25)
+    ),
+    "mlp-wide": _images(model=MLP(sizes=(196, 128, 10)), data=Images(size=14)),
+    "mlp-sigmoid": TaskDistribution(model=MLP(sizes=(64, 24, 10), activation="sigmoid")),
+    "mlp-tanh": _images(model=MLP(sizes=(64, 40, 40, 10), activation="tanh")),
+    "mlp-layernorm": TaskDistribution(model=MLP(sizes=(64, 24, 24, 24, 24, 10), norm="layer")),
+    "mlp-residual": TaskDistribution(
+        model=MLP(sizes=(64, 24, 24, 24, 10), norm="layer", residual=True, activation="gelu")
+    ),
+    "mlp-preln": _images(model=ResidualMLP(num_inputs=64, width=24, num_blocks=3)),
+    "autoencoder": _images(
+        model=MLP(sizes=(64, 32, 8, 32, 64), activation="gelu"),
+        data=Images(reconstruct=True, standardize=True),
+        input_scale_range=(1.0, 1.0),
+    ),
+    # Images, convolutional, recurrent and attending.
+    "cnn": TaskDistribution(model=CNN(channels=(8, 16), image_size=8), batch_size=32),
+    "cnn-groupnorm": _images(model=CNN(channels=(12, 24), image_size=14, norm="group"), data=Images(size=14)),
+    "lstm": _images(model=RecurrentNet(width=16, num_rows=8, row_size=8)),
+    "gru": _images(model=RecurrentNet(width=24, num_rows=8, row_size=8, cell="gru")),
+    "vit": _images(
+        model=VisionTransformer(image_size=8, patch_size=2, width=16, num_heads=2, num_layers=2), batch_size=16
+    ),
+    # Text: the source of Python's standard library, by characters.
+    "transformer": _text(model=Transformer(vocab_size=96, width=16, num_heads=2, num_layers=1, context_length=16)),
+    "gru-text": _text(model=RecurrentLanguageModel(vocab_size=96, width=24)),
+    # The 784-20-10 sigmoid nets that L2O-DM, RNNProp and L2O-Scale were meta-trained on, with Fashion-MNIST.
+    "mnist-mlp": TaskDistribution(
         model=MLP(sizes=(784, 20, 10), activation="sigmoid", initialization="small"),
-        sources=(("fashion-mnist", 1.0),),
-        size=28,
+        data=Images(sources=(("fashion-mnist", 1.0),), size=28),
         batch_size=128,
         num_train_range=(50_000, 50_000),
         input_scale_range=(1.0, 1.0),
         init_scale_range=(1.0, 1.0),
         label_noise_probability=0.0,
         label_permutation=False,
-    )
-
-
-FAMILIES: dict[str, Callable[[], TaskDistribution]] = {
-    "mlp": mlp,
-    "mlp-deep": mlp_deep,
-    "mlp-deeper": mlp_deeper,
-    "mlp-wide": mlp_wide,
-    "mlp-sigmoid": mlp_sigmoid,
-    "mlp-layernorm": mlp_layernorm,
-    "mlp-residual": mlp_residual,
-    "cnn": cnn,
-    "lstm": lstm,
-    "transformer": transformer,
-    "mnist-mlp": mnist_mlp,
+    ),
 }
 """Every family by the name that configurations use."""

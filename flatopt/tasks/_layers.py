@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._task import Params
+from ._optimizee import Params
 
 Activation = Literal["relu", "tanh", "sigmoid", "gelu"]
 Init = Literal["torch", "he", "small"]
@@ -92,6 +92,13 @@ def group_norm(params: Params, name: str, inputs: Tensor, num_groups: int, eps: 
     centred = grouped - grouped.mean((1, 3), keepdim=True)
     normalised = centred * torch.rsqrt(centred.square().mean((1, 3), keepdim=True) + eps)
     return normalised.reshape(inputs.shape) * params[f"{name}.weight"] + params[f"{name}.bias"]
+
+
+def embed(params: Params, name: str, indices: Tensor) -> Tensor:
+    """Return the rows of ``weight`` at int64 ``[...]``."""
+    table = params[f"{name}.weight"]
+    # A product with one-hot vectors: the backward pass of an embedding lookup is a scatter, slow under vmap.
+    return matmul(one_hot(indices, table.shape[0], table.dtype), table)
 
 
 def one_hot(indices: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._layers import ACTIVATIONS, Activation, Init, check_choice, group_norm, init_affine, init_norm, linear, matmul
-from ._task import Optimizee, Params
+from ._optimizee import Optimizee, Params
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,17 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._data import Data, Table
 from ._layers import check_choice
-from ._task import SPLITS, Batch, Optimizee, Params, Split, accuracy, cross_entropy
-from .images import DATASETS, load_images
-from .text import VOCAB_SIZE, load_text
-from .transformer import Transformer
+from ._optimizee import SPLITS, Batch, Optimizee, Params, Split, accuracy, cross_entropy, mean_squared_error
+from .images import Images
 
 LABEL_SEED_BOUND = 2**31
 
@@ -54,30 +52,31 @@ class Problems(NamedTuple):
 class TaskDistribution:
     """A distribution over problems that share one architecture, so that ``vmap`` can run many of them at once.
 
+    Targets that are classes are predicted by logits, with the cross-entropy as loss; targets that are values have the
+    mean squared error.
+
     Args:
         model: the optimizee.
-        sources: pairs of data source and probability.  Sources are ``"digits"`` and ``"fashion-mnist"``, in any mix,
-            or ``"text"`` alone, which needs a :class:`Transformer`.
-        size: height and width of the images.
+        data: the examples.
         batch_size: examples per batch.
-        num_train_range: bounds of the log-uniform size of the training subset (images or characters), which is a run
-            of consecutive examples of the shuffled data from a random start (of the unshuffled text).
-        input_scale_range: bounds of the log-uniform factor on images.
+        num_train_range: bounds of the log-uniform size of the training set (examples or characters), which is a run
+            of consecutive examples of the data from a random start.
+        input_scale_range: bounds of the log-uniform factor on inputs that are not tokens.
         init_scale_range: bounds of the log-uniform factor on the initial weights, one per problem; leaves alone
             biases, norms and embeddings.
-        label_noise_probability: fraction of the problems with wrong labels.
-        label_noise: in those, fraction of the training examples with a wrong label, the same at every visit.
-        label_permutation: rename the classes at random.
+        label_noise_probability: fraction of the problems with wrong labels, where there are classes.
+        label_noise_range: bounds of the fraction of their training examples with a wrong label, the same at every
+            visit.
+        label_permutation: rename the classes at random, where there are any.
         reparametrization_range: bounds of a log-uniform ``c`` per tensor: the optimizee holds ``params / c`` and its
             loss uses ``c * params``, which changes the units of the parameters and not the function.
         reparametrization: a ``c`` for each ``"tensor"``, or for each ``"coordinate"``: the random scaling of Lv et al.,
             2017, https://arxiv.org/abs/1703.03633.
-        standardize: see :func:`load_images`.
-        root: see :func:`load_images`.
 
     Example:
-        >>> from flatopt.tasks import MLP
-        >>> distribution = TaskDistribution(model=MLP(sizes=(64, 32, 10)), sources=(("digits", 1.0),))
+        >>> from flatopt.tasks import MLP, Images
+        >>> digits = Images(sources=(("digits", 1.0),))
+        >>> distribution = TaskDistribution(model=MLP(sizes=(64, 32, 10)), data=digits)
         >>> generator = torch.Generator().manual_seed(0)
         >>> problems = distribution.sample_problems(4, generator)
         >>> batches = distribution.sample_batches(problems, 20, "train", generator)
@@ -89,43 +88,28 @@ class TaskDistribution:
     """
 
     model: Optimizee
-    sources: tuple[tuple[str, float], ...] = (("fashion-mnist", 0.75), ("digits", 0.25))
-    size: int = 8
+    data: Data = Images()
     batch_size: int = 64
     num_train_range: tuple[int, int] = (500, 40_000)
     input_scale_range: tuple[float, float] = (0.5, 2.0)
     init_scale_range: tuple[float, float] = (1 / 3, 3.0)
     label_noise_probability: float = 0.125
-    label_noise: float = 0.1
+    label_noise_range: tuple[float, float] = (0.1, 0.2)
     label_permutation: bool = True
     reparametrization_range: tuple[float, float] = (1.0, 1.0)
     reparametrization: Literal["tensor", "coordinate"] = "tensor"
-    standardize: bool = False
-    root: str | None = None
 
     def __post_init__(self) -> None:
-        for name, _ in self.sources:
-            check_choice("source", name, (*DATASETS, "text"))
-        if self.is_text and (len(self.sources) > 1 or not isinstance(self.model, Transformer)):
-            raise ValueError("the source 'text' goes alone and needs a Transformer")
         check_choice("reparametrization", self.reparametrization, ("tensor", "coordinate"))
         for name in ("num_train_range", "input_scale_range", "init_scale_range", "reparametrization_range"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name} must be two increasing positive numbers, not {(low, high)}")
-        for name in ("label_noise_probability", "label_noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
-
-    @property
-    def is_text(self) -> bool:
-        """Whether the data are sequences of tokens."""
-        return any(name == "text" for name, _ in self.sources)
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, ``K``."""
-        return VOCAB_SIZE if self.is_text else 10
+        if not 0 <= self.label_noise_probability <= 1:
+            raise ValueError(f"label_noise_probability must lie in [0, 1], not {self.label_noise_probability}")
+        low, high = self.label_noise_range
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"label_noise_range must be two increasing numbers in [0, 1], not {(low, high)}")
 
     def sample_problems(
         self, num_problems: int, generator: torch.Generator, device: torch.device | str = "cpu"
@@ -137,17 +121,17 @@ class TaskDistribution:
             generator: CPU generator; what is drawn does not depend on ``device``.
             device: where the tensors go.
         """
-        sizes = self._table("cpu").sizes[0]
+        sizes, num_classes = self.data.table().sizes[0], self.data.num_classes
         shape = (num_problems,)
-        probabilities = torch.tensor([probability for _, probability in self.sources])
+        probabilities = torch.tensor(self.data.probabilities)
         source = torch.multinomial(probabilities, num_problems, replacement=True, generator=generator)
         num_train = _log_uniform(shape, self.num_train_range, generator).round().long().minimum(sizes[source])
         input_scale = _log_uniform(shape, self.input_scale_range, generator)
         init_scale = _log_uniform(shape, self.init_scale_range, generator)
-        noisy = torch.rand(shape, generator=generator) < self.label_noise_probability
+        label_noise = self._label_noise(torch.rand(shape, generator=generator))
         # The order of random numbers is a permutation; batched, unlike randperm.
-        order = torch.rand(num_problems, self.num_classes, generator=generator).argsort(-1)
-        identity = torch.arange(self.num_classes).repeat(num_problems, 1)
+        order = torch.rand(num_problems, num_classes, generator=generator).argsort(-1)
+        identity = torch.arange(num_classes).repeat(num_problems, 1)
         offset = torch.randint(LABEL_SEED_BOUND, shape, generator=generator) % sizes[source]
         noise_seed = torch.randint(LABEL_SEED_BOUND, shape, generator=generator)
 
@@ -176,7 +160,7 @@ class TaskDistribution:
             offset=offset.to(device),
             input_scale=input_scale.to(device),
             label_permutation=(order if self.label_permutation else identity).to(device),
-            label_noise=(self.label_noise * noisy).to(device),
+            label_noise=label_noise.to(device),
             noise_seed=noise_seed.to(device),
         )
 
@@ -190,50 +174,48 @@ class TaskDistribution:
             generator: CPU generator.
 
         Returns:
-            Images ``[L, N, B, size * size]`` and classes ``[L, N, B]``, or tokens ``[L, N, B, T]`` twice.
+            Inputs ``[L, N, B, ...]``, and classes ``[L, N, B]`` (of text: ``[L, N, B, T]``) or values
+            ``[L, N, B, ...]``.
         """
-        num_problems = len(problems.source)
-        table = self._table(str(problems.source.device))
+        num_problems, num_classes = len(problems.source), self.data.num_classes
+        table = self.data.table(problems.source.device)
         drawn = torch.randint(LABEL_SEED_BOUND, (num_batches, num_problems, self.batch_size), generator=generator)
         rows = self._rows(table, problems, split, drawn.to(problems.source.device))
-        if self.is_text:
-            windows = table.inputs.unfold(0, table.width, 1)[rows].long()
-            inputs, targets = windows[..., :-1], windows[..., 1:]
-            examples = rows.unsqueeze(-1) + torch.arange(1, table.width, device=rows.device)
-        else:
-            inputs = table.inputs.index_select(0, rows.view(-1)).view(*rows.shape, -1)
-            inputs.mul_(problems.input_scale.view(-1, 1, 1))
-            targets = table.targets.index_select(0, rows.view(-1)).view_as(rows)
-            examples = rows
-        if split == "train" and self.label_noise_probability > 0:
-            targets = _with_noise(targets, examples, problems, self.num_classes)
-        if self.label_permutation:
-            first = torch.arange(0, num_problems * self.num_classes, self.num_classes, device=rows.device)
+        inputs, targets = self.data.gather(table, rows)
+        if inputs.is_floating_point():
+            inputs.mul_(problems.input_scale.view(-1, *(1,) * (inputs.dim() - 2)))
+        if num_classes and split == "train" and self.label_noise_probability > 0:
+            targets = _with_noise(targets, rows, problems, num_classes)
+        if num_classes and self.label_permutation:
+            first = torch.arange(0, num_problems * num_classes, num_classes, device=rows.device)
             renamed = targets + first.view(-1, *(1,) * (targets.dim() - 2))
             targets = problems.label_permutation.view(-1).index_select(0, renamed.reshape(-1)).view(targets.shape)
         return Batch(inputs, targets)
 
     def loss(self, problem: Problems, params: Params, batch: Batch) -> Tensor:
-        """Return the 0-D mean cross-entropy of ONE problem; call it under ``vmap`` for many."""
-        return cross_entropy(self.predict(problem, params, batch.inputs), batch.targets)
+        """Return the 0-D loss of ONE problem, a mean over the batch; call it under ``vmap`` for many."""
+        criterion = cross_entropy if self.data.num_classes else mean_squared_error
+        return criterion(self.predict(problem, params, batch.inputs), batch.targets)
 
-    def accuracy(self, problem: Problems, params: Params, batch: Batch) -> Tensor:
-        """Return the 0-D fraction of right predictions of ONE problem; call it under ``vmap`` for many."""
-        return accuracy(self.predict(problem, params, batch.inputs), batch.targets)
+    def error(self, problem: Problems, params: Params, batch: Batch) -> Tensor:
+        """Return the 0-D fraction of wrong classes, or mean squared error, of ONE problem."""
+        if not self.data.num_classes:
+            return self.loss(problem, params, batch)
+        return 1 - accuracy(self.predict(problem, params, batch.inputs), batch.targets)
 
     def predict(self, problem: Problems, params: Params, inputs: Tensor) -> Tensor:
-        """Return the logits of ONE problem, with its parameters as the optimizee holds them."""
+        """Return the logits or values of ONE problem, with its parameters as the optimizee holds them."""
         if problem.param_scales:
             params = {name: value * problem.param_scales[name] for name, value in params.items()}
         return self.model.predict(params, inputs)
 
-    def _table(self, device: str) -> _Table:
-        names = tuple(name for name, _ in self.sources)
-        if isinstance(self.model, Transformer) and self.is_text:
-            return _text_table(self.model.context_length, device)
-        return _image_table(names, self.size, self.root, self.standardize, device)
+    def _label_noise(self, draw: Tensor) -> Tensor:
+        """Return the fraction of wrong labels: one uniform number says whether there are any, and how many."""
+        low, high = self.label_noise_range
+        position = draw / max(self.label_noise_probability, 1e-12)  # uniform in [0, 1) where there are any
+        return torch.where(draw < self.label_noise_probability, low + (high - low) * position, 0.0)
 
-    def _rows(self, table: _Table, problems: Problems, split: Split, drawn: Tensor) -> Tensor:
+    def _rows(self, table: Table, problems: Problems, split: Split, drawn: Tensor) -> Tensor:
         """Turn large random integers ``[L, N, B]`` into row numbers of the table."""
         index = SPLITS.index(split)
         sizes = table.sizes[index][problems.source].view(-1, 1)
@@ -244,52 +226,12 @@ class TaskDistribution:
         return inside.remainder_(sizes).add_(starts)
 
 
-class _Table(NamedTuple):
-    """All splits of all sources, one after another."""
-
-    inputs: Tensor
-    """Images ``[rows, size * size]``, or uint8 tokens ``[rows]``."""
-    targets: Tensor
-    """Classes ``[rows]``; nothing for text."""
-    starts: Tensor
-    """First row of each split and source, ``[splits, sources]``."""
-    sizes: Tensor
-    """Number of examples of each split and source, ``[splits, sources]``."""
-    width: int
-    """Rows that one example takes."""
-
-
-@lru_cache(maxsize=8)
-def _image_table(names: tuple[str, ...], size: int, root: str | None, standardize: bool, device: str) -> _Table:
-    generator = torch.Generator().manual_seed(0)
-    splits: Sequence[Batch] = [
-        getattr(load_images(name, size, root, standardize=standardize), split) for split in SPLITS for name in names
-    ]
-    # Shuffled once, so that consecutive rows are a random subset.
-    orders = [torch.randperm(len(split.targets), generator=generator) for split in splits]
-    inputs = torch.cat([split.inputs.flatten(1)[order] for split, order in zip(splits, orders, strict=True)])
-    targets = torch.cat([split.targets[order] for split, order in zip(splits, orders, strict=True)])
-    sizes = torch.tensor([len(order) for order in orders])
-    starts = (sizes.cumsum(0) - sizes).view(len(SPLITS), -1)
-    sizes = sizes.view(len(SPLITS), -1)
-    return _Table(inputs.to(device), targets.to(device), starts.to(device), sizes.to(device), 1)
-
-
-@lru_cache(maxsize=4)
-def _text_table(context_length: int, device: str) -> _Table:
-    splits = load_text()
-    lengths = torch.tensor([len(split) for split in splits]).view(-1, 1)
-    tokens = torch.cat(splits).to(torch.uint8)
-    starts = lengths.cumsum(0) - lengths
-    sizes = lengths - context_length
-    nothing = torch.empty(0, dtype=torch.int64)
-    return _Table(tokens.to(device), nothing.to(device), starts.to(device), sizes.to(device), context_length + 1)
-
-
-def _with_noise(targets: Tensor, examples: Tensor, problems: Problems, num_classes: int) -> Tensor:
-    """Replace some targets by another class, decided by a hash of the example and the problem's seed."""
+def _with_noise(targets: Tensor, rows: Tensor, problems: Problems, num_classes: int) -> Tensor:
+    """Replace some targets by another class, decided by a hash of where they stand and the problem's seed."""
+    if targets.dim() > rows.dim():  # a window of text: the target of its first character stands in the next row
+        rows = rows.unsqueeze(-1) + torch.arange(1, targets.shape[-1] + 1, device=rows.device)
     shape = (-1, *(1,) * (targets.dim() - 2))
-    bits = _hash(examples + problems.noise_seed.view(shape))
+    bits = _hash(rows + problems.noise_seed.view(shape))
     wrong = (bits >> 8) * 2.0**-24 < problems.label_noise.view(shape)
     shift = 1 + ((bits & 255) * (num_classes - 1) >> 8)
     return torch.where(wrong, (targets + shift) % num_classes, targets)

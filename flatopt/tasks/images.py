@@ -1,4 +1,4 @@
-"""Small grey-scale image data sets in three splits, and image classification as a task.
+"""Small grey-scale image data sets in three splits.
 
 Digits come with scikit-learn.  Fashion-MNIST (Xiao et al., 2017, https://arxiv.org/abs/1708.07747) and MNIST (LeCun et
 al., 1998, https://doi.org/10.1109/5.726791) are read from their four original IDX files, found in a folder or on the
@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._data import Data, Table, stack_splits
 from ._layers import check_choice
-from ._task import Batch, ClassificationTask, Optimizee, Params, Split
+from ._optimizee import SPLITS, Batch
 
 DATASETS = ("digits", "fashion-mnist", "mnist")
 
@@ -44,45 +45,48 @@ class ImageSplits(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageTask(ClassificationTask):
-    """Image classification.
+class Images(Data):
+    """Images and their classes, or images and themselves.
 
     Args:
-        model: the optimizee, for images of ``size`` by ``size`` pixels.
-        dataset: ``"digits"``, ``"fashion-mnist"`` or ``"mnist"``.
-        size: 8, 14 or 28.
-        batch_size: images per batch.
-        num_train: images of the training split that are used, all when ``None``.
-        standardize: subtract the mean of the training pixels and divide by their standard deviation.
-        root: where the files are, see :func:`load_images`.
+        sources: pairs of data set (a name of :func:`load_images`) and probability.
+        size: height and width.
+        reconstruct: the targets are the images, for autoencoders.
+        standardize: see :func:`load_images`.
+        root: see :func:`load_images`.
     """
 
-    model: Optimizee
-    dataset: str
+    sources: tuple[tuple[str, float], ...] = (("fashion-mnist", 0.75), ("digits", 0.25))
     size: int = 8
-    batch_size: int = 64
-    num_train: int | None = None
+    reconstruct: bool = False
     standardize: bool = False
     root: str | None = None
 
-    def init(self, generator: torch.Generator) -> Params:
-        """Return fresh parameters of the model."""
-        return self.model.init(generator)
+    def __post_init__(self) -> None:
+        for name, _ in self.sources:
+            check_choice("source", name, DATASETS)
 
-    def examples(self, split: Split) -> Batch:
-        """Return a whole split."""
-        data: Batch = getattr(load_images(self.dataset, self.size, self.root, standardize=self.standardize), split)
-        return Batch(*(tensor[: self.num_train] for tensor in data)) if split == "train" else data
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """Those of the sources."""
+        return tuple(probability for _, probability in self.sources)
 
-    def sample_batch(self, generator: torch.Generator, split: Split, batch_size: int | None = None) -> Batch:
-        """Draw images ``[B, size, size]`` and labels ``[B]`` with replacement."""
-        data = self.examples(split)
-        chosen = torch.randint(len(data.targets), (batch_size or self.batch_size,), generator=generator)
-        return Batch(data.inputs[chosen], data.targets[chosen])
+    @property
+    def num_classes(self) -> int:
+        """Ten, or 0 if the targets are images."""
+        return 0 if self.reconstruct else 10
 
-    def predict(self, params: Params, inputs: Tensor) -> Tensor:
-        """Return logits ``[B, 10]``."""
-        return self.model.predict(params, inputs)
+    def build(self) -> Table:
+        """Return images ``[rows, size * size]``, shuffled once, so that consecutive rows are a random subset."""
+        generator = torch.Generator().manual_seed(0)
+        splits: list[Batch] = []
+        for split in SPLITS:
+            for name, _ in self.sources:
+                loaded = getattr(load_images(name, self.size, self.root, standardize=self.standardize), split)
+                order = torch.randperm(len(loaded.targets), generator=generator)
+                splits.append(Batch(loaded.inputs.flatten(1)[order], loaded.targets[order]))
+        table = stack_splits(splits, len(self.sources))
+        return table._replace(targets=table.inputs) if self.reconstruct else table
 
 
 def load_images(name: str, size: int, root: str | None = None, *, standardize: bool = False) -> ImageSplits:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._layers import ACTIVATIONS, Activation, Init, check_choice, init_affine, init_norm, layer_norm, linear
-from ._task import Optimizee, Params
+from ._optimizee import Optimizee, Params
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,7 @@
-"""A recurrent network that reads an image row by row and classifies from its last hidden state."""
+"""Recurrent networks: one that classifies an image which it reads row by row, one that predicts the next token.
+
+Legend: ``B`` sequences, ``T`` steps, ``G`` gates times width.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._layers import check_choice, init_affine, linear, matmul, uniform
-from ._task import Optimizee, Params
+from ._layers import check_choice, embed, init_affine, linear, matmul, normal, uniform
+from ._optimizee import Optimizee, Params
+
+Cell = Literal["lstm", "gru", "tanh"]
 
 NUM_GATES = {"lstm": 4, "gru": 3, "tanh": 1}
 
@@ -36,44 +41,94 @@ class RecurrentNet(Optimizee):
     num_rows: int
     row_size: int
     num_classes: int = 10
-    cell: Literal["lstm", "gru", "tanh"] = "lstm"
+    cell: Cell = "lstm"
 
     def __post_init__(self) -> None:
         check_choice("cell", self.cell, tuple(NUM_GATES))
 
     def init(self, generator: torch.Generator) -> Params:
         """Return ``rnn.{weight,bias}_{ih,hh}_l0`` from ``U(+-1/sqrt(width))``, and ``head.{weight,bias}``."""
-        rows = NUM_GATES[self.cell] * self.width
-        bound = 1 / math.sqrt(self.width)
-        params = {
-            "rnn.weight_ih_l0": uniform((rows, self.row_size), bound, generator),
-            "rnn.weight_hh_l0": uniform((rows, self.width), bound, generator),
-            "rnn.bias_ih_l0": uniform((rows,), bound, generator),
-            "rnn.bias_hh_l0": uniform((rows,), bound, generator),
-        }
+        params: Params = {}
+        init_recurrence(params, self.row_size, self.width, self.cell, generator)
         init_affine(params, "head", (self.num_classes, self.width), generator, "torch")
         return params
 
     def predict(self, params: Params, inputs: Tensor) -> Tensor:
         """Return ``[B, num_classes]`` for inputs that reshape to ``[B, num_rows, row_size]``."""
         rows = inputs.reshape(inputs.shape[0], self.num_rows, self.row_size)
-        driven = matmul(rows, params["rnn.weight_ih_l0"].T) + params["rnn.bias_ih_l0"]
-        recurrent, bias = params["rnn.weight_hh_l0"].T, params["rnn.bias_hh_l0"]
-        hidden = memory = torch.zeros_like(driven[:, 0, : self.width])
-        for row in range(self.num_rows):
-            hidden, memory = self._cell(driven[:, row], hidden @ recurrent + bias, hidden, memory)
-        return linear(params, "head", hidden)
+        return linear(params, "head", run_recurrence(params, rows, self.cell)[-1])
 
-    def _cell(self, driven: Tensor, recurrent: Tensor, hidden: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Advance hidden state and memory, given the parts of the gates ``[B, gates * width]`` from input and past."""
-        if self.cell == "tanh":
-            return torch.tanh(driven + recurrent), memory
-        if self.cell == "gru":
-            reset_x, update_x, new_x = driven.chunk(3, -1)
-            reset_h, update_h, new_h = recurrent.chunk(3, -1)
-            update = torch.sigmoid(update_x + update_h)
-            new = torch.tanh(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
-            return new + update * (hidden - new), memory
-        enter, forget, new, leave = (driven + recurrent).chunk(4, -1)
-        memory = torch.sigmoid(forget) * memory + torch.sigmoid(enter) * torch.tanh(new)
-        return torch.sigmoid(leave) * torch.tanh(memory), memory
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrentLanguageModel(Optimizee):
+    """Token embeddings, one recurrent layer, a linear head.
+
+    Args:
+        vocab_size: number of tokens.
+        width: hidden units, and channels of the embeddings.
+        cell: ``"lstm"``, ``"gru"`` or ``"tanh"``.
+        embedding_std: standard deviation of the initial embeddings; 1 as in ``nn.Embedding``.
+
+    Example:
+        >>> model = RecurrentLanguageModel(vocab_size=96, width=16)
+        >>> params = model.init(torch.Generator().manual_seed(0))
+        >>> model.predict(params, torch.zeros(3, 8, dtype=torch.int64)).shape
+        torch.Size([3, 8, 96])
+    """
+
+    vocab_size: int
+    width: int
+    cell: Cell = "gru"
+    embedding_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("cell", self.cell, tuple(NUM_GATES))
+
+    def init(self, generator: torch.Generator) -> Params:
+        """Return ``token_embedding.weight``, ``rnn.{weight,bias}_{ih,hh}_l0`` and ``head.{weight,bias}``."""
+        params = {"token_embedding.weight": normal((self.vocab_size, self.width), self.embedding_std, generator)}
+        init_recurrence(params, self.width, self.width, self.cell, generator)
+        init_affine(params, "head", (self.vocab_size, self.width), generator, "torch")
+        return params
+
+    def predict(self, params: Params, inputs: Tensor) -> Tensor:
+        """Return next-token logits ``[B, T, vocab_size]`` for int64 tokens ``[B, T]``."""
+        hidden = run_recurrence(params, embed(params, "token_embedding", inputs), self.cell)
+        return linear(params, "head", torch.stack(hidden, 1))
+
+
+def init_recurrence(params: Params, num_inputs: int, width: int, cell: Cell, generator: torch.Generator) -> None:
+    """Add ``rnn.*`` with the names, shapes and initial values of one layer of ``torch.nn``."""
+    rows = NUM_GATES[cell] * width
+    bound = 1 / math.sqrt(width)
+    params["rnn.weight_ih_l0"] = uniform((rows, num_inputs), bound, generator)
+    params["rnn.weight_hh_l0"] = uniform((rows, width), bound, generator)
+    params["rnn.bias_ih_l0"] = uniform((rows,), bound, generator)
+    params["rnn.bias_hh_l0"] = uniform((rows,), bound, generator)
+
+
+def run_recurrence(params: Params, inputs: Tensor, cell: Cell) -> list[Tensor]:
+    """Return the hidden state ``[B, width]`` after each step of ``[B, T, num_inputs]``."""
+    driven = matmul(inputs, params["rnn.weight_ih_l0"].T) + params["rnn.bias_ih_l0"]
+    recurrent, bias = params["rnn.weight_hh_l0"].T, params["rnn.bias_hh_l0"]
+    hidden = memory = torch.zeros_like(driven[:, 0, : recurrent.shape[0]])
+    states = []
+    for step in range(inputs.shape[1]):
+        hidden, memory = _step(driven[:, step], hidden @ recurrent + bias, hidden, memory, cell)
+        states.append(hidden)
+    return states
+
+
+def _step(driven: Tensor, recurrent: Tensor, hidden: Tensor, memory: Tensor, cell: Cell) -> tuple[Tensor, Tensor]:
+    """Advance hidden state and memory, given the parts of the gates ``[B, G]`` from input and past."""
+    if cell == "tanh":
+        return torch.tanh(driven + recurrent), memory
+    if cell == "gru":
+        reset_x, update_x, new_x = driven.chunk(3, -1)
+        reset_h, update_h, new_h = recurrent.chunk(3, -1)
+        update = torch.sigmoid(update_x + update_h)
+        new = torch.tanh(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
+        return new + update * (hidden - new), memory
+    enter, forget, new, leave = (driven + recurrent).chunk(4, -1)
+    memory = torch.sigmoid(forget) * memory + torch.sigmoid(enter) * torch.tanh(new)
+    return torch.sigmoid(leave) * torch.tanh(memory), memory

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._task import Batch, ClassificationTask, Params, Split
-from .transformer import Transformer
+from ._data import Data, Table
+from ._optimizee import Batch
 
 VOCAB_SIZE = 96
 """0 for any other byte, 1 for a newline, 2 to 95 for the bytes from space to ``}``."""
@@ -29,35 +29,38 @@ class TextSplits(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextTask(ClassificationTask):
-    """Next-character prediction on the standard library's source.
+class Text(Data):
+    """Windows of characters, and the same shifted by one as targets.
+
+    A training set is a run of consecutive characters.
 
     Args:
-        model: the optimizee; its ``context_length`` is the length of the sequences.
-        batch_size: sequences per batch.
-        num_train: characters of the training text that are used, all when ``None``.
+        context_length: characters of a window.
     """
 
-    model: Transformer
-    batch_size: int = 16
-    num_train: int | None = None
+    context_length: int
 
-    def init(self, generator: torch.Generator) -> Params:
-        """Return fresh parameters of the model."""
-        return self.model.init(generator)
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """One source."""
+        return (1.0,)
 
-    def sample_batch(self, generator: torch.Generator, split: Split, batch_size: int | None = None) -> Batch:
-        """Draw sequences ``[B, T]`` that start anywhere, and the same shifted by one as targets."""
-        text = getattr(load_text(), split)
-        if split == "train":
-            text = text[: self.num_train]
-        windows = text.unfold(0, self.model.context_length + 1, 1)
-        chosen = windows[torch.randint(windows.shape[0], (batch_size or self.batch_size,), generator=generator)]
-        return Batch(chosen[:, :-1], chosen[:, 1:])
+    @property
+    def num_classes(self) -> int:
+        """Size of the alphabet."""
+        return VOCAB_SIZE
 
-    def predict(self, params: Params, inputs: Tensor) -> Tensor:
-        """Return next-character logits ``[B, T, K]``."""
-        return self.model.predict(params, inputs)
+    def build(self) -> Table:
+        """Return the tokens, uint8 ``[rows]``; a window may begin at any but the last of a split."""
+        splits = load_text()
+        lengths = torch.tensor([len(split) for split in splits]).view(-1, 1)
+        tokens = torch.cat(splits).to(torch.uint8)
+        return Table(tokens, tokens[1:], lengths.cumsum(0) - lengths, lengths - self.context_length)
+
+    def gather(self, table: Table, rows: Tensor) -> Batch:
+        """Return the windows that begin at rows ``[...]`` and at the next ones, int64 ``[..., context_length]``."""
+        inputs, targets = (part.unfold(0, self.context_length, 1)[rows].long() for part in (table[0], table[1]))
+        return Batch(inputs, targets)
 
 
 @lru_cache(maxsize=2)

@@ -11,8 +11,9 @@ from torch import Tensor
 from flatopt.metatrain import FlatnessConfig, ObjectiveConfig, TaskConfig
 from flatopt.metatrain.unroll import Unroll
 from flatopt.rules import HierarchicalMLP, UpdateRule, Weights
-from flatopt.tasks import CNN, MLP, Optimizee, TaskDistribution
+from flatopt.tasks import CNN, MLP, Images, Optimizee, TaskDistribution
 
+DIGITS = Images(sources=(("digits", 1.0),))
 RULE = HierarchicalMLP(hidden=3, controller_hidden=4)
 MODELS: dict[str, Optimizee] = {
     "linear": MLP(sizes=(64, 10)),
@@ -31,7 +32,7 @@ def make_unroll(name: str = "mlp", *, rule: UpdateRule = RULE, task: Sequence[An
     defaults: dict[str, Any] = {
         "rule": rule,
         "distribution": TaskDistribution(
-            model=MODELS[name], sources=(("digits", 1.0),), batch_size=6, label_noise_probability=0.5
+            model=MODELS[name], data=DIGITS, batch_size=6, label_noise_probability=0.5, label_noise_range=(0.1, 0.1)
         ),
         "task": TaskConfig(name=name, **fields),
         "objective": WITH_FLATNESS,

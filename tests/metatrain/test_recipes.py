@@ -35,7 +35,7 @@ def test_one_update_of_each_recipe_is_finite_and_measures_its_penalty(name):
 
 
 def test_the_optimizee_is_the_published_one():
-    distribution = FAMILIES["mnist-mlp"]()
+    distribution = FAMILIES["mnist-mlp"]
     generator = torch.Generator().manual_seed(0)
     problems = distribution.sample_problems(2, generator)
     flat = torch.cat([value[0].reshape(-1) for value in problems.params.values()])

@@ -9,9 +9,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from flatopt.tasks import MLP, SPLITS, Batch, Problems, Split, TaskDistribution, Transformer, load_images, load_text
+from flatopt.tasks import (
+    MLP,
+    SPLITS,
+    Batch,
+    Data,
+    Images,
+    Problems,
+    Split,
+    Tabular,
+    TaskDistribution,
+    Text,
+    Transformer,
+    load_images,
+    load_text,
+)
 
-DIGITS = TaskDistribution(model=MLP(sizes=(64, 6, 10)), sources=(("digits", 1.0),), num_train_range=(50, 2000))
+DIGITS = TaskDistribution(
+    model=MLP(sizes=(64, 6, 10)), data=Images(sources=(("digits", 1.0),)), num_train_range=(50, 2000)
+)
 PLAIN = dataclasses.replace(
     DIGITS,
     input_scale_range=(1.0, 1.0),
@@ -21,10 +37,11 @@ PLAIN = dataclasses.replace(
 )
 TEXT = TaskDistribution(
     model=Transformer(vocab_size=96, width=8, num_heads=2, num_layers=1, context_length=9),
-    sources=(("text", 1.0),),
+    data=Text(context_length=9),
     num_train_range=(100, 1000),
     batch_size=6,
 )
+TABLES = Tabular(num_features=5, num_sets=3, num_train=40)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -49,7 +66,7 @@ def literal_target(label: int, example: int, problems: Problems, n: int, split: 
 def literal_rows(
     distribution: TaskDistribution, problems: Problems, num_batches: int, split: Split, generator: torch.Generator
 ) -> Tensor:
-    table = distribution._table("cpu")
+    table = distribution.data.table()
     num_problems = len(problems.source)
     drawn = torch.randint(2**31, (num_batches, num_problems, distribution.batch_size), generator=generator)
     rows = torch.empty_like(drawn)
@@ -66,10 +83,10 @@ def literal_rows(
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_image_batches_equal_their_slow_definition(split: Split) -> None:
-    distribution = dataclasses.replace(DIGITS, batch_size=7, label_noise_probability=0.7, label_noise=0.5)
+    distribution = dataclasses.replace(DIGITS, batch_size=7, label_noise_probability=0.7, label_noise_range=(0.5, 0.5))
     problems = distribution.sample_problems(5, seeded())
     batches = distribution.sample_batches(problems, 3, split, seeded(1))
-    table = distribution._table("cpu")
+    table = distribution.data.table()
     rows = literal_rows(distribution, problems, 3, split, seeded(1))
     for batch, n, example in torch.cartesian_prod(*map(torch.arange, rows.shape)).tolist():
         row = int(rows[batch, n, example])
@@ -80,7 +97,7 @@ def test_image_batches_equal_their_slow_definition(split: Split) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_text_batches_equal_their_slow_definition(split: Split) -> None:
-    distribution = dataclasses.replace(TEXT, label_noise_probability=0.7, label_noise=0.5)
+    distribution = dataclasses.replace(TEXT, label_noise_probability=0.7, label_noise_range=(0.5, 0.5))
     problems = distribution.sample_problems(3, seeded())
     batches = distribution.sample_batches(problems, 2, split, seeded(1))
     assert batches.inputs.dtype == batches.targets.dtype == torch.int64
@@ -105,10 +122,15 @@ def test_images_come_from_the_split_with_their_labels(split: Split) -> None:
     assert all(labels[tuple(image)] == target for image, target in zip(images, targets, strict=True))
 
 
-@pytest.mark.parametrize("distribution", [DIGITS, TEXT], ids=["digits", "text"])
-def test_text_and_image_tables_keep_splits_apart(distribution: TaskDistribution) -> None:
-    table = distribution._table("cpu")
-    spans = sorted((int(s), int(s) + int(n) - 1 + table.width) for s, n in zip(table.starts, table.sizes, strict=True))
+@pytest.mark.parametrize(
+    ("data", "length"),
+    [(Images(sources=(("digits", 0.5), ("digits", 0.5))), 1), (Text(context_length=9), 10), (TABLES, 1)],
+    ids=["digits", "text", "tabular"],
+)
+def test_splits_and_sources_share_no_row_of_the_table(data: Data, length: int) -> None:
+    table = data.table()
+    starts, sizes = table.starts.flatten().tolist(), table.sizes.flatten().tolist()
+    spans = sorted((start, start + size - 1 + length) for start, size in zip(starts, sizes, strict=True))
     assert all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False))
     assert spans[-1][1] == len(table.inputs)
 
@@ -134,7 +156,9 @@ def test_problem_fields_stay_in_their_ranges_and_fill_them() -> None:
     assert 0.5 <= problems.input_scale.min() < 0.55 and 1.9 < problems.input_scale.max() <= 2.0
     assert (problems.input_scale < 1).float().mean().item() == pytest.approx(0.5, abs=0.08)
     assert (problems.label_noise > 0).float().mean().item() == pytest.approx(0.125, abs=0.05)
-    assert set(problems.label_noise.tolist()) == {0.0, torch.tensor(0.1).item()}
+    noise = problems.label_noise[problems.label_noise > 0]
+    assert 0.1 <= noise.min() < 0.115 and 0.185 < noise.max() <= 0.2
+    assert noise.mean().item() == pytest.approx(0.15, abs=0.02)
     assert torch.equal(problems.label_permutation.sort(-1).values, torch.arange(10).expand(400, 10))
     assert len({tuple(row) for row in problems.label_permutation.tolist()}) > 390
     assert set(problems.param_scales) == set(problems.params)
@@ -144,7 +168,7 @@ def test_problem_fields_stay_in_their_ranges_and_fill_them() -> None:
 
 def test_label_noise_is_on_train_only_with_the_stated_fraction_and_fixed_by_example() -> None:
     clean = dataclasses.replace(PLAIN, batch_size=2000)
-    noisy = dataclasses.replace(clean, label_noise_probability=1.0, label_noise=0.3)
+    noisy = dataclasses.replace(clean, label_noise_probability=1.0, label_noise_range=(0.3, 0.3))
     problems = noisy.sample_problems(4, seeded())
     for split in SPLITS:
         wrong, right = (one.sample_batches(problems, 4, split, seeded(1)) for one in (noisy, clean))
@@ -188,10 +212,10 @@ def test_reparametrisation_changes_units_and_not_the_function() -> None:
         torch.testing.assert_close(slopes[name], expected[name] * scale.view(4, *[1] * (expected[name].dim() - 1)))
 
 
-def test_vmapped_loss_and_accuracy_equal_a_loop() -> None:
+def test_vmapped_loss_and_error_equal_a_loop() -> None:
     problems = DIGITS.sample_problems(3, seeded())
     batch = Batch(*(part[0] for part in DIGITS.sample_batches(problems, 1, "meta", seeded(1))))
-    for measure in (DIGITS.loss, DIGITS.accuracy):
+    for measure in (DIGITS.loss, DIGITS.error):
         many = torch.func.vmap(measure)(problems, problems.params, batch)
         for n in range(3):
             one = torch.utils._pytree.tree_map(lambda value, n=n: value[n], (problems, problems.params, batch))
@@ -217,7 +241,7 @@ def test_some_problems_can_be_replaced_by_fresh_ones() -> None:
 
 
 def test_sources_are_drawn_with_their_probabilities() -> None:
-    pair = dataclasses.replace(PLAIN, sources=(("digits", 0.2), ("digits", 0.8)))
+    pair = dataclasses.replace(PLAIN, data=Images(sources=(("digits", 0.2), ("digits", 0.8))))
     problems = pair.sample_problems(500, seeded())
     assert problems.source.float().mean().item() == pytest.approx(0.8, abs=0.06)
 
@@ -234,11 +258,10 @@ def test_a_gpu_gets_the_same_problems_and_batches() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sources": (("cifar", 1.0),)}, "source must be one of .* not 'cifar'"),
-        ({"sources": (("text", 1.0),)}, "'text' goes alone and needs a Transformer"),
+        ({"label_noise_probability": 1.5}, r"label_noise_probability must lie in \[0, 1\], not 1.5"),
         ({"input_scale_range": (2.0, 0.5)}, "input_scale_range must be two increasing positive numbers"),
         ({"num_train_range": (0, 5)}, "num_train_range"),
-        ({"label_noise": 1.5}, r"label_noise must lie in \[0, 1\], not 1.5"),
+        ({"label_noise_range": (0.2, 0.1)}, r"label_noise_range must be two increasing numbers in \[0, 1\]"),
     ],
 )
 def test_impossible_distributions_are_refused(change: dict[str, object], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Image data: the splits, the IDX reader, where files are looked for, and the task on top."""
+"""Image data: the splits, the IDX reader, and where files are looked for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flatopt.tasks import MLP, ImageTask, load_images
+from flatopt.tasks import Images, load_images
 from flatopt.tasks.images import DATA_VARIABLE, MNIST_VARIABLE, read_idx, resize
 
 NAMES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
@@ -184,24 +184,14 @@ def test_unknown_data_are_refused(name: str, size: int, message: str) -> None:
         load_images(name, size)
 
 
-def test_the_task_draws_from_the_chosen_split_and_subset(generator: torch.Generator) -> None:
-    task = ImageTask(model=MLP(sizes=(64, 8, 10)), dataset="digits", batch_size=200, num_train=20)
-    data = load_images("digits", 8)
-    batch = task.sample_batch(generator, "train")
-    assert batch.inputs.shape == (200, 8, 8)
-    assert rows(batch.inputs) == rows(data.train.inputs[:20])
-    assert rows(task.sample_batch(generator, "meta").inputs) <= rows(data.meta.inputs)
-    assert len(task.sample_batch(generator, "test", 7).targets) == 7
-    assert len(task.examples("test").targets) == 400
-    again = [task.sample_batch(torch.Generator().manual_seed(3), "train").inputs for _ in range(2)]
-    torch.testing.assert_close(*again, rtol=0, atol=0)
+def test_unknown_sources_are_refused() -> None:
+    with pytest.raises(ValueError, match="source must be one of .* not 'cifar'"):
+        Images(sources=(("cifar", 1.0),))
 
 
-def test_gradient_descent_learns_the_digits(generator: torch.Generator) -> None:
-    task = ImageTask(model=MLP(sizes=(64, 32, 10)), dataset="digits")
-    params = task.init(generator)
-    gradient = torch.func.grad(task.loss)
-    for _ in range(300):
-        slope = gradient(params, task.sample_batch(generator, "train"))
-        params = {name: value - 0.5 * slope[name] for name, value in params.items()}
-    assert task.accuracy(params, task.examples("test")) > 0.9
+def test_autoencoders_get_the_images_as_targets() -> None:
+    data = Images(sources=(("digits", 1.0),), reconstruct=True)
+    batch = data.gather(data.table(), torch.tensor([[3, 1], [0, 2]]))
+    assert batch.inputs.shape == (2, 2, 64)
+    assert torch.equal(batch.inputs, batch.targets)
+    assert rows(batch.inputs.flatten(0, 1)) <= rows(load_images("digits", 8).train.inputs.flatten(1))

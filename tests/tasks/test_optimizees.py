@@ -9,10 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatopt.tasks import CNN, MLP, Optimizee, Params, RecurrentNet, Transformer, accuracy, cross_entropy
+from flatopt.tasks import (
+    CNN,
+    MLP,
+    Optimizee,
+    Params,
+    RecurrentLanguageModel,
+    RecurrentNet,
+    ResidualMLP,
+    Transformer,
+    VisionTransformer,
+    accuracy,
+    cross_entropy,
+    mean_squared_error,
+)
 from flatopt.tasks._layers import group_norm, layer_norm
 from flatopt.tasks.cnn import conv3x3, max_pool2x2
-from flatopt.tasks.transformer import causal_attention
+from flatopt.tasks.transformer import attention
 
 OPTIMIZEES: dict[str, Optimizee] = {
     "mlp": MLP(sizes=(16, 6, 10)),
@@ -27,6 +40,10 @@ OPTIMIZEES: dict[str, Optimizee] = {
     "norm-last-transformer": Transformer(
         vocab_size=10, width=8, num_heads=2, num_layers=1, context_length=6, norm_first=False
     ),
+    "vision-transformer": VisionTransformer(image_size=4, patch_size=2, width=8, num_heads=2, num_layers=1),
+    "residual-mlp": ResidualMLP(num_inputs=16, width=6, num_blocks=2),
+    "gru-language-model": RecurrentLanguageModel(vocab_size=10, width=5),
+    "lstm-language-model": RecurrentLanguageModel(vocab_size=10, width=5, cell="lstm"),
 }
 every_optimizee = pytest.mark.parametrize("optimizee", OPTIMIZEES.values(), ids=OPTIMIZEES)
 
@@ -36,7 +53,7 @@ def double(params: Params) -> Params:
 
 
 def make_inputs(optimizee: Optimizee, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    if isinstance(optimizee, Transformer):
+    if isinstance(optimizee, Transformer | RecurrentLanguageModel):
         tokens = torch.randint(10, (batch, 7), generator=generator)
         return tokens[:, :-1], tokens[:, 1:]
     inputs = torch.randn(batch, 16, generator=generator, dtype=torch.float64)
@@ -207,10 +224,72 @@ def test_recurrent_net_equals_torch_layers(cell: str, generator: torch.Generator
     torch.testing.assert_close(optimizee.predict(params, inputs), expected)
 
 
-def test_causal_attention_equals_torch(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("cell", ["lstm", "gru", "tanh"])
+def test_recurrent_language_model_equals_torch_layers(cell: str, generator: torch.Generator) -> None:
+    optimizee = RecurrentLanguageModel(vocab_size=11, width=5, cell=cell)  # type: ignore[arg-type]
+    params = double(optimizee.init(generator))
+    assert params["token_embedding.weight"].std().item() == pytest.approx(1, abs=0.2)  # as nn.Embedding
+    module = {"lstm": nn.LSTM, "gru": nn.GRU, "tanh": nn.RNN}[cell](5, 5, batch_first=True).double()
+    module.load_state_dict({name[4:]: value for name, value in params.items() if name.startswith("rnn.")})
+    tokens = torch.randint(11, (4, 6), generator=generator)
+    hidden = module(F.embedding(tokens, params["token_embedding.weight"]))[0]
+    expected = F.linear(hidden, params["head.weight"], params["head.bias"])
+    torch.testing.assert_close(optimizee.predict(params, tokens), expected)
+
+
+def test_residual_mlp_equals_torch_layers(generator: torch.Generator) -> None:
+    optimizee = ResidualMLP(num_inputs=16, width=6, num_blocks=2, num_outputs=3, expansion=4)
+    params = double(optimizee.init(generator))
+    params = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in params.items()}
+    inputs = torch.randn(5, 4, 4, generator=generator).double()
+
+    def affine(name: str, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, params[f"{name}.weight"], params[f"{name}.bias"])
+
+    def norm(name: str, hidden: Tensor) -> Tensor:
+        return F.layer_norm(hidden, (6,), params[f"{name}.weight"], params[f"{name}.bias"])
+
+    hidden = affine("stem", inputs.flatten(1))
+    for index in range(2):
+        block = f"blocks.{index}"
+        branch = F.gelu(affine(f"{block}.linear1", norm(f"{block}.norm", hidden)))
+        assert branch.shape == (5, 24)
+        hidden = hidden + affine(f"{block}.linear2", branch)
+    torch.testing.assert_close(optimizee.predict(params, inputs), affine("head", norm("norm", hidden)))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_equals_torch(causal: bool, generator: torch.Generator) -> None:
     query, key, value = torch.randn(3, 2, 4, 7, 5, generator=generator).double()
-    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    torch.testing.assert_close(causal_attention(query, key, value), expected)
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+    torch.testing.assert_close(attention(query, key, value, causal=causal), expected)
+
+
+def test_vision_transformer_equals_torch_layers(generator: torch.Generator) -> None:
+    optimizee = VisionTransformer(image_size=6, patch_size=2, width=8, num_heads=2, num_layers=2)
+    params = double(optimizee.init(generator))
+    params = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in params.items()}
+    images = torch.randn(3, 6, 6, generator=generator).double()
+    # A convolution with the patch as kernel and as stride is what most implementations embed patches by.
+    kernel = params["stem.weight"].view(8, 1, 2, 2)
+    hidden = F.conv2d(images.unsqueeze(1), kernel, params["stem.bias"], stride=2).flatten(2).transpose(1, 2)
+    hidden = hidden + params["position_embedding.weight"]
+    for index in range(2):
+        hidden = encoder_layer(params, f"layers.{index}.", norm_first=True)(hidden)
+    hidden = F.layer_norm(hidden, (8,), params["norm.weight"], params["norm.bias"]).mean(1)
+    expected = F.linear(hidden, params["head.weight"], params["head.bias"])
+    torch.testing.assert_close(optimizee.predict(params, images.flatten(1)), expected)
+
+
+def encoder_layer(params: Params, prefix: str, *, norm_first: bool) -> nn.Module:
+    """Return torch's block with the parameters that begin with ``prefix``."""
+    module = nn.TransformerEncoderLayer(
+        8, 2, 32, dropout=0.0, activation="gelu", batch_first=True, norm_first=norm_first, dtype=torch.float64
+    )
+    module.load_state_dict(
+        {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+    )
+    return module
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
@@ -224,13 +303,7 @@ def test_transformer_equals_torch_layers(norm_first: bool, generator: torch.Gene
     hidden = params["token_embedding.weight"][tokens] + params["position_embedding.weight"][:5]
     mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
     for index in range(2):
-        module = nn.TransformerEncoderLayer(
-            8, 2, 32, dropout=0.0, activation="gelu", batch_first=True, norm_first=norm_first, dtype=torch.float64
-        )
-        prefix = f"layers.{index}."
-        module.load_state_dict(
-            {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
-        )
+        module = encoder_layer(params, f"layers.{index}.", norm_first=norm_first)
         hidden = module(hidden, src_mask=mask, is_causal=True)
     if norm_first:
         hidden = F.layer_norm(hidden, (8,), params["norm.weight"], params["norm.bias"])
@@ -239,12 +312,14 @@ def test_transformer_equals_torch_layers(norm_first: bool, generator: torch.Gene
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 4)])
-def test_cross_entropy_and_accuracy_equal_torch(shape: tuple[int, ...], generator: torch.Generator) -> None:
+def test_losses_equal_torch(shape: tuple[int, ...], generator: torch.Generator) -> None:
     logits = torch.randn(*shape, 5, generator=generator).double()
     targets = torch.randint(5, shape, generator=generator)
     torch.testing.assert_close(
         cross_entropy(logits, targets), F.cross_entropy(logits.flatten(0, -2), targets.flatten())
     )
+    values = torch.randn(logits.shape, generator=generator).double()
+    torch.testing.assert_close(mean_squared_error(logits, values), F.mse_loss(logits, values))
     assert accuracy(logits, logits.argmax(-1)) == 1
     assert accuracy(logits, (logits.argmax(-1) + 1) % 5) == 0
 
@@ -259,6 +334,10 @@ def test_cross_entropy_and_accuracy_equal_torch(shape: tuple[int, ...], generato
         (
             lambda: Transformer(vocab_size=9, width=9, num_heads=2, num_layers=1, context_length=4),
             "width=9 must be a multiple of num_heads=2",
+        ),
+        (
+            lambda: VisionTransformer(image_size=9, patch_size=2, width=8, num_heads=2, num_layers=1),
+            "image_size=9 must be a multiple of patch_size=2",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Text data: the alphabet, the splits and the task."""
+"""Text data: the alphabet, the splits and the windows."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flatopt.tasks import TextTask, Transformer, load_text
+from flatopt.tasks import Text, load_text
 from flatopt.tasks import text as text_module
 from flatopt.tasks.text import VOCAB_SIZE, encode
-
-MODEL = Transformer(vocab_size=VOCAB_SIZE, width=8, num_heads=2, num_layers=1, context_length=12)
 
 
 def test_every_byte_has_its_own_token_or_the_unknown_one() -> None:
@@ -51,19 +49,13 @@ def test_a_library_without_sources_is_reported(tmp_path: Path, monkeypatch: pyte
         load_text.__wrapped__()
 
 
-def test_targets_are_the_next_characters_of_the_used_text(generator: torch.Generator) -> None:
-    task = TextTask(model=MODEL, batch_size=50, num_train=100)
-    batch = task.sample_batch(generator, "train")
-    assert batch.inputs.shape == batch.targets.shape == (50, 12)
-    used = load_text().train[:100].tolist()
-    windows = {tuple(used[start : start + 13]) for start in range(88)}
-    drawn = torch.cat([batch.inputs, batch.targets[:, -1:]], -1)
-    assert {tuple(row) for row in drawn.tolist()} <= windows
-    torch.testing.assert_close(batch.inputs[:, 1:], batch.targets[:, :-1])
-
-
-def test_an_untrained_model_is_near_chance(generator: torch.Generator) -> None:
-    task = TextTask(model=MODEL)
-    params, batch = task.init(generator), task.sample_batch(generator, "test")
-    assert task.loss(params, batch).item() == pytest.approx(torch.tensor(96.0).log().item(), rel=0.15)
-    assert 0 <= task.accuracy(params, batch) < 0.3
+def test_targets_are_the_next_characters() -> None:
+    data = Text(context_length=12)
+    table = data.table()
+    batch = data.gather(table, torch.tensor([[0, 7]]))
+    text = load_text().train
+    for place, start in enumerate((0, 7)):
+        assert torch.equal(batch.inputs[0, place], text[start : start + 12])
+        assert torch.equal(batch.targets[0, place], text[start + 1 : start + 13])
+    last = data.gather(table, table.starts[:, 0] + table.sizes[:, 0] - 1)
+    assert torch.equal(last.targets[:, -1], torch.stack([split[-1] for split in load_text()]))

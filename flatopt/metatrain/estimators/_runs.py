@@ -48,7 +48,7 @@ def build_unrolls(config: MetaTrainConfig, rule: UpdateRule, device: torch.devic
 
 def _distribution(task: TaskConfig) -> TaskDistribution:
     """Return the problems of a family, with the training-set size and the random scaling that are asked for."""
-    distribution = FAMILIES[task.name]()
+    distribution = FAMILIES[task.name]
     if task.num_train is not None:
         distribution = replace(distribution, num_train_range=(task.num_train, task.num_train))
     if task.random_scaling > 0:

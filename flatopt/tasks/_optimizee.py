@@ -1,4 +1,4 @@
-"""The contract of an inner problem: an optimizee (a pure model), data in three splits, and a loss.
+"""The contract of an inner problem: an optimizee (a pure model), batches from three splits, and losses.
 
 Everything is a pure function of dicts of tensors, so ``torch.func.vmap`` runs many problems at once.
 """
@@ -45,40 +45,6 @@ class Optimizee(ABC):
     @abstractmethod
     def predict(self, params: Params, inputs: Tensor) -> Tensor:
         """Return outputs ``[B, ..., K]`` for inputs ``[B, ...]``; accepted by ``vmap``, ``grad`` and ``compile``."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task(ABC):
-    """One inner problem."""
-
-    @abstractmethod
-    def init(self, generator: torch.Generator) -> Params:
-        """Return fresh parameters of the optimizee."""
-
-    @abstractmethod
-    def sample_batch(self, generator: torch.Generator, split: Split, batch_size: int | None = None) -> Batch:
-        """Draw a batch, on the CPU, with a CPU generator; the task's own batch size unless another is given."""
-
-    @abstractmethod
-    def predict(self, params: Params, inputs: Tensor) -> Tensor:
-        """Return logits, or predicted values."""
-
-    @abstractmethod
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        """Return the 0-D mean loss."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassificationTask(Task):
-    """A task with int64 targets and logits over classes."""
-
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy in nats."""
-        return cross_entropy(self.predict(params, batch.inputs), batch.targets)
-
-    def accuracy(self, params: Params, batch: Batch) -> Tensor:
-        """Return the fraction of predictions that are right."""
-        return accuracy(self.predict(params, batch.inputs), batch.targets)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
