@@ -53,6 +53,8 @@ class TaskConfig:
     """Shortest horizon; horizons are log-uniform between both ends."""
     max_steps: Count = 1500
     """Longest horizon."""
+    truncation_length: Count | None = None
+    """Inner steps per meta-update of this family, ``estimator.truncation_length`` if ``None``."""
     unknown_horizon_probability: Probability = 0.33
     """Fraction of the runs in which the rule is not told the horizon."""
     weight: float = 1.0
@@ -199,6 +201,13 @@ class ValidationConfig:
     """Seed of their problems and batches."""
     patience: Count | None = None
     """Without a curriculum, end the run after so many validations without improvement; never if ``None``."""
+    relative: bool | None = None
+    """Take the logarithm of the loss over that of the rule's initial weights, with horizons told and not told."""
+    num_lengths: Count | None = None
+    """Lengths of the runs of each family, log-uniform from its shortest to its longest horizon, where neither
+    ``num_steps`` nor a curriculum gives one; the longest alone if ``None``."""
+    compile: bool | None = None
+    """Compile the steps of validation where those of training are."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -26,6 +26,14 @@ from .config import CurriculumConfig, MetaTrainConfig
 Decision = Literal["keep", "go on", "advance", "stop"]
 
 
+class Verdict(NamedTuple):
+    """What validation says of weights; lower is better."""
+
+    loss: float
+    families: dict[str, float] = {}
+    """The loss of each family by its name."""
+
+
 class Progress(NamedTuple):
     """Where in the curriculum a run is; plain values, saved with its checkpoint."""
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from ..rules import Weights
 from .checkpoint import WRITING, Checkpoint, latest, save
 from .config import MetaTrainConfig
-from .curriculum import Progress, decide, train_steps, validation_steps
+from .curriculum import Progress, Verdict, decide, train_steps, validation_steps
 from .estimators import EstimatorState, GradientEstimator, MetaGradient, build_estimator, enter_stage
 from .meta_optimizer import build_meta_optimizer
 
@@ -43,7 +43,7 @@ SMOOTHING = 0.98
 SECONDS_BETWEEN_LINES = 30.0
 """Time between progress lines where standard error is not a terminal."""
 
-Validate = Callable[[Weights, int | None], float]
+Validate = Callable[[Weights, int | None], Verdict]
 """``validate(weights, num_steps)``: the loss of weights; ``num_steps`` is ``None`` without a curriculum."""
 
 
@@ -213,11 +213,11 @@ class _Run:
     def is_done(self) -> bool:
         return self.update >= self.config.num_updates or self.progress.finished
 
-    def validate(self, validate: Validate) -> float:
-        """Validate, and keep the weights, go back to the best ones and lengthen the runs, or end; return the loss."""
-        loss = self._measure(validate, self.candidate)
+    def validate(self, validate: Validate) -> dict[str, Any]:
+        """Validate, then keep the weights, go back to the best ones and lengthen the runs, or end; return metrics."""
+        before, verdict = self.progress.stage, self._measure(validate, self.candidate)
+        loss = verdict.loss
         best_loss = None if self.best_validation is None else self.best_validation["loss"]
-        stage = self.progress.stage
         self.progress, decision = decide(self.config, self.progress, loss, best_loss)
         if decision == "keep":
             self.best = _copy(self.candidate)
@@ -227,11 +227,12 @@ class _Run:
                 for name, value in weights.items():
                     value.copy_(self.best[name])
             self._enter_stage()
-            if self.best_validation is not None and self.progress.stage != stage:
-                self._note_best(self.best_validation["update"], self._measure(validate, self.best))
-        return loss
+            if self.best_validation is not None and self.progress.stage != before:
+                self._note_best(self.best_validation["update"], self._measure(validate, self.best).loss)
+        families = {f"validation/{name}": value for name, value in verdict.families.items()}
+        return {"validation_stage": before, "validation_loss": loss, **families}
 
-    def _measure(self, validate: Validate, weights: Weights) -> float:
+    def _measure(self, validate: Validate, weights: Weights) -> Verdict:
         return validate(_copy(weights), validation_steps(self.config.curriculum, self.progress.stage))
 
     def _note_best(self, update: int, loss: float) -> None:
@@ -330,7 +331,7 @@ def _loop(
     while not run.is_done and stop.signal_number is None:
         metrics = run.step()
         if validate is not None and config.validate_every and run.update % config.validate_every == 0:
-            metrics |= {"validation_stage": run.progress.stage, "validation_loss": run.validate(validate)}
+            metrics |= run.validate(validate)
         log.write(metrics)
         due = config.checkpoint_every and run.update % config.checkpoint_every == 0
         if due or time.monotonic() - saved_time >= config.checkpoint_every_seconds:

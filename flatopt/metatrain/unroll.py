@@ -31,6 +31,8 @@ from .objective import clip_loss, penalty, schedule_mask, step_weight, transform
 PACK_SIZE = 256
 """Tensors up to this size are handled side by side: fewer kernels to compile, and small ones cost no more."""
 
+MAX_DRAWN = 50
+"""Steps whose batches are held at a time: those of a truncation as long as a whole run would take gigabytes."""
 
 Mode = Literal["plain", "recorded", "compiled"]
 """How a step is executed."""
@@ -148,28 +150,36 @@ class Unroll:
         return _map(torch.Tensor.contiguous, runs)
 
     def run(self, weights_N: Weights, runs: Runs, copies: int, generator: torch.Generator) -> tuple[Runs, StepLosses]:
-        """Run one truncation.
+        """Run one truncation, drawing for at most ``MAX_DRAWN`` steps at a time.
 
         Returns:
             The runs afterwards, and the losses ``[L, N]``.
         """
-        return self.unroll(weights_N, runs, self.draw(runs, copies, generator), copies)
+        parts = []
+        for first in range(0, self.truncation_length, MAX_DRAWN):
+            length = min(MAX_DRAWN, self.truncation_length - first)
+            runs, losses = self.unroll(weights_N, runs, self.draw(runs, copies, generator, length), copies)
+            parts.append(losses)
+        return runs, StepLosses(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
-    def draw(self, runs: Runs, copies: int, generator: torch.Generator) -> Draws:
-        """Draw the batches and the noise of one truncation, the same for all copies of a problem."""
+    def draw(self, runs: Runs, copies: int, generator: torch.Generator, length: int | None = None) -> Draws:
+        """Draw batches and noise of a truncation, or ``length`` steps of it, the same for all copies of a problem."""
+        length = self.truncation_length if length is None else length
         first = _map(lambda value: value[: len(value) // copies], runs)
-        train = self.distribution.sample_batches(first.problem, self.truncation_length, "train", generator)
+        train = self.distribution.sample_batches(first.problem, length, "train", generator)
         split: Split = "train" if self.objective.meta_split == "train" else "meta"
-        meta = self.distribution.sample_batches(first.problem, self.truncation_length, split, generator)
+        meta = self.distribution.sample_batches(first.problem, length, split, generator)
         terms = (self.objective.flatness, self.objective.inner_flatness)
-        noise, inner_noise = (self._draw_noise(term, first.params, generator) for term in terms)
+        noise, inner_noise = (self._draw_noise(term, first.params, generator, length) for term in terms)
         return Draws(train, meta, noise, inner_noise)
 
-    def _draw_noise(self, term: FlatnessConfig, params: Params, generator: torch.Generator) -> dict[str, Tensor]:
+    def _draw_noise(
+        self, term: FlatnessConfig, params: Params, generator: torch.Generator, length: int
+    ) -> dict[str, Tensor]:
         measure = term.build_measure()
         if measure is None:
             return {}
-        noise = [_noise(measure, params, generator) for _ in range(self.truncation_length)]
+        noise = [_noise(measure, params, generator) for _ in range(length)]
         return {name: torch.stack([step[name] for step in noise]) for name in noise[0]}
 
     def unroll(self, weights_N: Weights, runs: Runs, draws: Draws, copies: int) -> tuple[Runs, StepLosses]:
@@ -191,7 +201,7 @@ class Unroll:
 
     def _steps(self, runs: Runs, draws: Draws, copies: int) -> Iterator[tuple[Unroll, _Inputs]]:
         """Yield what makes each step of a truncation, and what it takes besides weights and runs."""
-        for index, on in enumerate(self._terms_on(runs)):
+        for index, on in enumerate(self._terms_on(runs, len(draws.train.inputs))):
             train, meta = (Batch(*(_repeat(part[index], copies) for part in batch)) for batch in draws[:2])
             noise, inner_noise = (
                 {name: _repeat(value[index], copies, dim=1) for name, value in drawn.items() if is_on}
@@ -199,13 +209,13 @@ class Unroll:
             )
             yield self._variants[on], (train, meta, noise, inner_noise)
 
-    def _terms_on(self, runs: Runs) -> list[tuple[bool, bool]]:
-        """Return for each step of a truncation whether any run counts the flatness terms, outer and inner."""
-        taken_LN = runs.step + torch.arange(self.truncation_length, device=self.device).unsqueeze(1)
+    def _terms_on(self, runs: Runs, length: int) -> list[tuple[bool, bool]]:
+        """Return for each of the next steps whether any run counts the flatness terms, outer and inner."""
+        taken_LN = runs.step + torch.arange(length, device=self.device).unsqueeze(1)
         on = []
         for term in (self.objective.flatness, self.objective.inner_flatness):
             if term.name is None or term.schedule == "always":
-                on.append([term.name is not None] * self.truncation_length)
+                on.append([term.name is not None] * length)
             else:
                 on.append(schedule_mask(term, taken_LN, runs.horizon).any(1).tolist())
         return list(zip(*on, strict=True))

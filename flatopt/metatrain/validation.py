@@ -1,57 +1,131 @@
-"""Held-out runs: how good weights are on problems and data that meta-training does not see.
+r"""Held-out runs: how good weights are on problems and data that meta-training does not see.
 
-Fresh problems are trained by the rule, and judged by the loss on the ``meta`` split, averaged over the last truncation
-of each run.  Problems and batches come from a seed of their own and are the same at every call, so that two losses
-differ by the weights alone.
+Fresh problems are trained by the rule, and judged by the loss :math:`F` on the ``meta`` split, averaged over the last
+truncation of each run.  Problems and batches come from a seed of their own and are the same at every call, so that two
+losses differ by the weights alone.
+
+The validation loss is the mean of :math:`F` over families by their weights or, with ``validation.relative``, that of
+
+.. math::
+    \frac{1}{|T|} \sum_{T} \Big( (1-p) \ln \frac{F(w, T)}{F(w_0, T)} + p \ln \frac{F^?(w, T)}{F^?(w_0, T)} \Big)
+
+with :math:`w_0` the rule's initial weights of seed 0 on the same problems and batches, measured once; :math:`T` the
+lengths of the runs; :math:`F` the mean loss of runs that are told their horizon, :math:`F^?` of the same ones without;
+and :math:`p` the ``unknown_horizon_probability`` of the family.  No family dominates for the size of its loss.
+
+Cost: :math:`\sum T` steps of ``num_tasks`` runs per family, of twice as many where :math:`0 < p < 1`, and all of it
+once more at the first validation of a session.  A step is recorded, which takes seconds per family, and then three to
+five times slower than a compiled one.  With ``validation.compile`` it is compiled as in training; where a family has
+as many runs in both (``num_tasks`` equal, :math:`0 < p < 1`), the compiler finds the step of training in its cache.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from ..rules import UpdateRule, Weights
-from .config import FlatnessConfig, MetaTrainConfig
+from .config import FlatnessConfig, MetaTrainConfig, ObjectiveConfig
+from .curriculum import Verdict
 from .estimators._runs import build_unrolls, repeat
-from .unroll import Unroll
+from .unroll import Runs, Unroll
+
+WINDOW = 20
+"""Steps at the end of a run that its loss is averaged over, at most, where validation is relative."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """The validation loss of weights, lower is better.
+    """The validation loss of weights.
 
     Args:
         unrolls: one per family of problems.
         num_steps: length of the runs where a call does not say; the longest horizon of each family if ``None``.
         seed: seed of problems and batches.
+        relative: compare with the rule's initial weights, with horizons told and not told.
+        num_lengths: lengths of runs that are not told theirs above, from the shortest to the longest horizon.
     """
 
     unrolls: Sequence[Unroll]
     num_steps: int | None
     seed: int
+    relative: bool = False
+    num_lengths: int = 1
+    _untrained: dict[tuple[str, int], Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
 
-    def __call__(self, weights: Weights, num_steps: int | None = None) -> float:
+    def __call__(self, weights: Weights, num_steps: int | None = None) -> Verdict:
         """Return the mean loss at the end of the runs, families by their weights.
 
         Args:
             weights: of the rule, on the device of the runs.
             num_steps: length of the runs.
         """
-        total_weight = sum(unroll.task.weight for unroll in self.unrolls)
-        loss = 0.0
+        weights = {name: weight.detach() for name, weight in weights.items()}
+        families = {}
         with torch.no_grad():
             for index, unroll in enumerate(self.unrolls):
-                generator = torch.Generator().manual_seed(self.seed + index)
-                count = unroll.task.num_tasks
-                weights_N = repeat({name: weight.detach() for name, weight in weights.items()}, count)
-                length = num_steps or self.num_steps or unroll.task.max_steps
-                runs = unroll.start(weights_N, count, 1, generator, length)
-                for _ in range(int(runs.horizon[0]) // unroll.truncation_length):
-                    runs, losses = unroll.run(weights_N, runs, 1, generator)
-                loss += unroll.task.weight / total_weight * float(losses.meta.mean())
-        return loss
+                judge = self._relative_loss if self.relative else self._loss
+                lengths = self._lengths(unroll, num_steps or self.num_steps)
+                losses = [judge(weights, unroll, length, self.seed + index) for length in lengths]
+                families[unroll.task.name] = sum(losses) / len(losses)
+        total_weight = sum(unroll.task.weight for unroll in self.unrolls)
+        shares = {unroll.task.name: unroll.task.weight / total_weight for unroll in self.unrolls}
+        return Verdict(sum(share * families[name] for name, share in shares.items()), families)
+
+    def _lengths(self, unroll: Unroll, num_steps: int | None) -> list[int]:
+        """Return the lengths of the runs of a family, each once."""
+        shortest, longest = unroll.task.min_steps, unroll.task.max_steps
+        if num_steps is not None or self.num_lengths == 1:
+            return [num_steps or longest]
+        ratio = (longest / shortest) ** (1 / (self.num_lengths - 1))
+        return sorted({round(shortest * ratio**index) for index in range(self.num_lengths)})
+
+    def _loss(self, weights: Weights, unroll: Unroll, length: int, seed: int) -> float:
+        runs, weights_N, generator = _start(weights, unroll, 1, length, seed)
+        return float(_end_losses(weights_N, runs, unroll, 1, generator).mean())
+
+    def _relative_loss(self, weights: Weights, unroll: Unroll, length: int, seed: int) -> float:
+        key = (unroll.task.name, length)
+        if key not in self._untrained:
+            first = unroll.rule.init_weights(torch.Generator().manual_seed(0))
+            untrained = {name: first[name].to(weight) for name, weight in weights.items()}
+            self._untrained[key] = _told_and_untold(untrained, unroll, length, seed)
+        ratios = _told_and_untold(weights, unroll, length, seed) / self._untrained[key]
+        untold = unroll.task.unknown_horizon_probability
+        shares = [share for share in (1 - untold, untold) if share > 0]
+        return sum(share * float(ratio.log()) for share, ratio in zip(shares, ratios, strict=True))
+
+
+def _told_and_untold(weights: Weights, unroll: Unroll, length: int, seed: int) -> Tensor:
+    """Return the mean losses of the same runs with and without their horizon, of one kind where the other is unused."""
+    untold = unroll.task.unknown_horizon_probability
+    copies = 2 if 0 < untold < 1 else 1
+    runs, weights_N, generator = _start(weights, unroll, copies, length, seed)
+    told = runs.horizon.clone()
+    if untold > 0:
+        told[-unroll.task.num_tasks :] = math.inf
+    losses = _end_losses(weights_N, runs._replace(num_steps=told), unroll, copies, generator)
+    return losses.unflatten(1, (copies, -1)).mean((0, 2)).clamp(min=torch.finfo(losses.dtype).tiny)
+
+
+def _start(
+    weights: Weights, unroll: Unroll, copies: int, length: int, seed: int
+) -> tuple[Runs, Weights, torch.Generator]:
+    """Return the runs of a family at their start, their weights, and the source of their batches."""
+    generator = torch.Generator().manual_seed(seed)
+    weights_N = repeat(weights, copies * unroll.task.num_tasks)
+    return unroll.start(weights_N, unroll.task.num_tasks, copies, generator, length), weights_N, generator
+
+
+def _end_losses(weights_N: Weights, runs: Runs, unroll: Unroll, copies: int, generator: torch.Generator) -> Tensor:
+    """Train to the end; return the meta losses of the last truncation, ``[L, N]``."""
+    for _ in range(int(runs.horizon[0]) // unroll.truncation_length):
+        runs, losses = unroll.run(weights_N, runs, copies, generator)
+    return losses.meta
 
 
 def build_validation(config: MetaTrainConfig, rule: UpdateRule, device: torch.device) -> Validation:
@@ -60,18 +134,33 @@ def build_validation(config: MetaTrainConfig, rule: UpdateRule, device: torch.de
     Raises:
         ValueError: for an unknown family; the message lists the valid ones.
     """
-    plain = replace(
-        config.objective,
+    validation, compiled = config.validation, config.compile and bool(config.validation.compile)
+    tasks = tuple(replace(task, num_tasks=validation.num_tasks, random_scaling=0.0) for task in config.tasks)
+    if validation.relative:
+        lengths = [task.truncation_length or config.estimator.truncation_length for task in tasks]
+        tasks = tuple(
+            replace(task, truncation_length=min(WINDOW, length)) for task, length in zip(tasks, lengths, strict=True)
+        )
+    objective = _objective(config.objective, as_in_training=compiled)
+    held_out = replace(config, objective=objective, tasks=tasks, compile=compiled)
+    return Validation(
+        unrolls=build_unrolls(held_out, rule, device),
+        num_steps=validation.num_steps,
+        seed=validation.seed,
+        relative=bool(validation.relative),
+        num_lengths=validation.num_lengths or 1,
+    )
+
+
+def _objective(objective: ObjectiveConfig, *, as_in_training: bool) -> ObjectiveConfig:
+    """Return an objective whose meta loss is that of the ``meta`` split; nothing else of it is used."""
+    if as_in_training and objective.meta_weight and objective.meta_split == "meta":
+        return objective
+    return replace(
+        objective,
         train_weight=0.0,
         meta_weight=1.0,
         meta_split="meta",
         transform="none",
         flatness=FlatnessConfig(),
-    )
-    tasks = tuple(replace(task, num_tasks=config.validation.num_tasks, random_scaling=0.0) for task in config.tasks)
-    held_out = replace(config, objective=plain, tasks=tasks, compile=False)
-    return Validation(
-        unrolls=build_unrolls(held_out, rule, device),
-        num_steps=config.validation.num_steps,
-        seed=config.validation.seed,
     )

@@ -4,6 +4,7 @@ from toy_metatrain import toy_config, toy_estimator
 
 from flatopt.metatrain import train
 from flatopt.metatrain.checkpoint import latest
+from flatopt.metatrain.curriculum import Verdict
 from flatopt.metatrain.meta_optimizer import TensorFlowRMSProp, build_meta_optimizer
 
 
@@ -42,12 +43,12 @@ def test_a_run_with_either_resumes_bit_for_bit(tmp_path, name):
         def validate(weights, num_steps, dies=dies):
             if dies:
                 raise ArithmeticError
-            return 1.0
+            return Verdict(1.0)
 
         if dies:
             with pytest.raises(ArithmeticError):
                 train(config, folder, estimator=toy_estimator(), validate=validate)
-        train(config, folder, estimator=toy_estimator(), resume=dies, validate=lambda weights, num_steps: 1.0)
+        train(config, folder, estimator=toy_estimator(), resume=dies, validate=lambda weights, num_steps: Verdict(1.0))
         results.append(latest(folder / "checkpoints"))
     whole, cut = results
     assert len(cut.sessions) == 2 and cut.sessions[1]["first_update"] == 14

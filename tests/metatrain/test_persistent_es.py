@@ -195,6 +195,26 @@ def test_runs_begin_spread_over_their_horizons():
     assert (state["toy/sums/w"] == 0).all()
 
 
+def test_whole_runs_start_at_once_and_begin_anew_in_every_update():
+    """With truncations as long as the runs: nothing is run in advance, and perturbations are of one update only."""
+    unroll = make_toy(num_tasks=3, num_truncations=(1, 1), truncation_length=7)
+    estimator = make_estimator(unroll)
+    weights, state, generator = begin(estimator)
+    assert ["noise" in entry for entry in unroll.log] == [False]
+    for _ in range(3):
+        unroll.log.clear()
+        meta, state = estimator.estimate(weights, state, generator)
+        (run,) = [entry for entry in unroll.log if "noise" in entry]
+        assert (run["step"] == 0).all() and (restore(state).step == 7).all()
+        x, loss = torch.zeros(6), torch.zeros(6)
+        for batch in run["noise"]:
+            x = DECAY * x + run["weights"] + batch
+            loss += x.square() / 2 / 7
+        slope = (loss[:3] - loss[3:]) / (2 * STD**2)
+        expected = (slope * (run["weights"][:3] - WEIGHT)).mean()
+        torch.testing.assert_close(meta.gradient["w"], expected, rtol=1e-3, atol=1e-4)
+
+
 def test_families_take_turns():
     unrolls = [make_toy(name, num_tasks=1) for name in ("a", "b", "c")]
     estimator = make_estimator(*unrolls, families_per_update=2)

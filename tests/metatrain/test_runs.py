@@ -135,3 +135,14 @@ def test_command_line_trains_by_backpropagation(tmp_path):
     assert main(["run", "smoke", *options, "tasks.mlp.min_steps=2", "--out", str(tmp_path / "run")]) == 0
     assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "export")]) == 0
     assert (tmp_path / "export" / "model.safetensors").exists()
+
+
+def test_a_family_may_have_a_truncation_length_of_its_own():
+    config = smoke().override(["estimator.truncation_length=5"])
+    tasks = (config.tasks[0], TaskConfig(name="cnn", num_tasks=2, min_steps=12, max_steps=12, truncation_length=12))
+    config = MetaTrainConfig(**{**vars(config), "tasks": tasks})
+    estimator = build_estimator(config, config.build_rule(), torch.device("cpu"))
+    assert [unroll.truncation_length for unroll in estimator.unrolls] == [5, 12]
+    weights = {name: torch.zeros(4, *value.shape) for name, value in random_weights(config.build_rule()).items()}
+    runs = estimator.unrolls[1].start(weights, 2, 2, torch.Generator().manual_seed(0))
+    assert (runs.horizon == 12).all()

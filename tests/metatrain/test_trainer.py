@@ -14,6 +14,7 @@ from toy_metatrain import Slow, toy_config, toy_estimator
 import flatopt
 from flatopt.metatrain import CurriculumConfig, TrainingInterrupted, train
 from flatopt.metatrain.checkpoint import latest
+from flatopt.metatrain.curriculum import Verdict
 from flatopt.metatrain.estimators import GradientEstimator, MetaGradient
 from flatopt.metatrain.trainer import learning_rate
 
@@ -291,7 +292,7 @@ def scripted_validation(losses, log):
         key = tuple(float(value.double().sum()) for value in weights.values()) + (num_steps,)
         if key not in log:
             log[key] = losses[len(log)]
-        return log[key]
+        return Verdict(log[key])
 
     return validate
 
@@ -303,7 +304,7 @@ def test_validation_sees_the_average_and_the_best_weights_are_returned(tmp_path,
     def validate(weights, num_steps):
         assert num_steps is None
         seen.append(weights)
-        return [3.0, 1.0, 2.0][len(seen) - 1]
+        return Verdict([3.0, 1.0, 2.0][len(seen) - 1], {"mlp": 10.0 * len(seen)})
 
     config = toy_config(validate_every=10, log_every=100, ema_decay=ema_decay)
     weights = train(config, tmp_path, estimator=toy_estimator(), validate=validate)
@@ -312,10 +313,11 @@ def test_validation_sees_the_average_and_the_best_weights_are_returned(tmp_path,
     assert_equal(weights, seen[1])
     assert_equal(checkpoint.shipped_weights, seen[1])
     assert checkpoint.best_validation == {"update": 20, "loss": 1.0}
-    assert [(line["update"], line.get("validation_loss")) for line in read_metrics(tmp_path)] == [
-        (10, 3.0),
-        (20, 1.0),
-        (30, 2.0),
+    keys = ("update", "validation_loss", "validation/mlp")
+    assert [tuple(line.get(key) for key in keys) for line in read_metrics(tmp_path)] == [
+        (10, 3.0, 10.0),
+        (20, 1.0, 20.0),
+        (30, 2.0, 30.0),
     ]
 
 
@@ -333,7 +335,7 @@ def test_advancing_goes_back_to_the_best_weights_and_lengthens_the_runs(tmp_path
 
     def validate(weights, num_steps):
         seen.append((weights, num_steps))
-        return next(losses)
+        return Verdict(next(losses))
 
     @dataclass(frozen=True)
     class Watching(GradientEstimator):

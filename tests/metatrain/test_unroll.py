@@ -184,6 +184,21 @@ def test_running_is_drawing_then_unrolling(unrolls):
     assert_trees_equal(flatten_tree(one[1]), flatten_tree(other[1]))
 
 
+def test_a_long_truncation_is_drawn_in_parts_and_goes_the_same_way(unrolls, monkeypatch):
+    unroll = unrolls["mlp"]
+    weights, runs = start(unroll)
+    monkeypatch.setattr("flatopt.metatrain.unroll.MAX_DRAWN", 2)
+    whole, losses = unroll.run(weights, runs, COPIES, torch.Generator().manual_seed(2))
+    generator, parts = torch.Generator().manual_seed(2), []
+    for length in (2, 1):  # of three steps
+        draws = unroll.draw(runs, COPIES, generator, length)
+        assert len(draws.train.inputs) == len(draws.noise["layers.0.bias"]) == length
+        runs, part = unroll.unroll(weights, runs, draws, COPIES)
+        parts.append(part)
+    assert_trees_equal(flatten_tree(whole), flatten_tree(runs))
+    assert_trees_equal(flatten_tree(losses), flatten_tree(StepLosses(*map(torch.cat, zip(*parts, strict=True)))))
+
+
 def test_draws_have_train_and_meta_batches_then_noise_of_step_after_step():
     unroll = make_unroll("mlp")
     _, runs = start(unroll)

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
-from small import make_unroll, random_weights
+from small import RULE, make_unroll, random_weights
 
 from flatopt.metatrain import RECIPES, FlatnessConfig, ObjectiveConfig
 from flatopt.metatrain.checkpoint import latest
 from flatopt.metatrain.cli import main
 from flatopt.metatrain.recipes import smoke
+from flatopt.metatrain.unroll import Unroll, can_compile
 from flatopt.metatrain.validation import Validation, build_validation
 from flatopt.pretrained import load_folder
 
@@ -45,8 +48,80 @@ def test_loss_is_that_of_the_meta_split_in_the_last_truncation(validation):
     assert (runs.horizon == 6).all()
     for _ in range(2):
         runs, losses = unroll.run(repeated, runs, 1, generator)
-    assert validation(weights, 6) == pytest.approx(float(losses.meta.mean()))
+    assert validation(weights, 6).loss == pytest.approx(float(losses.meta.mean()))
     assert (runs.step == 6).all()
+
+
+def test_families_have_seeds_of_their_own_and_count_by_their_weight(validation):
+    first = validation.unrolls[0]
+    families = [
+        replace(first, task=replace(first.task, name=name, weight=weight)) for name, weight in (("a", 1), ("b", 3))
+    ]
+    weights = random_weights()
+    loss, values = make_validation(unrolls=families)(weights, 6)
+    assert values["a"] == validation(weights, 6).loss
+    assert values["b"] == make_validation(unrolls=families[1:], seed=4)(weights, 6).loss != values["a"]
+    assert loss == pytest.approx((values["a"] + 3 * values["b"]) / 4)
+
+
+def end_losses(unroll, weights, told, length, seed=3):
+    """Mean meta loss of the last truncation of runs whose horizon is told or not, from a loop of steps."""
+    generator = torch.Generator().manual_seed(seed)
+    repeated = {name: value.expand(3, *value.shape) for name, value in weights.items()}
+    runs = unroll.start(repeated, 3, 1, generator, length)
+    runs = runs._replace(num_steps=runs.horizon if told else torch.full_like(runs.horizon, math.inf))
+    for _ in range(length // 3):
+        runs, losses = unroll.run(repeated, runs, 1, generator)
+    return float(losses.meta.mean())
+
+
+@pytest.mark.parametrize(("untold", "lengths"), [(0.25, None), (0.0, None), (1.0, None), (0.25, 3)])
+def test_relative_loss_is_the_formula(untold, lengths):
+    task = [("unknown_horizon_probability", untold), ("min_steps", 3), ("max_steps", 12)]
+    unroll = make_unroll(objective=ObjectiveConfig(), task=task)
+    validation = make_validation(unrolls=[unroll], relative=True, num_lengths=lengths or 1)
+    weights, untrained = random_weights(), RULE.init_weights(torch.Generator().manual_seed(0))
+    expected = 0.0
+    for length in (3, 6, 12) if lengths else (12,):
+        for told, share in ((True, 1 - untold), (False, untold)):
+            ratio = end_losses(unroll, weights, told, length) / end_losses(unroll, untrained, told, length)
+            expected += share * math.log(ratio) / (lengths or 1)
+    assert validation(weights).loss == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert validation(untrained).loss == 0.0
+
+
+def test_the_untrained_rule_is_measured_once(monkeypatch):
+    validation, weights = make_validation(relative=True), random_weights()
+    calls = []
+    monkeypatch.setattr(
+        Unroll, "run", lambda self, *arguments, run=Unroll.run: calls.append(1) or run(self, *arguments)
+    )
+    first = validation(weights, 6)
+    assert len(calls) == 4  # two truncations each
+    assert validation(weights, 6) == first
+    assert len(calls) == 6
+    validation(weights, 3)  # another length, as in the next stage of a curriculum
+    assert len(calls) == 8
+
+
+def test_relative_validation_of_long_truncations_looks_at_the_end_of_a_run():
+    options = ["estimator.truncation_length=400", "validation.relative=true", "validation.num_lengths=2"]
+    config = smoke().override(options)
+    validation = build_validation(config, config.build_rule(), torch.device("cpu"))
+    assert validation.unrolls[0].truncation_length == 20
+    assert validation.relative and validation.num_lengths == 2
+
+
+def test_compiled_validation_takes_the_step_of_training():
+    config = smoke().override(["compile=true", "validation.relative=true", "objective.train_weight=0.5"])
+    modes = {}
+    for choice in ("none", "true"):
+        (unroll,) = build_validation(
+            config.override([f"validation.compile={choice}"]), config.build_rule(), torch.device("cpu")
+        ).unrolls
+        modes[choice] = unroll.mode, unroll.objective.train_weight
+    assert modes["none"] == ("recorded", 0.0)
+    assert modes["true"] == ("compiled" if can_compile(torch.device("cpu")) else "recorded", 0.5)
 
 
 def test_validation_of_a_configuration_is_plain():
@@ -85,7 +160,7 @@ def test_a_recipe_with_validation_trains_exports_the_best_and_resumes_bit_for_bi
     assert main(["export", str(tmp_path / "whole"), "--to", str(tmp_path / "export")]) == 0
     learned = load_folder(tmp_path / "export")
     validation = build_validation(checkpoint.config, learned.rule, torch.device("cpu"))
-    assert validation(learned.weights) == pytest.approx(losses[best], rel=1e-5)
+    assert validation(learned.weights).loss == pytest.approx(losses[best], rel=1e-5)
     assert f"the best by validation, of update {best} (moving average)" in learned.card
 
 

@@ -37,7 +37,7 @@ def build_unrolls(config: MetaTrainConfig, rule: UpdateRule, device: torch.devic
             distribution=_distribution(task),
             task=_first_stage(task, config.curriculum.stages),
             objective=config.objective,
-            truncation_length=config.estimator.truncation_length,
+            truncation_length=task.truncation_length or config.estimator.truncation_length,
             device=device,
             mode=mode,
             second_derivatives=config.estimator.second_derivatives,
