@@ -1,9 +1,7 @@
 """A learned optimizer that is a drop-in ``torch.optim.Optimizer``."""
 
-from .hub import load_pretrained
+from ._version import __version__
 from .optimizer import FlatOpt
-from .pretrained import LearnedRule, list_pretrained
+from .pretrained import LearnedRule, list_pretrained, load_pretrained, push_to_hub
 
-__version__ = "0.1.0"
-
-__all__ = ["FlatOpt", "LearnedRule", "list_pretrained", "load_pretrained"]
+__all__ = ["FlatOpt", "LearnedRule", "__version__", "list_pretrained", "load_pretrained", "push_to_hub"]

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .hub import load_pretrained
-from .pretrained import LearnedRule
+from .pretrained import LearnedRule, load_pretrained
 from .rules import Phases, State, StepContext, UpdateRule, Weights, apply_rule, plain_phases
 
 CHUNK_SIZE = 2**15

@@ -1,53 +1,141 @@
-"""Learned rules on disk: a folder {``model.safetensors``, ``config.json``, ``README.md``} and back, strictly.
-
-``config.json`` says which rule the weights belong to and what they must look like::
-
-    {"format_version": 1, "rule": "<name in RULES>", "hyperparameters": {<every field of the rule>},
-     "weights_sha256": "<64 hex digits>", "metadata": {<anything JSON>}}
-
-Reading trusts nothing: sizes are bounded before memory is spent, every key, type, shape and value is checked
-against the rule that the folder names, and the tensors are hashed again.  A folder loads whole or not at all.
-Nothing is ever pickled.
-"""
+"""Learned rules by name: shipped with the package, in a folder, or on the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import copy
-import ctypes
-import dataclasses
-import hashlib
-import json
+import difflib
 import os
-import shutil
-import uuid
-from collections.abc import Iterable, Mapping
+import tempfile
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor
-
-from ._dataclass_json import parse_json, read, shorten
-from .rules import RULES, UpdateRule, Weights
-
-if TYPE_CHECKING:
-    from .hub import PushResult
-
-FORMAT_VERSION = 1
-WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
-
-# The largest learned optimizers have a few million weights; anything beyond these sizes is not one of ours.
-MAX_WEIGHTS_BYTES = 64 * 2**20
-MAX_TEXT_BYTES = 2**20
-
-_HEADER_LENGTH_BYTES = 8  # safetensors begins with the length of its JSON header, little endian
+from . import hub
+from ._cards import address, model_card
+from ._folder import (
+    CARD_FILE,
+    CONFIG_FILE,
+    TRAINING_FILE,
+    WEIGHTS_FILE,
+    Content,
+    check_weights,
+    read_config,
+    read_folder,
+    weights_sha256,
+    write_folder,
+)
+from .rules import UpdateRule, Weights
 
 
-@dataclass(frozen=True, eq=False)
+def load_pretrained(
+    pretrained: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> LearnedRule:
+    """Return a learned rule by shipped name, folder, or Hub repository, looked for in this order.
+
+    Without network (``local_files_only``, ``HF_HUB_OFFLINE=1``, or a Hub that does not answer) the commit last seen
+    for ``revision`` is used if all of its files are in the cache.
+
+    Args:
+        pretrained: a name of :func:`~flatopt.list_pretrained`, a folder, or ``"org/name"``.
+        revision: Hub only: branch, tag or 40-digit commit; ``None`` for the default branch.
+        cache_dir: Hub only: where downloads are kept, by default the cache of ``huggingface_hub``.
+        token: Hub only: access token; ``None`` for the one that was logged in with, ``False`` for none.
+        local_files_only: Hub only: never touch the network.
+
+    Raises:
+        ValueError: if nothing can have that name, if ``revision`` is given without a Hub repository, or if the
+            files are not exactly those of a learned rule.
+        FileNotFoundError: if the repository, the revision or a file in it does not exist, or is not in the cache
+            while the network is off.
+        PermissionError: if the repository is gated or the token is refused.
+        ConnectionError: if the Hub does not answer and the files are not in the cache.
+
+    Example:
+        >>> load_pretrained("no-such-optimizer")
+        Traceback (most recent call last):
+        ...
+        ValueError: 'no-such-optimizer' is neither shipped weights ..., nor a folder, nor a Hub repository 'org/name'...
+    """
+    source = os.fspath(pretrained)
+    shipped = list_pretrained()
+    if source in shipped or os.path.isdir(source):
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} needs a Hub repository, but {source!r} is a local folder or name")
+        return _load(shipped_folder(source), source) if source in shipped else load_folder(source)
+    if isinstance(pretrained, str) and hub.is_repo_id(source):
+        return _load_from_hub(
+            source, revision, hub.Access(None if cache_dir is None else os.fspath(cache_dir), token, local_files_only)
+        )
+    close = difflib.get_close_matches(source, shipped, n=1)
+    raise ValueError(
+        f"{source!r} is neither shipped weights ({', '.join(shipped) or 'none'}), nor a folder, nor a Hub repository "
+        f"'org/name'{f'; did you mean {close[0]!r}?' if close else ''}"
+    )
+
+
+def push_to_hub(
+    learned: LearnedRule | str | os.PathLike[str],
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    tag: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload learned optimizer",
+    create_pr: bool = False,
+) -> hub.PushResult:
+    """Publish a learned rule on the Hugging Face Hub: weights, configuration and card in one commit.
+
+    Args:
+        learned: the learned rule, or whatever :func:`load_pretrained` takes: a shipped name, a folder, a repository.
+        repo_id: ``"org/name"``; made if it does not exist.  The card will say how to load it from there.
+        revision: branch to commit to, made if it does not exist; ``None`` for the default branch.
+        tag: name for the commit, such as ``v1.0``, that nothing has yet.
+        private: visibility of a repository that is made; ``None`` for the default of the account.
+        token: access token with write permission; ``None`` for the one that was logged in with.
+        commit_message: first line of the commit.
+        create_pr: open a pull request against the default branch instead of committing; excludes ``revision`` and
+            ``tag``.
+
+    Returns:
+        Address, commit, and the line that loads it.
+
+    Raises:
+        ValueError: if ``repo_id`` is not of the form ``org/name``, or ``revision`` or ``tag`` is given with
+            ``create_pr``.
+        FileExistsError: if the tag is there already; nothing is published then.
+        FileNotFoundError: if the repository cannot be found with this token.
+        PermissionError: if the token may not write there.
+        ConnectionError: if the Hub does not answer.
+    """
+    if not isinstance(learned, LearnedRule):
+        learned = load_pretrained(learned, token=token)
+    card = learned.card or model_card(learned.rule, learned.weights, name=repo_id)
+    with tempfile.TemporaryDirectory() as folder:
+        content = learned.content._replace(card=address(card, repo_id))
+        write_folder(Path(folder), content, load_folder)
+        return hub.upload(
+            Path(folder),
+            repo_id,
+            revision=revision,
+            tag=tag,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+
+
+_push_to_hub = push_to_hub  # inside the class, the name is that of its method
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class LearnedRule:
     """An update rule with the weights that were learned for it.
 
@@ -58,6 +146,7 @@ class LearnedRule:
         weights: float32 tensors with the names and shapes of ``rule.init_weights()``; kept contiguous on the CPU.
         card: text of ``README.md``, empty for none.
         metadata: free JSON object stored in ``config.json``, for example recipe and seeds.
+        training: free JSON object stored in ``training.json``: how the weights were made, in full.
         name: where it came from: a shipped name, a folder or a Hub repository; ``None`` when made in memory.
         commit: 40-digit commit of the Hub repository it came from.
 
@@ -69,7 +158,7 @@ class LearnedRule:
         >>> from flatopt.rules import Adam
         >>> folder = tempfile.mkdtemp()
         >>> LearnedRule(Adam(lr=3e-4), {}).save_pretrained(folder)
-        >>> load_folder(folder).rule
+        >>> LearnedRule.from_pretrained(folder).rule
         Adam(lr=0.0003, betas=(0.9, 0.999), eps=1e-08)
     """
 
@@ -77,92 +166,58 @@ class LearnedRule:
     weights: Weights
     card: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
     name: str | None = None
     commit: str | None = None
 
     def __post_init__(self) -> None:
         weights = {key: value.detach().cpu().clone().contiguous() for key, value in self.weights.items()}
-        _check_layout(self.rule, {key: (_dtype_name(value), value.shape) for key, value in weights.items()}, "weights")
-        _check_finite(weights, "weights")
+        check_weights(self.rule, weights)
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "metadata", copy.deepcopy(self.metadata))
+        object.__setattr__(self, "training", copy.deepcopy(self.training))
+
+    def __repr__(self) -> str:
+        count = sum(value.numel() for value in self.weights.values())
+        origin = f"{self.name!r}" + (f" at commit {self.commit}" if self.commit else "")
+        return (
+            f"LearnedRule({self.rule},\n"
+            f"            {count:,} weights, SHA-256 {self.sha256[:12]}, {origin if self.name else 'made in memory'})"
+        )
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the weights, 64 hex digits; see :func:`flatopt.pretrained.weights_sha256`."""
+        return weights_sha256(self.weights)
+
+    @property
+    def content(self) -> Content:
+        """What is saved of it."""
+        return Content(self.rule, self.weights, self.card, self.metadata, self.training)
+
+    from_pretrained = staticmethod(load_pretrained)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the folder that :func:`load_folder` reads, whole or not at all.
-
-        Everything is written and read back in a sibling folder, which then takes the place of ``folder``.
+        """Write the folder that :func:`load_pretrained` reads, whole or not at all.
 
         Args:
             folder: where to write; parents are made.  An earlier folder of this format is replaced.
 
         Raises:
             FileExistsError: if something else than a folder of this format is there.
-            ValueError: if the rule or the metadata cannot be represented in ``config.json``.
+            ValueError: if the rule or the metadata cannot be represented in JSON.
         """
-        target = Path(folder).resolve()
-        _check_replaceable(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        aside.mkdir()
-        try:
-            for file_name, content in self._files().items():
-                _write_durably(aside / file_name, content)
-            load_folder(aside)  # what cannot be read back must not replace what can
-            _sync_folder(aside)
-            _swap(aside, target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-        _sync_folder(target.parent)
+        write_folder(Path(folder), self.content, load_folder)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        revision: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        commit_message: str = "Upload learned optimizer",
-        create_pr: bool = False,
-    ) -> PushResult:
-        """Publish on the Hugging Face Hub in one commit; see :func:`flatopt.hub.push_to_hub`."""
-        # Imported here because hub.py imports this module, and because only this method needs the Hub.
-        from .hub import push_to_hub
-
-        return push_to_hub(
-            self,
-            repo_id,
-            revision=revision,
-            private=private,
-            token=token,
-            commit_message=commit_message,
-            create_pr=create_pr,
-        )
-
-    def _files(self) -> dict[str, bytes]:
-        """Return the content of every file of the folder."""
-        hyperparameters = {item.name: getattr(self.rule, item.name) for item in dataclasses.fields(self.rule)}
-        config = {
-            "format_version": FORMAT_VERSION,
-            "rule": self.rule.name,
-            "hyperparameters": hyperparameters,
-            "weights_sha256": weights_sha256(self.weights),
-            "metadata": self.metadata,
-        }
-        try:
-            text = json.dumps(config, indent=2, allow_nan=False) + "\n"
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"hyper-parameters or metadata are not plain finite JSON: {error}") from error
-        files = {CONFIG_FILE: text.encode(), WEIGHTS_FILE: safetensors.torch.save(self.weights)}
-        if self.card:
-            files[CARD_FILE] = self.card.encode()
-        return files
+    push_to_hub = _push_to_hub
 
 
 def load_folder(folder: str | os.PathLike[str]) -> LearnedRule:
     """Read a folder written by :meth:`LearnedRule.save_pretrained`.
 
     Args:
-        folder: holds ``model.safetensors``, ``config.json`` and, optionally, ``README.md``; other files are ignored.
+        folder: holds ``model.safetensors``, ``config.json`` and, optionally, ``README.md`` and ``training.json``;
+            other files are ignored.
 
     Returns:
         The learned rule, with ``name`` set to the folder.
@@ -171,62 +226,13 @@ def load_folder(folder: str | os.PathLike[str]) -> LearnedRule:
         FileNotFoundError: if the folder or one of its two required files does not exist.
         ValueError: if anything in it is not exactly as it should be; the message names the file and the field.
     """
-    folder = Path(folder)
-    config = read_config(folder / CONFIG_FILE)
-    weights = _read_weights(folder / WEIGHTS_FILE, config.rule, config.weights_sha256)
-    card_path = folder / CARD_FILE
-    card = _decode_text(read_bounded(card_path, MAX_TEXT_BYTES), card_path) if card_path.exists() else ""
-    return LearnedRule(config.rule, weights, card, config.metadata, name=str(folder))
-
-
-class Config(NamedTuple):
-    """What ``config.json`` says."""
-
-    rule: UpdateRule
-    weights_sha256: str
-    metadata: dict[str, Any]
-
-
-def read_config(path: Path) -> Config:
-    """Read and check a ``config.json``.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a field is missing, unknown, of the wrong type, or from a newer format.
-    """
-    config = parse_json(_decode_text(read_bounded(path, MAX_TEXT_BYTES), path), path)
-    if not isinstance(config, dict) or "format_version" not in config:
-        raise ValueError(f"{path}: no 'format_version': this is not the configuration of a flatopt rule")
-    version = config["format_version"]
-    if type(version) is not int or version < 1:
-        raise ValueError(f"{path}: 'format_version' must be a positive integer, got {shorten(version)}")
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: 'format_version' is {version}, this flatopt reads up to {FORMAT_VERSION}: upgrade it"
+    path = Path(folder)
+    if (path / "checkpoints").is_dir() and not (path / CONFIG_FILE).exists():
+        raise FileNotFoundError(
+            f"{path} is a run of meta-training, not yet a learned rule: flatopt-train export {path} --to FOLDER, "
+            "then load FOLDER"
         )
-    expected = {"format_version": int, "rule": str, "hyperparameters": dict, "weights_sha256": str, "metadata": dict}
-    _check_keys(config, expected, str(path))
-    for key, kind in expected.items():
-        if not isinstance(config[key], kind):
-            raise ValueError(f"{path}: {key!r} must be {kind.__name__}, got {shorten(config[key])}")
-    rule = _build_rule(config["rule"], config["hyperparameters"], path)
-    return Config(rule, config["weights_sha256"], config["metadata"])
-
-
-def weights_sha256(weights: Weights) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and bytes of contiguous CPU tensors, in order of their names.
-
-    Example:
-        >>> weights_sha256({"bias": torch.zeros(2)})[:16]
-        '3d42bd366604237d'
-    """
-    digest = hashlib.sha256()
-    for key in sorted(weights):
-        tensor = weights[key]
-        # One JSON line per tensor: no two different sets of tensors can give the same stream of bytes.
-        digest.update(json.dumps([key, _dtype_name(tensor), list(tensor.shape)]).encode() + b"\n")
-        digest.update(ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size()))
-    return digest.hexdigest()
+    return _load(path, str(folder))
 
 
 def list_pretrained() -> list[str]:
@@ -258,168 +264,29 @@ def _shipped_root() -> Path:
     return installed if installed.is_dir() else package.parent / "pretrained"
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
-
-
-def read_bounded(path: Path, limit: int) -> bytes:
-    """Return the bytes of a regular file that has at most ``limit`` of them."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    with path.open("rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"{path}: larger than {limit} bytes")
-    return content
-
-
-def _decode_text(content: bytes, path: Path) -> str:
-    """Decode UTF-8, naming the file when that fails."""
+def _load(folder: Path, name: str, commit: str | None = None) -> LearnedRule:
+    """Read a folder and check its weights."""
+    content = read_folder(folder)
     try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error}") from error
-
-
-def _build_rule(name: str, hyperparameters: dict[str, Any], path: Path) -> UpdateRule:
-    """Make the rule that a configuration names."""
-    if name not in RULES:
-        raise ValueError(f"{path}: 'rule' {shorten(name)} is unknown; known rules: {', '.join(sorted(RULES))}")
-    try:
-        return read(hyperparameters, RULES[name], "hyperparameters", complete=True)
+        return LearnedRule(*content, name=name, commit=commit)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from error
 
 
-def _read_weights(path: Path, rule: UpdateRule, sha256: str) -> Weights:
-    """Read the tensors of a rule; the header is checked before any tensor is made."""
-    content = read_bounded(path, MAX_WEIGHTS_BYTES)
-    length = int.from_bytes(content[:_HEADER_LENGTH_BYTES], "little")
-    if len(content) < _HEADER_LENGTH_BYTES or length > min(MAX_TEXT_BYTES, len(content) - _HEADER_LENGTH_BYTES):
-        raise ValueError(f"{path}: header: truncated, or longer than {MAX_TEXT_BYTES} bytes")
-    header = _decode_text(content[_HEADER_LENGTH_BYTES : _HEADER_LENGTH_BYTES + length], path)
-    _check_layout(rule, _parse_layout(header, path), str(path))
+def _load_from_hub(repo_id: str, revision: str | None, access: hub.Access) -> LearnedRule:
+    """Load a learned rule from one commit of a Hub repository."""
+    commit = revision
     try:
-        weights = safetensors.torch.load(content)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: header: {error}") from error
-    _check_finite(weights, str(path))
-    if weights_sha256(weights) != sha256:
-        raise ValueError(f"{path}: the tensors do not have the 'weights_sha256' of {CONFIG_FILE}: one of them changed")
-    return weights
-
-
-def _parse_layout(header: str, path: Path) -> dict[str, tuple[Any, Any]]:
-    """Return dtype and shape of every tensor that a safetensors header declares."""
-    entries = parse_json(header, f"{path}: header")
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path}: header: not a JSON object")
-    entries.pop("__metadata__", None)
-    layout = {}
-    for key, entry in entries.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
-            raise ValueError(f"{path}: header: {shorten(key)} does not describe a tensor")
-        layout[key] = (entry.get("dtype"), entry["shape"])
-    return layout
-
-
-# --- checks shared by reading and making ---------------------------------------------------------------------------
-
-
-def _check_layout(rule: UpdateRule, layout: Mapping[str, tuple[Any, Iterable[Any]]], where: str) -> None:
-    """Raise unless names, dtypes and shapes are those of the rule."""
-    try:
-        expected = _expected_shapes(rule)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{where}: no weights have the 'hyperparameters' of {rule}: {error}") from error
-    _check_keys(layout, expected, where)
-    for key, (dtype, shape) in layout.items():
-        if dtype != "F32":
-            raise ValueError(f"{where}: {key!r} must be float32, got {shorten(dtype)}")
-        if list(shape) != list(expected[key]):
-            raise ValueError(f"{where}: {key!r} must have shape {list(expected[key])}, got {shorten(list(shape))}")
-
-
-@lru_cache(maxsize=64)
-def _expected_shapes(rule: UpdateRule) -> dict[str, torch.Size]:
-    """Return the shapes of the weights of a rule; cached because operations without memory are slow."""
-    generator = torch.Generator()  # its own: the global one belongs to the user
-    with torch.device("meta"):  # shapes without memory, however large a hostile file says they are
-        return {key: value.shape for key, value in rule.init_weights(generator).items()}
-
-
-def _check_finite(weights: Weights, where: str) -> None:
-    """Raise if a tensor holds NaN or inf."""
-    for key, tensor in weights.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{where}: {key!r} holds values that are not finite")
-
-
-def _check_keys(found: Iterable[str], expected: Iterable[str], where: str) -> None:
-    """Raise unless both hold the same keys."""
-    found, expected = set(found), set(expected)
-    problems = [f"missing {key!r}" for key in sorted(expected - found)]
-    problems += [f"unexpected {shorten(key)}" for key in sorted(found - expected)]
-    if problems:
-        raise ValueError(f"{where}: {', '.join(problems[:8])}")
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    """Return a dtype as safetensors spells float32, others as torch does."""
-    return "F32" if tensor.dtype == torch.float32 else str(tensor.dtype)
-
-
-# --- writing -------------------------------------------------------------------------------------------------------
-
-
-def _check_replaceable(target: Path) -> None:
-    """Raise unless ``target`` is free, empty, or a folder of this format with nothing else inside."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise FileExistsError(f"{target} exists and is not a folder")
-    names = {path.name for path in target.iterdir()}
-    foreign = sorted(names - {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE})
-    if foreign:
-        raise FileExistsError(f"{target} holds {foreign[0]!r}, which is not part of a saved rule: not replacing it")
-    if names:
-        try:
-            read_config(target / CONFIG_FILE)
-        except (FileNotFoundError, ValueError) as error:
-            raise FileExistsError(f"{target} is not a saved rule, not replacing it: {error}") from error
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Wait until the entries of a folder are on the disk, where the system can do that."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _swap(aside: Path, target: Path) -> None:
-    """Put ``aside`` in the place of ``target``.
-
-    Two renames, because no portable call exchanges two folders: a crash between them leaves no ``target``, with the
-    old folder whole under its ``.old`` name beside it.
-    """
-    if not target.exists():
-        os.rename(aside, target)
-        return
-    old = aside.with_name(aside.name + ".old")
-    os.rename(target, old)
-    try:
-        os.rename(aside, target)
-    except BaseException:
-        os.rename(old, target)
-        raise
-    shutil.rmtree(old)
+        # The small file first: a repository of something else is refused before its weights are downloaded.
+        snapshot = hub.download(
+            repo_id,
+            revision,
+            access,
+            first=CONFIG_FILE,
+            check=read_config,
+            others=[WEIGHTS_FILE, CARD_FILE, TRAINING_FILE],
+        )
+        commit = snapshot.name
+        return _load(snapshot, repo_id, commit)
+    except ValueError as error:
+        raise ValueError(f"{repo_id!r} at {commit or 'its default branch'} is not a learned rule: {error}") from error

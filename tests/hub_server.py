@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml  # a dependency of huggingface_hub
+
 TOKEN = "hf_test"
 
 
@@ -24,6 +26,7 @@ class Repo:
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
     private: bool = False
     gated: bool = False
@@ -119,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.hub.repos.get(repo_id)
         if repo is None or (repo.private and not self._has_token()):
             raise _Refused(404 if self._has_token() else 401, "RepoNotFound")
-        sha = repo.branches.get(revision, revision)
+        sha = (repo.branches | repo.tags).get(revision, revision)
         if sha not in repo.commits:
             raise _Refused(404, "RevisionNotFound")
         return repo, sha
@@ -128,10 +131,11 @@ class _Handler(BaseHTTPRequestHandler):
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def _api(self, parts: list[str], body: bytes, query: dict[str, list[str]]) -> tuple[int, object]:
+        if parts == ["validate-yaml"]:
+            errors = _card_errors(json.loads(body)["content"])
+            return (400 if errors else 200), {"errors": errors, "warnings": []}
         if self.command == "POST" and not self._has_token():
             raise _Refused(403, "")
-        if parts == ["validate-yaml"]:
-            return 200, {"errors": [], "warnings": []}
         if parts == ["repos", "create"]:
             wanted = json.loads(body)
             repo_id = f"{wanted['organization']}/{wanted['name']}"
@@ -151,8 +155,18 @@ class _Handler(BaseHTTPRequestHandler):
                 return 409, {}
             repo.branches[revision] = sha
             return 200, {}
+        if action == "refs":
+            repo, _ = self._find(repo_id, "main")
+            kinds = {"branches": repo.branches, "tags": repo.tags, "converts": {}}
+            return 200, {
+                kind: [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": sha} for name, sha in refs.items()]
+                for kind, refs in kinds.items()
+            }
         repo, sha = self._find(repo_id, revision)
         files = repo.commits[sha]
+        if action == "tag":
+            repo.tags[json.loads(body)["tag"]] = sha
+            return 200, {}
         if action == "revision":
             return 200, {"id": repo_id, "sha": sha, "siblings": [{"rfilename": name} for name in files]}
         if action == "tree":
@@ -179,6 +193,20 @@ class _Handler(BaseHTTPRequestHandler):
         sha = repo.commit(files, branch, lines[0]["value"]["summary"])
         answer = {"commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}", "commitOid": sha}
         return answer | ({"pullRequestUrl": f"{self.hub.url}/{repo_id}/discussions/1"} if is_pr else {})
+
+
+def _card_errors(card: str) -> list[str]:
+    """Return what the Hub's check of front matter would find wrong, as far as cards of this package go."""
+    data = yaml.safe_load(card.split("---\n")[1]) if card.startswith("---\n") else None
+    if not isinstance(data, dict):
+        return ["no front matter"]
+    tags = data.get("tags", [])
+    errors = {
+        "license": data.get("license", "other") not in ("apache-2.0", "mit", "other"),
+        "library_name": not isinstance(data.get("library_name", ""), str),
+        "tags": not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags),
+    }
+    return [f"{key} is not valid" for key, wrong in errors.items() if wrong]
 
 
 def _blob_id(content: bytes) -> str:

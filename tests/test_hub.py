@@ -15,17 +15,16 @@ import hub_server
 import pytest
 import torch
 
-from flatopt import hub, pretrained
-from flatopt.hub import load_pretrained, model_card
-from flatopt.pretrained import LearnedRule
+from flatopt import pretrained
+from flatopt._cards import address, model_card
+from flatopt.pretrained import LearnedRule, list_pretrained, load_pretrained, shipped_folder
 from flatopt.rules import HierarchicalMLP
 
 TESTS = Path(__file__).parent
 
 PREAMBLE = """
 import contextlib, io, json, sys, tempfile, time
-from flatopt.hub import load_pretrained
-from flatopt.pretrained import LearnedRule, list_pretrained, load_folder, weights_sha256
+from flatopt.pretrained import LearnedRule, list_pretrained, load_folder, load_pretrained, push_to_hub, weights_sha256
 from flatopt.rules import Adam
 with tempfile.TemporaryDirectory() as folder:
     LearnedRule(Adam(), {}).save_pretrained(folder)
@@ -167,7 +166,7 @@ def published(server, tmp_path):
 def test_pushed_rule_comes_back_whole_from_one_commit(server, client, tmp_path):
     learned = make_learned(3)
     learned.save_pretrained(tmp_path / "rule")
-    url, commit = client.value(
+    url, commit, _ = client.value(
         f"list(load_folder({str(tmp_path / 'rule')!r}).push_to_hub('org/new', private=True, commit_message='First'))"
     )
     repo = server.repos["org/new"]
@@ -184,14 +183,28 @@ def test_pushed_rule_comes_back_whole_from_one_commit(server, client, tmp_path):
 def test_push_to_branch_and_pull_request_leave_main_alone(server, client, tmp_path):
     make_learned(1).save_pretrained(tmp_path / "rule")
     push = f"list(load_folder({str(tmp_path / 'rule')!r}).push_to_hub('org/new', %s))"
-    _, commit = client.value(push % "revision='trial'")
+    _, commit, _ = client.value(push % "revision='trial'")
     repo = server.repos["org/new"]
     assert repo.branches["trial"] == commit
     assert repo.commits[repo.branches["main"]] == {}
-    url, commit = client.value(push % "create_pr=True")
+    url, commit, _ = client.value(push % "create_pr=True")
     assert url.endswith("/discussions/1")
     assert repo.branches["refs/pr/1"] == commit
     assert repo.commits[repo.branches["main"]] == {}
+
+
+def test_the_command_line_pushes_a_folder_and_says_how_to_load_it(server, client, tmp_path):
+    make_learned(2).save_pretrained(tmp_path / "rule")
+    command = ["push", str(tmp_path / "rule"), "org/new", "--revision", "trial", "--tag", "v1.0", "--private"]
+    reply = client.ask(f"__import__('flatopt.metatrain.cli').metatrain.cli.main({command!r})")
+    repo = server.repos["org/new"]
+    commit = repo.tags["v1.0"]
+    assert reply["value"] == 0 and repo.private and repo.branches["trial"] == commit
+    url, usage = reply["printed"].splitlines()
+    assert url.endswith(f"/org/new/commit/{commit}")
+    assert usage == f'use it with: flatopt.FlatOpt(model.parameters(), pretrained="org/new", revision="{commit}")'
+    reply = client.ask(f"__import__('flatopt.metatrain.cli').metatrain.cli.main({[*command[:3], '--pr']!r})")
+    assert reply["value"] == 0 and repo.branches["refs/pr/1"] in reply["printed"]
 
 
 def test_push_refusals_name_the_repository(server, client, stranded_client, tmp_path):
@@ -199,7 +212,7 @@ def test_push_refusals_name_the_repository(server, client, stranded_client, tmp_
     push = f"load_folder({str(tmp_path / 'rule')!r}).push_to_hub(%s)"
     client.refusal(push % "'org/new', token='hf_wrong'", PermissionError, "'org/new'")
     client.refusal(push % "'bare-name'", ValueError, "'bare-name'")
-    client.refusal(push % "'org/new', revision='x', create_pr=True", ValueError, "create_pr")
+    client.refusal(push % "'org/new', revision='x', create_pr=True", ValueError, "pull request")
     stranded_client.refusal(push % "'org/new', token='hf_test'", ConnectionError, "'org/new'")
 
 
@@ -346,9 +359,7 @@ def shipped(tmp_path, monkeypatch):
     """A folder of shipped weights that holds one set."""
     make_learned(5).save_pretrained(tmp_path / "shipped" / "flat-v0")
     monkeypatch.setattr(pretrained, "_shipped_root", lambda: tmp_path / "shipped")
-    hub._load_shipped.cache_clear()
-    yield tmp_path / "shipped" / "flat-v0"
-    hub._load_shipped.cache_clear()
+    return tmp_path / "shipped" / "flat-v0"
 
 
 def test_shipped_weights_cannot_be_corrupted_by_callers(shipped):
@@ -403,18 +414,67 @@ def test_local_weights_never_load_the_hub_client(client):
     assert client.value("hub_is_loaded_by_local_weights") is False
 
 
-def test_model_card_keeps_a_card_and_completes_front_matter():
+def test_a_card_of_ones_own_is_kept_and_gets_front_matter():
     written = "---\ntags: [x]\n---\n# Mine"
-    assert model_card(make_learned(card=written)) == written
-    card = model_card(make_learned(card="# Mine"))
-    assert card.startswith("---\nlibrary_name: flatopt\nlicense: apache-2.0\ntags:\n- learned-optimizer\n")
+    assert address(written, "org/name") == written
+    card = address("# Mine", "org/name")
+    assert card.startswith("---\nlibrary_name: flatopt\nlicense: apache-2.0\ntags:\n- flatopt\n")
     assert card.endswith("\n# Mine")
 
 
-def test_generated_model_card_describes_the_rule():
+def test_generated_model_card_begins_with_its_use_and_describes_the_rule():
     learned = make_learned()
-    card = model_card(learned, "org/name")
+    card = address(model_card(learned.rule, learned.weights), "org/name")
     for item in dataclasses.fields(learned.rule):
         assert f"| `{item.name}` | `{getattr(learned.rule, item.name)}` |" in card
     assert sha_of(learned) in card
-    assert 'flatopt.FlatOpt(model.parameters(), pretrained="org/name")' in card
+    usage = card.index('flatopt.FlatOpt(model.parameters(), pretrained="org/name")')
+    assert usage < card.index("## What it is good for") < card.index("## Where it comes from")
+
+
+def test_a_shipped_set_is_pushed_by_name_with_a_card_that_loads_it_from_there(server, client):
+    name = list_pretrained()[0]
+    url, commit, repo_id = client.value(f"list(push_to_hub({name!r}, 'org/mine'))")
+    files = server.repos["org/mine"].commits[commit]
+    assert files["model.safetensors"] == (shipped_folder(name) / "model.safetensors").read_bytes()
+    assert 'pretrained="org/mine"' in files["README.md"].decode()
+    assert f'pretrained="{name}"' not in files["README.md"].decode()
+
+
+def test_the_line_after_a_push_loads_what_was_pushed_although_the_branch_moves(server, client, tmp_path):
+    learned = make_learned(4)
+    learned.save_pretrained(tmp_path / "rule")
+    usage = client.value(f"push_to_hub({str(tmp_path / 'rule')!r}, 'org/new').usage")
+    client.value(f"list(push_to_hub({list_pretrained()[0]!r}, 'org/new'))")
+    arguments = usage.removeprefix("flatopt.FlatOpt(model.parameters(), pretrained=")
+    assert client.value(f"load({arguments}")[0] == sha_of(learned)
+
+
+def test_a_tag_names_the_commit_once(server, client, tmp_path):
+    make_learned(1).save_pretrained(tmp_path / "rule")
+    push = f"list(push_to_hub({str(tmp_path / 'rule')!r}, 'org/new', %s))"
+    _, commit, _ = client.value(push % "tag='v1.0'")
+    cache = str(tmp_path / "cache")
+    assert client.value(f"load('org/new', revision='v1.0', cache_dir={cache!r})")[1] == commit
+    client.refusal(push % "tag='v1.0'", FileExistsError, "'org/new'", "'v1.0'")
+    assert len(server.repos["org/new"].messages) == 2, "creation and the first push"
+    client.refusal(push % "tag='v2.0', create_pr=True", ValueError, "pull request", "'v2.0'")
+
+
+CARDS = {
+    "generated": lambda: model_card(make_learned().rule, make_learned().weights),
+    **{name: (shipped_folder(name) / "README.md").read_text for name in list_pretrained()},
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_cards_are_valid_for_the_hub(name, server, client):
+    card = address(CARDS[name](), "org/name")
+    client.value(f"__import__('huggingface_hub').ModelCard({card!r}).validate()")
+    assert "POST /api/validate-yaml" in server.log
+
+
+def test_a_card_that_is_not_valid_is_refused_by_the_server_of_these_tests(server, client):
+    card = "---\nlicense: none-of-them\nlibrary_name: 3\n---\n# Card"
+    validate = f"__import__('huggingface_hub').ModelCard({card!r}).validate()"
+    client.refusal(validate, ValueError, "license", "library_name")

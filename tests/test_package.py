@@ -21,16 +21,15 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": set(),
     "flatness": set(),
     "_dataclass_json": set(),
-    "pretrained": {
-        "_dataclass_json",
-        "rules",
-        "hub",
-    },  # hub only inside push_to_hub
-    "hub": {"rules", "pretrained"},
-    "optimizer": {"rules", "pretrained", "hub"},
-    "metatrain": {"_dataclass_json", "rules", "pretrained", "hub", "tasks", "flatness"},
-    "evaluate": {"optimizer", "pretrained", "hub", "tasks", "flatness"},
-    "__init__": {"optimizer", "pretrained", "hub"},
+    "_version": set(),
+    "_folder": {"_dataclass_json", "rules"},
+    "_cards": {"_folder", "_version", "rules"},
+    "hub": set(),
+    "pretrained": {"_cards", "_folder", "hub", "rules"},
+    "optimizer": {"rules", "pretrained"},
+    "metatrain": {"_cards", "_dataclass_json", "_folder", "_version", "pretrained", "rules", "tasks", "flatness"},
+    "evaluate": {"optimizer", "pretrained", "tasks", "flatness"},
+    "__init__": {"_version", "optimizer", "pretrained"},
 }
 
 
@@ -107,7 +106,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 """
     loaded = json.loads(run_python(code))
     rooms = {name.split(".")[1] for name in loaded if name.startswith("flatopt.")}
-    assert rooms == {"_dataclass_json", "rules", "pretrained", "hub", "optimizer"}
+    assert rooms == {"_cards", "_dataclass_json", "_folder", "_version", "rules", "pretrained", "hub", "optimizer"}
     others = {name.split(".")[0] for name in loaded}
     assert not others & {
         "huggingface_hub",

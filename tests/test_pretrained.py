@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flatopt import pretrained
+from flatopt import FlatOpt, _folder, pretrained
 from flatopt.pretrained import LearnedRule, list_pretrained, load_folder, shipped_folder, weights_sha256
 from flatopt.rules import RULES, Adam, HierarchicalMLP, UpdateRule
 
@@ -115,15 +115,17 @@ metadata = st.dictionaries(
 
 
 @disk
-@given(rule=rules, seed=st.integers(0, 2**31), card=text, metadata=metadata)
-def test_what_is_saved_is_what_is_loaded(tmp_path_factory, rule, seed, card, metadata):
-    learned = make_learned(rule, seed, card=card, metadata=metadata)
+@given(rule=rules, seed=st.integers(0, 2**31), card=text, metadata=metadata, training=metadata)
+def test_what_is_saved_is_what_is_loaded(tmp_path_factory, rule, seed, card, metadata, training):
+    learned = make_learned(rule, seed, card=card, metadata=metadata, training=training)
     folder = save(tmp_path_factory.mktemp("rule") / "saved", learned)
     loaded = load_folder(folder)
     assert loaded.rule == rule
     assert type(loaded.rule) is type(rule)
     assert equal(loaded.weights, learned.weights)
     assert (loaded.card, loaded.metadata, loaded.name, loaded.commit) == (card, metadata, str(folder), None)
+    assert loaded.training == training
+    assert loaded.sha256 == learned.sha256 == weights_sha256(learned.weights)
     again = save(tmp_path_factory.mktemp("rule") / "again", loaded)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         path.name: path.read_bytes() for path in again.iterdir()
@@ -179,6 +181,30 @@ def test_weights_are_owned(tmp_path):
     assert not kept.requires_grad
 
 
+def test_what_a_learned_rule_is_stands_in_two_lines():
+    named = make_learned(name="org/name", commit="c" * 40)
+    rule, origin = repr(named).splitlines()
+    assert rule == f"LearnedRule({Toy()},"
+    assert origin == f"            10 weights, SHA-256 {named.sha256[:12]}, 'org/name' at commit {'c' * 40})"
+    assert repr(make_learned()).endswith("made in memory)")
+
+
+def test_a_run_in_place_of_a_learned_rule_says_how_to_export_it(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"flatopt-train export {tmp_path} --to FOLDER"):
+        pretrained.load_pretrained(tmp_path)
+
+
+def test_an_optimizer_takes_a_rule_with_untrained_weights():
+    rule = HierarchicalMLP()
+    learned = LearnedRule(rule, rule.init_weights(torch.Generator().manual_seed(0)))
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = FlatOpt([param], pretrained=learned)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert (param < 1).all()
+
+
 def test_global_random_state_is_left_alone(tmp_path):
     folder = save(tmp_path / "rule")
     before = torch.get_rng_state()
@@ -224,15 +250,15 @@ def drop(*path):
     ("change", "words"),
     [
         (drop("format_version"), "'format_version'"),
-        (put("format_version", value=2), "'format_version' is 2, this flatopt reads up to 1"),
-        (put("format_version", value="1"), "'format_version' must be a positive integer"),
-        (put("format_version", value=True), "'format_version' must be a positive integer"),
-        (put("format_version", value=0), "'format_version' must be a positive integer"),
-        (drop("rule"), "missing 'rule'"),
-        (put("rule", value="no-such-rule"), "'rule' 'no-such-rule' is unknown.*adam"),
-        (put("rule", value=["adam"]), "'rule' must be str"),
+        (put("format_version", value=2), "format_version is 2, this flatopt reads up to 1"),
+        (put("format_version", value="1"), "format_version must be an integer of at least 1"),
+        (put("format_version", value=True), "format_version must be an integer of at least 1"),
+        (put("format_version", value=0), "format_version must be an integer of at least 1"),
+        (drop("rule"), "missing key 'rule'"),
+        (put("rule", value="no-such-rule"), "rule 'no-such-rule' is unknown.*adam"),
+        (put("rule", value=["adam"]), "rule must be text"),
         (put("rule", value="adam"), "unknown key 'hyperparameters.width': valid are hyperparameters.lr"),
-        (drop("hyperparameters"), "missing 'hyperparameters'"),
+        (drop("hyperparameters"), "missing key 'hyperparameters'"),
         (drop("hyperparameters", "width"), "missing key 'hyperparameters.width'"),
         (put("hyperparameters", "momentum", value=1), "unknown key 'hyperparameters.momentum'"),
         (put("hyperparameters", "width", value=3.0), "hyperparameters.width must be an integer, not 3.0"),
@@ -252,12 +278,12 @@ def drop(*path):
         (put("hyperparameters", "decays", value=0.9), "hyperparameters.decays must be a list"),
         (put("hyperparameters", "bounds", value=[1]), "hyperparameters.bounds must be a list of 2"),
         (put("hyperparameters", "limit", value="none"), "hyperparameters.limit must be a number or none"),
-        (put("hyperparameters", value=[]), "'hyperparameters' must be dict"),
+        (put("hyperparameters", value=[]), r"hyperparameters must be an object, not \[\]"),
         (put("weights_sha256", value="0" * 64), "'weights_sha256'"),
-        (put("weights_sha256", value=None), "'weights_sha256' must be str"),
-        (put("metadata", value=[]), "'metadata' must be dict"),
-        (drop("metadata"), "missing 'metadata'"),
-        (put("extra", value=1), "unexpected 'extra'"),
+        (put("weights_sha256", value=None), "weights_sha256 must be text"),
+        (put("metadata", value=[]), "metadata must be an object"),
+        (drop("metadata"), "missing key 'metadata'"),
+        (put("extra", value=1), "unknown key 'extra'"),
     ],
 )
 def test_wrong_configuration_is_refused_naming_file_and_field(tmp_path, change, words):
@@ -499,7 +525,7 @@ def test_saving_makes_parents_and_accepts_an_empty_folder(tmp_path, monkeypatch)
     assert load_folder(tmp_path / "empty").rule == load_folder(tmp_path / "a" / "b").rule
 
 
-@pytest.mark.parametrize("step", ["_write_durably", "load_folder", "_sync_folder", "first rename", "second rename"])
+@pytest.mark.parametrize("step", ["write_durably", "read_folder", "sync_folder", "first rename", "second rename"])
 def test_failure_half_way_keeps_the_earlier_folder_and_leaves_nothing_behind(tmp_path, monkeypatch, step):
     old = make_learned(seed=1, card="# Old")
     folder = save(tmp_path / "rule", old)
@@ -518,8 +544,9 @@ def test_failure_half_way_keeps_the_earlier_folder_and_leaves_nothing_behind(tmp
     if step.endswith("rename"):
         monkeypatch.setattr(os, "rename", fail_at(os.rename, 1 if step.startswith("first") else 2))
     else:
-        number = 2 if step == "_write_durably" else 1
-        monkeypatch.setattr(pretrained, step, fail_at(getattr(pretrained, step), number))
+        number = 2 if step == "write_durably" else 1
+        home = pretrained if step == "read_folder" else _folder
+        monkeypatch.setattr(home, step, fail_at(getattr(home, step), number))
     with pytest.raises(OSError, match="disk full"):
         save(folder, make_learned(seed=2))
     monkeypatch.undo()

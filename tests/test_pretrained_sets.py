@@ -40,10 +40,9 @@ def train(model: nn.Module, optimizer: FlatOpt, first: int, last: int) -> list[f
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_the_recipe_is_the_configuration_on_the_card(name: str) -> None:
-    card = (shipped_folder(name) / "README.md").read_text(encoding="utf-8")
-    configuration = card.partition("## Configuration")[2].partition("```json\n")[2].partition("```")[0]
-    assert MetaTrainConfig.from_json(configuration) == RECIPES[name]()
+def test_the_recipe_is_the_configuration_that_made_the_weights(name: str) -> None:
+    text = (shipped_folder(name) / "training.json").read_text(encoding="utf-8")
+    assert MetaTrainConfig.from_json(text) == RECIPES[name]()
 
 
 @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from flatopt.hub import load_pretrained
 from flatopt.optimizer import FlatOpt
-from flatopt.pretrained import LearnedRule, weights_sha256
+from flatopt.pretrained import LearnedRule, load_pretrained, weights_sha256
 
 
 class SAM(Optimizer):

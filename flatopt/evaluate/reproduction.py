@@ -29,8 +29,7 @@ from matplotlib.lines import Line2D
 from torch import nn
 from tqdm import tqdm
 
-from flatopt.hub import load_pretrained
-from flatopt.pretrained import LearnedRule, list_pretrained
+from flatopt.pretrained import LearnedRule, list_pretrained, load_pretrained
 
 from . import models
 from ._report import Interval, Record, Report, Table, confidence_interval, mean_and_std, mean_pm_std

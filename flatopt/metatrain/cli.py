@@ -11,12 +11,10 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-from ..pretrained import LearnedRule, load_folder
-from .checkpoint import Checkpoint
+from ..pretrained import push_to_hub
+from .export import export_rule
 from .import_weights import FORMATS, import_weights
 from .recipes import RECIPES
 from .trainer import TrainingInterrupted, check_unused, load_run, train
@@ -35,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.line = shlex.join(["flatopt-train", *argv])
     try:
         command(arguments)
-    except (ValueError, FileExistsError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"flatopt-train: {error}", file=sys.stderr)
         return 2
     except TrainingInterrupted as interruption:
@@ -85,9 +83,13 @@ def _parser() -> argparse.ArgumentParser:
     imported.add_argument("--rule", required=True, choices=FORMATS, help="what the weights belong to")
     imported.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where to save")
 
-    push = add("push", _push, "publish an exported folder on the Hugging Face Hub")
-    push.add_argument("folder", type=Path, metavar="FOLDER")
-    push.add_argument("repo_id", metavar="org/name")
+    push = add("push", _push, "publish a learned rule on the Hugging Face Hub")
+    push.add_argument("learned", metavar="FOLDER", help="an exported folder, or the name of shipped weights")
+    push.add_argument("repo_id", metavar="org/name", help="repository, made if it does not exist")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to commit to, made if it does not exist")
+    push.add_argument("--tag", metavar="TAG", help="name for the commit, such as v1.0")
+    push.add_argument("--private", action="store_true", default=None, help="make the repository, if made, private")
+    push.add_argument("--pr", action="store_true", help="open a pull request instead of committing")
     return parser
 
 
@@ -113,14 +115,9 @@ def _resume(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     checkpoint = load_run(arguments.out)
-    learned = LearnedRule(
-        checkpoint.config.build_rule(),
-        checkpoint.shipped_weights,
-        make_card(checkpoint),
-        make_metadata(checkpoint),
-    )
-    learned.save_pretrained(arguments.to)
+    export_rule(checkpoint).save_pretrained(arguments.to)
     print(f"update {checkpoint.update} of {checkpoint.config.num_updates} saved in {arguments.to}")
+    print(f'use it with: flatopt.FlatOpt(model.parameters(), pretrained="{arguments.to}")')
 
 
 def _import(arguments: argparse.Namespace) -> None:
@@ -129,58 +126,15 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _push(arguments: argparse.Namespace) -> None:
-    print(load_folder(arguments.folder).push_to_hub(arguments.repo_id).url)
-
-
-def make_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what a saved rule says about its origin, as JSON values."""
-    return {
-        "recipe": checkpoint.config.recipe,
-        "seed": checkpoint.config.seed,
-        "num_updates": checkpoint.update,
-        "seconds": round(checkpoint.seconds, 1),
-        "num_dropped": checkpoint.num_dropped,
-        "sessions": checkpoint.sessions,
-    }
-
-
-def make_card(checkpoint: Checkpoint) -> str:
-    """Return the card of a learned rule: where it comes from and how to make it again."""
-    config = checkpoint.config
-    kind = f"moving average, decay {config.ema_decay}" if checkpoint.average else "of the last update"
-    if checkpoint.best and checkpoint.best_validation is not None:
-        average = "moving average" if checkpoint.average else "no average"
-        kind = f"the best by validation, of update {checkpoint.best_validation['update']} ({average})"
-    facts = {
-        "Recipe": f"`{config.recipe}`",
-        "Rule": f"`{config.rule}`",
-        "Seed": config.seed,
-        "Meta-updates": f"{checkpoint.update} of {config.num_updates}",
-        "Weights": f"{sum(value.numel() for value in checkpoint.weights.values())} numbers, {kind}",
-        "Time": f"{timedelta(seconds=round(checkpoint.seconds))} (h:mm:ss)",
-        "Meta-loss, smoothed": _number(checkpoint.smoothed_loss),
-        "Meta-gradients dropped (not finite)": checkpoint.num_dropped,
-    }
-    if checkpoint.best_validation is not None:
-        best = checkpoint.best_validation
-        length = f", runs of {best['num_steps']} steps" if "num_steps" in best else ""
-        facts["Lowest validation loss"] = f"{_number(best['loss'])} at update {best['update']}{length}"
-    lines = [f"# {config.recipe}", "", f"A learned optimizer for flatopt: weights of the rule `{config.rule}`."]
-    lines += ["", "## Where it comes from", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in facts.items()]
-    lines += ["", "## Sessions", "", "The run was computed in these sessions, each resumed from the one before."]
-    for session in checkpoint.sessions:
-        lines += ["", f"- `{session['command']}`"]
-        lines += [f"  from update {session['first_update']}, started {session['started']}"]
-        lines += [f"  on {session['device']}: {session['hardware']}"]
-        lines += [f"  commit {session['commit'] or 'unknown (not a checkout)'}"]
-        lines += [f"  Python {session['python']}, torch {session['torch']}"]
-    lines += ["", "## Configuration", "", "```json", config.to_json(), "```", ""]
-    return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"
+    result = push_to_hub(
+        arguments.learned,
+        arguments.repo_id,
+        revision=arguments.revision,
+        tag=arguments.tag,
+        private=arguments.private,
+        create_pr=arguments.pr,
+    )
+    print(f"{result.url}\nuse it with: {result.usage}")
 
 
 if __name__ == "__main__":

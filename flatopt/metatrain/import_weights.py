@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..pretrained import LearnedRule, read_bounded
+from .._cards import rule_facts, write_card
+from .._folder import read_bounded
+from ..pretrained import LearnedRule
 from ..rules import L2ODM, RNNProp, UpdateRule, Weights
 
 MAX_FILE_BYTES = 2**20
@@ -47,7 +49,7 @@ def import_weights(file: Path, rule: str) -> LearnedRule:
     try:
         weights = published.convert(_check_arrays(read_arrays(content), published.shapes))
         metadata = {"imported_from": file.name, "sha256": hashlib.sha256(content).hexdigest()}
-        return LearnedRule(published.rule, weights, _make_card(rule, metadata), metadata)
+        return LearnedRule(published.rule, weights, _make_card(published.rule, weights, metadata), metadata)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -299,16 +301,12 @@ FORMATS = {
 """What can be read, by the name of the rule."""
 
 
-def _make_card(rule: str, metadata: Mapping[str, str]) -> str:
+def _make_card(rule: UpdateRule, weights: Weights, metadata: Mapping[str, str]) -> str:
     """Return the card of imported weights."""
-    return "\n".join(
-        [
-            f"# {rule}, imported",
-            "",
-            f"Weights of the rule `{rule}`, made by others and imported from a file.",
-            "",
-            f"- File: `{metadata['imported_from']}`, SHA-256 `{metadata['sha256']}`",
-            "- Whoever passes them on must keep the licence notice of whoever published them.",
-            "",
-        ]
+    file = {"File": f"`{metadata['imported_from']}`, SHA-256 `{metadata['sha256']}`"}
+    return write_card(
+        f"{rule.name}, imported",
+        purpose="What it was published for. Whoever passes it on must keep the licence notice of whoever published it.",
+        facts={**rule_facts(rule, weights), "Made by": "others, imported from a file", **file},
+        license=None,
     )

@@ -105,30 +105,43 @@ def test_smoke_moves_the_weights_and_makes_several_checkpoints(tmp_path):
 def test_export_saves_the_shipped_weights_and_their_origin(toy_run, tmp_path, capsys):
     learned = export(toy_run, tmp_path / "export")
     checkpoint = latest(toy_run / "checkpoints")
-    assert "update 30 of 30" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "update 30 of 30" in printed
+    assert f'flatopt.FlatOpt(model.parameters(), pretrained="{tmp_path / "export"}")' in printed
     assert learned.rule == checkpoint.config.build_rule()
     for name, value in checkpoint.average.items():
         torch.testing.assert_close(learned.weights[name], value, rtol=0, atol=0)
     assert learned.metadata["recipe"] == "toy"
     assert learned.metadata["num_updates"] == 30
     assert learned.metadata["sessions"] == checkpoint.sessions
+    assert learned.training == json.loads(checkpoint.config.to_json())
 
 
 def test_the_card_tells_how_the_weights_were_made(toy_run, tmp_path):
     card = export(toy_run, tmp_path / "export").card
     session = latest(toy_run / "checkpoints").sessions[0]
     for fact in (
-        "| Recipe | `toy` |",
-        "| Seed | 0 |",
+        "| Recipe | `toy`, seed 0 |",
         "| Meta-updates | 30 of 30 |",
         "moving average, decay 0.9",
         "`flatopt-train run toy`",
         f"torch {torch.__version__}",
         session["hardware"],
         session["commit"] or "unknown (not a checkout)",
-        toy_config().to_json(),
+        f"flatopt {flatopt.__version__}, commit",
+        "[training.json](training.json)",
     ):
         assert fact in card
+
+
+def test_what_is_exported_names_no_path_of_this_machine(tmp_path):
+    out = tmp_path / "my run"
+    assert main(["run", "smoke", "num_updates=1", "--out", str(out)]) == 0
+    export(out, tmp_path / "export")
+    for file in ("README.md", "config.json", "training.json"):
+        text = (tmp_path / "export" / file).read_text()
+        assert str(tmp_path) not in text
+    assert "flatopt-train run smoke num_updates=1 --out 'my run'" in (tmp_path / "export" / "README.md").read_text()
 
 
 def test_the_command_is_recorded_as_it_was_typed(tmp_path):
@@ -156,7 +169,7 @@ def test_list_shows_every_recipe(capsys):
         (["run", "smoke", "--out", "OUT", "--device", "nowhere"], "device 'nowhere' cannot be used"),
         (["resume", "OUT"], "no whole checkpoint in OUT/checkpoints"),
         (["export", "OUT", "--to", "OUT/export"], "no whole checkpoint in OUT/checkpoints"),
-        (["push", "OUT", "org/name"], "no such file"),
+        (["push", "OUT", "org/name"], "'OUT' is neither shipped weights"),
     ],
 )
 def test_a_request_that_cannot_be_carried_out_gets_one_line_and_exit_code_2(tmp_path, capsys, arguments, message):
@@ -190,20 +203,3 @@ def test_export_does_not_replace_what_is_not_a_saved_rule(toy_run, capsys):
     assert main(["export", str(toy_run), "--to", str(toy_run)]) == 2
     assert "not" in capsys.readouterr().err
     assert latest(toy_run / "checkpoints").update == 30
-
-
-def test_push_publishes_the_exported_folder(toy_run, tmp_path, monkeypatch, capsys):
-    export(toy_run, tmp_path / "export")
-    calls = []
-
-    class Result:
-        url = "https://hub/org/name"
-
-    def push(learned, repo_id):
-        calls.append((learned.metadata["recipe"], repo_id))
-        return Result
-
-    monkeypatch.setattr("flatopt.pretrained.LearnedRule.push_to_hub", push)
-    assert main(["push", str(tmp_path / "export"), "org/name"]) == 0
-    assert calls == [("toy", "org/name")]
-    assert "https://hub/org/name" in capsys.readouterr().out

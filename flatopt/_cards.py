@@ -1,0 +1,117 @@
+"""Cards: the ``README.md`` of a learned rule, in the form that the Hugging Face Hub reads.
+
+Every card begins with the line that uses it, says what it is good for and where it comes from, and folds the rest away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+
+from ._folder import TRAINING_FILE, weights_sha256
+from ._version import __version__
+from .rules import UpdateRule, Weights
+
+HERE = "path/to/this/folder"
+"""How the card of a folder names the folder: nobody's disk is anybody else's business."""
+
+_FRONT_MATTER = """---
+library_name: flatopt
+{license}tags:
+- flatopt
+- learned-optimizer
+- optimizer
+- pytorch
+---
+
+"""
+
+
+def write_card(
+    title: str,
+    *,
+    purpose: str,
+    facts: Mapping[str, object],
+    folded: Mapping[str, Sequence[str]] | None = None,
+    license: str | None = "apache-2.0",
+    has_training: bool = False,
+) -> str:
+    """Return a card.
+
+    Args:
+        title: heading.
+        purpose: what the learned rule is good for.
+        facts: rows of a table that says where it comes from.
+        folded: lines of Markdown by their heading, not shown until asked for.
+        license: identifier that the Hub knows; ``None`` where it is not ours to say.
+        has_training: link ``training.json``, which must then be written too.
+
+    Example:
+        >>> print(write_card("mine", purpose="Small networks.", facts={"Rule": "`adam`"}).splitlines()[0])
+        ---
+    """
+    lines = [f"# {title}", "", "A learned optimizer for PyTorch, used through `flatopt` as any other optimizer:", ""]
+    lines += ["```python", "import flatopt", ""]
+    lines += [f'optimizer = flatopt.FlatOpt(model.parameters(), pretrained="{HERE}")', "```", ""]
+    lines += ["There is no learning rate to tune. Where the length of the training is known, say `num_steps=...`."]
+    lines += ["", "## What it is good for", "", purpose, "", "## Where it comes from", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in facts.items()]
+    if has_training:
+        lines += ["", f"The whole configuration is in [{TRAINING_FILE}]({TRAINING_FILE})."]
+    for heading, inner in (folded or {}).items():
+        lines += ["", f"<details><summary>{heading}</summary>", "", *inner, "", "</details>"]
+    return _front_matter(license) + "\n".join(lines) + "\n"
+
+
+def model_card(rule: UpdateRule, weights: Weights, *, name: str | None = None) -> str:
+    """Return a card that says what can be read off the rule and its weights.
+
+    Args:
+        rule: the update rule.
+        weights: its weights.
+        name: heading, the rule's name if ``None``.
+    """
+    facts = {**rule_facts(rule, weights), "flatopt": __version__}
+    facts |= {f"`{item.name}`": f"`{getattr(rule, item.name)}`" for item in dataclasses.fields(rule)}
+    return write_card(name or rule.name, purpose="Nothing was recorded about how it was trained.", facts=facts)
+
+
+def rule_facts(rule: UpdateRule, weights: Weights) -> dict[str, str]:
+    """Return rows on a rule and its weights."""
+    summary = (type(rule).__doc__ or "").strip().partition("\n")[0]
+    return {
+        "Rule": f"`{rule.name}`: {summary}",
+        "Weights": f"{sum(value.numel() for value in weights.values()):,}, SHA-256 `{weights_sha256(weights)}`",
+    }
+
+
+def address(card: str, repo_id: str) -> str:
+    r"""Return a card for a repository: with front matter, and with the repository's name where it says how to load.
+
+    Example:
+        >>> address('---\n---\nFlatOpt(model.parameters(), pretrained="l2o-dm")', "org/name").splitlines()[-1]
+        'FlatOpt(model.parameters(), pretrained="org/name")'
+    """
+    card = card if card.startswith("---\n") else _front_matter("apache-2.0") + card
+    return re.sub(r'(FlatOpt\(model\.parameters\(\), pretrained=)"[^"\n]*"', rf'\1"{repo_id}"', card, count=1)
+
+
+def without_paths(command: str) -> str:
+    """Return a command line with the name in place of every path, which is nobody else's business.
+
+    Example:
+        >>> without_paths("flatopt-train run smoke --out /home/me/runs/a seed=1")
+        'flatopt-train run smoke --out a seed=1'
+    """
+
+    def strip(word: str) -> str:
+        key, equals, value = word.rpartition("=")
+        return key + equals + (value.rstrip("/").rpartition("/")[2] or value)
+
+    return shlex.join([strip(word) for word in shlex.split(command)])
+
+
+def _front_matter(license: str | None) -> str:
+    return _FRONT_MATTER.format(license=f"license: {license}\n" if license else "")

@@ -1,0 +1,93 @@
+"""From a checkpoint to a learned rule that says where it comes from."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import Any
+
+from .._cards import rule_facts, without_paths, write_card
+from .._version import __version__
+from ..pretrained import LearnedRule
+from .checkpoint import Checkpoint
+from .config import MetaTrainConfig
+
+
+def export_rule(checkpoint: Checkpoint) -> LearnedRule:
+    """Return the learned rule of a checkpoint, with card, metadata and the whole configuration."""
+    rule, weights = checkpoint.config.build_rule(), checkpoint.shipped_weights
+    facts = {**rule_facts(rule, weights), **_facts(checkpoint)}
+    card = write_card(
+        checkpoint.config.recipe,
+        purpose=_purpose(checkpoint.config),
+        facts=facts,
+        folded={"Sessions": _describe_sessions(_sessions(checkpoint))},
+        has_training=True,
+    )
+    return LearnedRule(rule, weights, card, _metadata(checkpoint), json.loads(checkpoint.config.to_json()))
+
+
+def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "recipe": checkpoint.config.recipe,
+        "seed": checkpoint.config.seed,
+        "num_updates": checkpoint.update,
+        "seconds": round(checkpoint.seconds, 1),
+        "num_dropped": checkpoint.num_dropped,
+        "flatopt": __version__,
+        "sessions": _sessions(checkpoint),
+    }
+
+
+def _sessions(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Return the sessions without the paths of this machine."""
+    return [{**session, "command": without_paths(session["command"])} for session in checkpoint.sessions]
+
+
+def _purpose(config: MetaTrainConfig) -> str:
+    families = ", ".join(f"`{task.name}`" for task in config.tasks)
+    lengths = config.curriculum.stages or [
+        *(task.min_steps for task in config.tasks),
+        *(task.max_steps for task in config.tasks),
+    ]
+    return (
+        f"Training in place of Adam or SGD. The weights were learned on small problems (families {families}) in runs "
+        f"of {min(lengths):,} to {max(lengths):,} steps: the more alike yours is, the surer the result. Compare it "
+        "with a tuned Adam before relying on it."
+    )
+
+
+def _facts(checkpoint: Checkpoint) -> dict[str, object]:
+    config, best = checkpoint.config, checkpoint.best_validation
+    kind = f"moving average, decay {config.ema_decay}" if checkpoint.average else "of the last update"
+    if checkpoint.best and best is not None:
+        average = "moving average" if checkpoint.average else "no average"
+        kind = f"the best by validation, of update {best['update']} ({average})"
+    facts: dict[str, object] = {
+        "Which weights": kind,
+        "Recipe": f"`{config.recipe}`, seed {config.seed}",
+        "Meta-updates": f"{checkpoint.update} of {config.num_updates}",
+        "Time": f"{timedelta(seconds=round(checkpoint.seconds))} (h:mm:ss)",
+        "Meta-loss, smoothed": _number(checkpoint.smoothed_loss),
+        "Meta-gradients dropped (not finite)": checkpoint.num_dropped,
+    }
+    if best is not None:
+        length = f", runs of {best['num_steps']} steps" if "num_steps" in best else ""
+        facts["Lowest validation loss"] = f"{_number(best['loss'])} at update {best['update']}{length}"
+    commit = checkpoint.sessions[-1]["commit"] if checkpoint.sessions else None
+    return {**facts, "Code": f"flatopt {__version__}, commit {commit or 'unknown (not a checkout)'}"}
+
+
+def _describe_sessions(sessions: list[dict[str, Any]]) -> list[str]:
+    lines = ["The run was computed in these sessions, each resumed from the one before."]
+    for session in sessions:
+        lines += ["", f"- `{session['command']}`"]
+        lines += [f"  from update {session['first_update']}, started {session['started']}"]
+        lines += [f"  on {session['device']}: {session['hardware']}"]
+        lines += [f"  commit {session['commit'] or 'unknown (not a checkout)'}"]
+        lines += [f"  Python {session['python']}, torch {session['torch']}"]
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
