@@ -1,0 +1,125 @@
+"""What stands on the pages of the documentation runs: ``python`` and ``console`` blocks, in their order on the page.
+
+A page is turned into one program that keeps the line numbers: Python as it is, each command as a call of the shell.
+Commands that take minutes, or that change the machine, are replaced by the table ``INSTEAD``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hub_server
+import pytest
+import torch
+
+from flatopt import LearnedRule
+from flatopt.rules import L2ODM
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("tutorials/*.md"))]
+
+SKIP = None
+INSTEAD: dict[str, str | None] = {}
+"""What runs in place of a command: a fast form of it, or nothing where it would install or test everything."""
+
+NEEDS = {
+    "replace-adam.md": ("sklearn",),
+    "lightning.md": ("lightning",),
+    "hf-trainer.md": ("transformers", "accelerate"),
+}
+"""Packages that a page uses, beyond those that flatopt requires."""
+
+# Names that short examples take for granted, and the shell.
+PREAMBLE = """
+import subprocess, torch
+def shell(command):
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\\n{done.stdout}\\n{done.stderr}"
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3))
+inputs, targets = torch.randn(16, 20), torch.randint(3, (16,))
+batches, num_epochs, num_steps = [(inputs, targets)], 2, 10
+"""
+
+
+def blocks(page: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield the first line, language and text of every block that runs."""
+    text = page.read_text(encoding="utf-8")
+    for block in re.finditer(r"^```(python|console)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        yield text[: block.start(2)].count("\n"), block.group(1), block.group(2)
+
+
+def commands(text: str) -> list[str]:
+    """Return the commands of a ``console`` block, without prompt and comment."""
+    joined = text.replace("\\\n", " ")
+    lines = [line[2:] for line in joined.splitlines() if line.startswith("$ ")]
+    return [re.sub(r"\s+", " ", re.sub(r"\s+#.*", "", line)).strip() for line in lines]
+
+
+def program(page: Path) -> str:
+    """Return everything that a page runs, each block at the line where it stands."""
+    lines = [""] * page.read_text(encoding="utf-8").count("\n")
+    for first, language, text in blocks(page):
+        if language == "python":
+            lines[first : first + text.count("\n")] = text.splitlines()
+        else:
+            run = [INSTEAD.get(command, command) for command in commands(text)]
+            lines[first] = "; ".join(f"shell({command!r})" for command in run if command)
+    return "\n".join(lines)
+
+
+def runs_commands(page: Path) -> bool:
+    return any(
+        INSTEAD.get(one, one) for _, language, text in blocks(page) if language == "console" for one in commands(text)
+    )
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    """A Hub on the loopback interface that holds weights ``org/name`` with a tag ``v1``."""
+    server = hub_server.HubServer()
+    learned = LearnedRule(L2ODM(), L2ODM().init_weights(torch.Generator().manual_seed(0)))
+    repo = server.repos["org/name"] = hub_server.Repo()
+    repo.branches["v1"] = repo.commit(learned._files())
+    yield server.url
+    server.close()
+
+
+def cases() -> list[object]:
+    pages = [page for page in PAGES if any(True for _ in blocks(page))]
+    return [pytest.param(page, marks=[pytest.mark.slow] * runs_commands(page), id=page.stem) for page in pages]
+
+
+@pytest.mark.parametrize("page", cases())
+def test_code_and_commands_of_a_page_run_in_their_order(page: Path, hub: str, tmp_path: Path) -> None:
+    for package in NEEDS.get(page.name, ()):
+        pytest.importorskip(package)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "HF_ENDPOINT": hub,
+        "HF_TOKEN": hub_server.TOKEN,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    runner = f"{PREAMBLE}\nexec(compile(open('page.py').read(), {str(page)!r}, 'exec'))"
+    (tmp_path / "page.py").write_text(program(page), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", runner], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_every_replaced_command_stands_on_a_page() -> None:
+    typed = {
+        one for page in PAGES for _, language, text in blocks(page) if language == "console" for one in commands(text)
+    }
+    assert set(INSTEAD) <= typed, set(INSTEAD) - typed
