@@ -24,9 +24,35 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("tutorials/*.md"))]
 
-SKIP = None
-INSTEAD: dict[str, str | None] = {}
-"""What runs in place of a command: a fast form of it, or nothing where it would install or test everything."""
+REPRODUCTION = "flatopt-eval reproduction --fast --seeds 1 --tasks 'digits'"
+PENALTY = (
+    "flatopt-train run l2o-dm --out runs/squared-trace objective.flatness.name=squared-trace "
+    "objective.flatness.coefficient=0.1 objective.flatness.options.num_matvecs=2 objective.flatness.schedule=last "
+    "objective.flatness.fraction=0.5"
+)
+SMOKE = "flatopt-train run smoke --out {} num_updates=2 checkpoint_every=1"
+INSTEAD: dict[str, str | None] = {
+    # They install, or test everything: `.ci/run` does both.
+    "pip install .": None,
+    "pip install '.[train]'": None,
+    "pip install '.[eval]'": None,
+    "make check": None,
+    ".venv/bin/pre-commit install": None,
+    ".venv/bin/python -m pytest tests/rules": None,
+    # The same in seconds.
+    "make demo": "python -m flatopt.evaluate.demo --out demo-output --seeds 1 --steps 5",
+    "flatopt-train run smoke --out runs/smoke": SMOKE.format("runs/smoke"),
+    "flatopt-train run flat-v2 --out runs/flat-v2": SMOKE.format("runs/flat-v2"),
+    "flatopt-train run flat-v2 --out runs/mine meta_lr=1e-3": SMOKE.format("runs/mine") + " meta_lr=1e-3",
+    "flatopt-train run l2o-dm-hessian --out runs/l2o-dm-hessian": SMOKE.format("runs/l2o-dm-hessian"),
+    PENALTY: f"{PENALTY} num_updates=1",
+    "flatopt-eval reproduction --fast --out runs/eval/repro-fast": f"{REPRODUCTION} --out runs/eval/repro-fast",
+    "flatopt-eval reproduction --seeds 10 --out runs/eval/reproduction": None,  # the line above without --fast
+    "flatopt-eval reproduction --split meta --learned-only --sets runs/a/export runs/b/export --out runs/eval/sweep": (
+        f"{REPRODUCTION} --split meta --learned-only --sets l2o-dm l2o-dm-hessian --out runs/eval/sweep"
+    ),
+}
+"""What runs in place of a command: a fast form of it, or nothing."""
 
 NEEDS = {
     "replace-adam.md": ("sklearn",),
@@ -100,8 +126,13 @@ def cases() -> list[object]:
 def test_code_and_commands_of_a_page_run_in_their_order(page: Path, hub: str, tmp_path: Path) -> None:
     for package in NEEDS.get(page.name, ()):
         pytest.importorskip(package)
+    for name, module in {"flatopt-train": "flatopt.metatrain.cli", "flatopt-eval": "flatopt.evaluate.cli"}.items():
+        script = tmp_path / "bin" / name
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m {module} \"$@\"\n")
+        script.chmod(0o755)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PATH": os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "HF_ENDPOINT": hub,
