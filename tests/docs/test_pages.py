@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +46,9 @@ INSTEAD: dict[str, str | None] = {
     "flatopt-train run flat-v2 --out runs/flat-v2": SMOKE.format("runs/flat-v2"),
     "flatopt-train run flat-v2 --out runs/mine meta_lr=1e-3": SMOKE.format("runs/mine") + " meta_lr=1e-3",
     "flatopt-train run l2o-dm-hessian --out runs/l2o-dm-hessian": SMOKE.format("runs/l2o-dm-hessian"),
+    "flatopt-train export runs/mine --to my-weights": (
+        SMOKE.format("runs/mine") + " && flatopt-train export runs/mine --to my-weights"
+    ),
     PENALTY: f"{PENALTY} num_updates=1",
     "flatopt-eval reproduction --fast --out runs/eval/repro-fast": f"{REPRODUCTION} --out runs/eval/repro-fast",
     "flatopt-eval reproduction --seeds 10 --out runs/eval/reproduction": None,  # the line above without --fast
@@ -111,8 +115,11 @@ def hub() -> Iterator[str]:
     """A Hub on the loopback interface that holds weights ``org/name`` with a tag ``v1``."""
     server = hub_server.HubServer()
     learned = LearnedRule(L2ODM(), L2ODM().init_weights(torch.Generator().manual_seed(0)))
+    with tempfile.TemporaryDirectory() as folder:
+        learned.save_pretrained(folder)
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
     repo = server.repos["org/name"] = hub_server.Repo()
-    repo.branches["v1"] = repo.commit(learned._files())
+    repo.branches["v1"] = repo.branches["v1.0"] = repo.commit(files)
     yield server.url
     server.close()
 
