@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any, NamedTuple, overload
+from dataclasses import dataclass, field
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from . import _dtensor as dtensor
+from ._compile import CompiledPhases
 from .pretrained import LearnedRule, load_pretrained
-from .rules import Phases, State, StepContext, UpdateRule, Weights, apply_rule, plain_phases
+from .rules import (
+    Plan,
+    State,
+    StepContext,
+    Strips,
+    TensorShape,
+    Update,
+    UpdateRule,
+    Weights,
+    apply_rule,
+    plain_phases,
+)
 
 CHUNK_SIZE = 2**15
 """Coordinates handled at once: bounds the memory of a step whatever the size of the tensors."""
@@ -117,7 +128,7 @@ class FlatOpt(Optimizer):
         params: ParamsT,
         lr: float | Tensor = 1.0,
         *,
-        pretrained: str | os.PathLike[str] | LearnedRule = "flat-v1",
+        pretrained: str | os.PathLike[str] | LearnedRule = "flat-v2",
         num_steps: int | None = None,
         weight_decay: float = 0.0,
         revision: str | None = None,
@@ -196,30 +207,19 @@ class FlatOpt(Optimizer):
         for slot in slots:
             if not self.state[slot.param]:
                 self._init_state(slot.param)
-
-        buckets: dict[tuple[torch.device, torch.dtype], list[_Slot]] = {}
-        grads: dict[Tensor, Tensor] = {}
-        norms: dict[Tensor, float] = {}
-        steps: dict[Tensor, float] = {}
+        last_step, buckets = 0.0, dict[tuple[torch.device, torch.dtype], list[_Slot]]()
         for key in dict.fromkeys(_bucket(param) for param in self.state):
-            members = buckets[key] = [slot for slot in slots if _bucket(slot.param) == key]
-            holders = [param for param, state in self.state.items() if state and _bucket(param) == key]
-            grads.update({slot.param: _local(slot.grad, slot.param) for slot in members})
-            measured = _measure(members, [grads[slot.param] for slot in members], self._steps(holders))
-            norms.update(zip([slot.param for slot in members], measured[: len(members)], strict=True))
-            steps.update(zip(holders, measured[len(members) :], strict=True))
-
-        context = (1.0 + max(steps.values(), default=0.0), float(self.param_groups[0]["num_steps"] or math.inf))
-        for (device, dtype), members in buckets.items():
-            limit = math.sqrt(torch.finfo(dtype).max) * _OVERFLOW_MARGIN
-            usable = []
+            members = [slot for slot in slots if _bucket(slot.param) == key]
+            last_step = max(last_step, self._measure(members, key))
+            usable = buckets[key] = []
             for slot in members:
-                if not norms[slot.param] <= limit:
-                    self._skip(slot)
-                elif norms[slot.param] > 0 or steps[slot.param] > 0:
+                if self._is_usable(slot, key[1]):
                     usable.append(slot)
-            if usable:
-                self._update(usable, [grads[slot.param] for slot in usable], context, device, dtype)
+        context = (1.0 + last_step, float(self.param_groups[0]["num_steps"] or math.inf))
+        for (device, dtype), members in buckets.items():
+            if members:
+                with torch.autocast(device.type, enabled=False):  # a step taken inside autocast keeps its precision
+                    self._update(members, context, device, dtype)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -278,7 +278,7 @@ class FlatOpt(Optimizer):
         rule = self.learned.rule
         self._weights: dict[tuple[torch.device, torch.dtype], Weights] = {}
         self._phases = plain_phases(rule)
-        self._compiled = _Compiled(self._phases) if self._compile else None
+        self._compiled = CompiledPhases(self._phases) if self._compile else None
         if self._compiled is not None:
             self._phases = self._compiled.phases()
         self._rule_keys = tuple(rule.init_state(self.learned.weights, torch.zeros(1)))
@@ -311,12 +311,12 @@ class FlatOpt(Optimizer):
         rule, weights = self.learned.rule, self._weights_on(*_bucket(param))
         whole = torch.view_as_real(param) if param.is_complex() else param
         dtype = _bucket(param)[1]
-        with _replicated_weights(param):
+        with dtensor.replicated_weights(param):
             fresh = rule.init_state(weights, whole.detach().to(dtype).contiguous(), self._generator(param))
             state = {
-                key: _plain(value)
-                if key in rule.tensor_state
-                else _placed_like(value.to(self._kept_dtype(key, dtype)), param)
+                key: dtensor.local_copy(value)
+                if key == "step" or key in rule.memory
+                else dtensor.placed_like(value.to(self._kept_dtype(key, dtype)), param)
                 for key, value in fresh.items()
             }
         state["num_skipped"] = torch.zeros((), dtype=torch.int64, device=param.device)
@@ -335,16 +335,31 @@ class FlatOpt(Optimizer):
         """Return the dtype that a floating-point value of the state is kept in between steps."""
         return self._state_dtype if self._state_dtype and key in self.learned.rule.compressible_state else dtype
 
-    def _steps(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Return the step counters of parameters, on their devices."""
-        for param in params:
+    def _measure(self, slots: Sequence[_Slot], bucket: tuple[torch.device, torch.dtype]) -> float:
+        """Fill in gradients, their largest absolute values (inf for NaN) and steps; return the last step of the bucket.
+
+        One transfer to the host.
+        """
+        for slot in slots:
+            slot.local = _real(dtensor.local_grad(slot.grad, slot.param)).contiguous()
+        holders = [param for param, state in self.state.items() if state and _bucket(param) == bucket]
+        for param in holders:
             state = self.state[param]
             if state["step"].device != param.device:  # Lightning moves all of a state but this
                 state["step"] = state["step"].to(param.device)
-        return [self.state[param]["step"] for param in params]
+        values = _largest(slots, bucket[1]) + [self.state[param]["step"] for param in holders]
+        if not values:
+            return 0.0
+        measured = torch.stack(values).tolist()
+        steps = dict(zip(holders, measured[len(slots) :], strict=True))
+        for slot, norm in zip(slots, measured, strict=False):
+            slot.norm, slot.step = norm, steps[slot.param]
+        return max(steps.values())
 
-    def _skip(self, slot: _Slot) -> None:
-        """Count a gradient that cannot be used."""
+    def _is_usable(self, slot: _Slot, dtype: torch.dtype) -> bool:
+        """Return whether a gradient can be used; count it if it is not finite.  Before the first, zero is none."""
+        if slot.norm <= math.sqrt(torch.finfo(dtype).max) * _OVERFLOW_MARGIN:
+            return slot.norm > 0 or slot.step > 0
         self.state[slot.param]["num_skipped"] += 1
         if not self._warned_not_finite:
             self._warned_not_finite = True
@@ -354,14 +369,10 @@ class FlatOpt(Optimizer):
                 RuntimeWarning,
                 stacklevel=7,
             )
+        return False
 
     def _update(
-        self,
-        slots: Sequence[_Slot],
-        grads: Sequence[Tensor],
-        context: tuple[float, float],
-        device: torch.device,
-        dtype: torch.dtype,
+        self, slots: Sequence[_Slot], context: tuple[float, float], device: torch.device, dtype: torch.dtype
     ) -> None:
         """Step the parameters of one device and dtype."""
 
@@ -370,39 +381,39 @@ class FlatOpt(Optimizer):
                 return value.detach().to(device, dtype).reshape(())
             return torch.full((), value, device=device, dtype=dtype)  # a fill, where torch.tensor would synchronise
 
-        targets = [_real(_plain_view(slot.param)) for slot in slots]
-        params = [target.contiguous() for target in targets]
-        shardings = [_sharding(slot.param) for slot in slots]
-        lrs = {id(slot.group): scalar(slot.group["lr"]) for slot in slots}
-        arguments: tuple[Any, ...] = (
-            self.learned.rule,
+        def per_slot(key: str) -> Tensor:
+            values = {id(slot.group): scalar(slot.group[key]) for slot in slots}
+            return torch.stack([values[id(slot.group)] for slot in slots])
+
+        rule = self.learned.rule
+        shards = [_Shard(slot, rule, {key: self.state[slot.param][key] for key in self._rule_keys}) for slot in slots]
+        compiled = self._compiled is not None and self._compiled.fast is not None
+        plan = Plan(
+            update=Update(per_slot("lr"), per_slot("weight_decay")),
+            chunk_size=COMPILED_CHUNK_SIZE if compiled else CHUNK_SIZE,
+            pack_size=PACK_SIZE,
+            phases=self._phases,
+            pulls=bool(rule.pull_period) and (context[0] - 1) % rule.pull_period == 0,
+            shapes=[shard.shape for shard in shards],
+            first_strips=[shard.first_strip for shard in shards],
+            reduce=dtensor.sum_over_shards([shard.sharding for shard in shards]),
+        )
+        shared = apply_rule(
+            rule,
             self._weights_on(device, dtype),
-            params,
-            [-grad if slot.group["maximize"] else grad for slot, grad in zip(slots, grads, strict=True)],
-            [{key: _plain_view(self.state[slot.param][key]) for key in self._rule_keys} for slot in slots],
+            [shard.param for shard in shards],
+            [-shard.grad if shard.slot.group["maximize"] else shard.grad for shard in shards],
+            [shard.state for shard in shards],
             _shared(self.state[slots[0].param]),
             StepContext(*map(scalar, context)),
-            [lrs[id(slot.group)] for slot in slots],
-            [slot.group["weight_decay"] for slot in slots],
-        )
-        with torch.autocast(device.type, enabled=False):  # a step taken inside autocast keeps its precision
-            shared = _take_step(
-                *arguments,
-                phases=self._phases,
-                chunk_size=COMPILED_CHUNK_SIZE if self._compiled and self._compiled.fast else CHUNK_SIZE,
-                all_reduce=(lambda sums: _all_reduce(sums, shardings, torch.distributed.ReduceOp.SUM))
-                if any(sharding is not None for sharding in shardings)
-                else None,
-            )
-
-        for target, param in zip(targets, params, strict=True):
-            if param is not target:
-                target.copy_(param)
-        if shared:
-            for other, state in self.state.items():
-                if state and _bucket(other) == (device, dtype):
-                    for key, value in shared.items():
-                        state[SHARED_PREFIX + key].copy_(value)
+            plan,
+        ).shared
+        for shard in shards:
+            shard.write_back()
+        for other, state in self.state.items() if shared else ():
+            if state and _bucket(other) == (device, dtype):
+                for key, value in shared.items():
+                    state[SHARED_PREFIX + key].copy_(value)
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
         """Replace the loaded state by exact copies, on the device and in the dtypes it is kept in."""
@@ -422,103 +433,70 @@ def state_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * SEED_STRIDE + index)
 
 
-class _Slot(NamedTuple):
+@dataclass(eq=False)
+class _Slot:
     """A parameter with a gradient."""
 
     param: Tensor
     grad: Tensor
     group: dict[str, Any]
     name: str
+    local: Tensor = field(init=False)
+    """Real, contiguous gradient of the local shard, in the layout of the parameter."""
+    norm: float = math.inf
+    """Largest absolute value of the whole gradient."""
+    step: float = 0.0
+    """Steps that the parameter has taken."""
 
 
-class _Sharding(NamedTuple):
-    """How a DTensor is cut: the mesh, and those of its dimensions along which ranks hold different parts."""
+class _Shard:
+    """What this process holds of a parameter, as the driver takes it: real and contiguous.
 
-    mesh: Any
-    dims: tuple[int, ...]
+    Where shards cut through the strips of a matrix, every rank gathers and updates the whole, and keeps its part.
+    """
 
+    def __init__(self, slot: _Slot, rule: UpdateRule, state: State):
+        self.slot = slot
+        param = slot.param
+        self.shape = TensorShape.of(param.shape, is_complex=param.is_complex())
+        first_strip = dtensor.first_strip(param, Strips.of(self.shape, rule.max_strip))
+        self.first_strip = first_strip or 0
+        self.is_gathered = first_strip is None
+        if self.is_gathered:
+            self.sharding = None
+            self.target = self.param = dtensor.whole_copy(param)
+            self.grad = dtensor.whole_copy(slot.grad)
+            self.state = {key: dtensor.whole_copy(value) for key, value in state.items()}
+            self.kept = state
+        else:
+            self.sharding = dtensor.sharding(param)
+            self.target = _real(dtensor.local_view(param))
+            self.param, self.grad = self.target.contiguous(), slot.local
+            self.state = {key: dtensor.local_view(value) for key, value in state.items()}
 
-def _take_step(
-    rule: UpdateRule,
-    weights: Weights,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[State],
-    shared: State,
-    context: StepContext,
-    lrs: Sequence[Tensor],
-    weight_decays: Sequence[float],
-    *,
-    phases: Phases,
-    chunk_size: int,
-    all_reduce: Callable[[Tensor], Tensor] | None,
-) -> State:
-    """Advance parameters and states in place; return the new shared state."""
-
-    def emit(index: int, where: slice, delta: Tensor, step_size: Tensor) -> None:
-        target = params[index].view(-1)[where]
-        value = target.to(delta.dtype)  # half types: computed in float32, rounded once
-        if weight_decays[index] != 0:
-            value = value * (1 - lrs[index] * step_size * weight_decays[index])
-        target.copy_(value + lrs[index] * delta)
-
-    return apply_rule(
-        rule,
-        weights,
-        params,
-        grads,
-        states,
-        shared,
-        context,
-        emit=emit,
-        chunk_size=chunk_size,
-        pack_size=PACK_SIZE,
-        all_reduce=all_reduce,
-        phases=phases,
-    ).shared
+    def write_back(self) -> None:
+        """Write what is not in the storage of the parameter and its state yet."""
+        if self.is_gathered:
+            dtensor.write_part_of_whole(self.param, self.slot.param)
+            for key, value in self.state.items():
+                dtensor.write_part_of_whole(value, self.kept[key])
+        elif self.param is not self.target:
+            self.target.copy_(self.param)
 
 
-class _Compiled:
-    """The phases of a rule on coordinates, through ``torch.compile``; plain ones, with a warning, where it fails."""
-
-    def __init__(self, plain: Phases):
-        self.plain = plain
-        self.fast: Phases | None = plain._replace(
-            observe=torch.compile(plain.observe, fullgraph=True, dynamic=True),
-            propose=torch.compile(plain.propose, fullgraph=True, dynamic=True),
-        )
-
-    def phases(self) -> Phases:
-        """Return the phases as the driver takes them."""
-        return self.plain._replace(observe=partial(self._call, "observe"), propose=partial(self._call, "propose"))
-
-    def _call(self, name: str, *arguments: Any) -> Any:
-        if self.fast is not None:
-            try:
-                return getattr(self.fast, name)(*arguments)
-            # Raised before anything runs; the second is not a TorchDynamoException.
-            except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-                reason = str(error).strip().splitlines()[0]
-                warnings.warn(f"FlatOpt goes on without torch.compile: {reason}", RuntimeWarning, stacklevel=10)
-                self.fast = None
-        return getattr(self.plain, name)(*arguments)
-
-
-def _measure(slots: Sequence[_Slot], grads: Sequence[Tensor], steps: Sequence[Tensor]) -> list[float]:
-    """Return the largest absolute value of each gradient (inf for NaN), then the steps: one transfer to the host."""
-    dtype = steps[0].dtype if steps else torch.float32
-    if slots:
-        # The norm of an empty tensor is an error; of a half type it has to be taken in the dtype of the others.
-        sized = iter(torch._foreach_norm([grad for grad in grads if grad.numel()] or [grads[0].new_zeros(1)], math.inf))
-        norms = torch.stack(
-            [next(sized).to(dtype) if grad.numel() else grad.new_zeros((), dtype=dtype) for grad in grads]
-        )
-        norms = torch.nan_to_num(norms, nan=math.inf, posinf=math.inf)  # a maximum over ranks may lose a NaN
-        shardings = [_sharding(slot.param) for slot in slots]
-        if any(sharding is not None for sharding in shardings):
-            norms = _all_reduce(norms, shardings, torch.distributed.ReduceOp.MAX)
-        steps = [*norms.unbind(), *steps]
-    return torch.stack([step.double() for step in steps]).tolist() if steps else []
+def _largest(slots: Sequence[_Slot], dtype: torch.dtype) -> list[Tensor]:
+    """Return the largest absolute value of each gradient, inf for NaN, 0-D."""
+    if not slots:
+        return []
+    grads = [slot.local for slot in slots]
+    # The norm of an empty tensor is an error; of a half type it has to be taken in the dtype of the others.
+    sized = iter(torch._foreach_norm([grad for grad in grads if grad.numel()] or [grads[0].new_zeros(1)], math.inf))
+    norms = torch.stack([next(sized).to(dtype) if grad.numel() else grad.new_zeros((), dtype=dtype) for grad in grads])
+    norms = torch.nan_to_num(norms, nan=math.inf, posinf=math.inf)  # a maximum over ranks may lose a NaN
+    shardings = [dtensor.sharding(slot.param) for slot in slots]
+    if any(sharding is not None for sharding in shardings):
+        return [value[0] for value in dtensor.all_reduce(norms.split(1), shardings, torch.distributed.ReduceOp.MAX)]
+    return list(norms.unbind())
 
 
 def _bucket(param: Tensor) -> tuple[torch.device, torch.dtype]:
@@ -545,71 +523,3 @@ def _restored(value: Any, param: Tensor, dtype: torch.dtype) -> Any:
 def _real(tensor: Tensor) -> Tensor:
     """Return a real view: complex numbers become pairs."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-# --- DTensor: everything below is the identity for plain tensors ---------------------------------------------------
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    """Tell if a tensor is a DTensor, without importing that machinery (a second) where nobody else did."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def _plain_view(tensor: Any) -> Tensor:
-    """Return the local shard, in the same storage."""
-    return tensor.to_local() if _is_dtensor(tensor) else tensor.detach()
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """Return an own, contiguous copy of a value that is the same on every rank."""
-    return _plain_view(tensor).clone(memory_format=torch.contiguous_format)
-
-
-def _local(grad: Any, param: Any) -> Tensor:
-    """Return the real, contiguous, local gradient, in the layout of its parameter."""
-    if _is_dtensor(grad) and grad.placements != param.placements:
-        grad = grad.redistribute(param.device_mesh, param.placements)
-    return _real(_plain_view(grad)).contiguous()
-
-
-def _placed_like(value: Any, param: Any) -> Tensor:
-    """Return an own copy of a per-coordinate value, sharded as its parameter is."""
-    if not _is_dtensor(param):
-        return _plain(value)
-    tensor = sys.modules["torch.distributed.tensor"]
-    if not _is_dtensor(value):
-        value = tensor.DTensor.from_local(value, param.device_mesh, [tensor.Replicate()] * param.device_mesh.ndim)
-    value = value.redistribute(param.device_mesh, param.placements)
-    return tensor.DTensor.from_local(
-        _plain(value), param.device_mesh, param.placements, shape=value.shape, stride=value.stride()
-    )
-
-
-def _replicated_weights(param: Tensor) -> AbstractContextManager[Any]:
-    """Let a rule combine its plain weights with a DTensor."""
-    if not _is_dtensor(param):
-        return nullcontext()
-    from torch.distributed.tensor.experimental import implicit_replication
-
-    return implicit_replication()
-
-
-def _sharding(param: Any) -> _Sharding | None:
-    """Return how a parameter is sharded, ``None`` if every rank holds all of it."""
-    if not _is_dtensor(param):
-        return None
-    dims = tuple(dim for dim, placement in enumerate(param.placements) if not placement.is_replicate())
-    return _Sharding(param.device_mesh, dims) if dims else None
-
-
-def _all_reduce(rows: Tensor, shardings: Sequence[_Sharding | None], op: Any) -> Tensor:
-    """Reduce the rows of sharded tensors over the ranks that share them; others are complete already."""
-    rows = rows.clone()
-    for sharding in dict.fromkeys(sharding for sharding in shardings if sharding is not None):
-        where = [index for index, other in enumerate(shardings) if other == sharding]
-        part = rows[where]
-        for dim in sharding.dims:
-            torch.distributed.all_reduce(part, op=op, group=sharding.mesh.get_group(dim))
-        rows[where] = part
-    return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -13,11 +13,13 @@ from flatopt.rules import (
     L2ODM,
     RULES,
     Adam,
-    HierarchicalMLP,
     L2OScale,
+    OrthogonalizedMomentum,
     RNNProp,
     State,
     StepContext,
+    TensorFacts,
+    TensorShape,
     UpdateRule,
     Weights,
 )
@@ -32,6 +34,7 @@ class ToyMixer(UpdateRule):
     """
 
     name: ClassVar[str] = "toy-mixer"
+    memory: ClassVar[tuple[str, ...]] = ("memory",)
     scale: float = 0.01
 
     def init_weights(self, generator: torch.Generator | None = None) -> Weights:
@@ -53,7 +56,7 @@ class ToyMixer(UpdateRule):
         return {"log_scale": torch.zeros_like(weights["blend"][0])}
 
     def observe(
-        self, weights: Weights, state: State, grad: Tensor, param: Tensor, context: StepContext
+        self, weights: Weights, state: State, grad: Tensor, param: Tensor, facts: TensorFacts, context: StepContext
     ) -> tuple[State, list[Tensor]]:
         decays = grad.new_tensor([0.9, 0.98])
         new = {
@@ -63,7 +66,14 @@ class ToyMixer(UpdateRule):
         return new, [torch.ones_like(grad), torch.stack([new["exp_avg_sq"], param.square()])]
 
     def mix(
-        self, weights: Weights, summaries_NS: Tensor, memory_NM: Tensor, shared: State, context: StepContext
+        self,
+        weights: Weights,
+        summaries_NS: Tensor,
+        memory_NM: Tensor,
+        shared: State,
+        context: StepContext,
+        *,
+        shapes: Sequence[TensorShape],
     ) -> tuple[Tensor, Tensor, State]:
         count, squares, params = summaries_NS.unbind(1)
         count = count.clamp(min=1)
@@ -77,7 +87,14 @@ class ToyMixer(UpdateRule):
         return torch.tanh(torch.cat([memory_NM, extra], 1) @ weights["head"]), memory_NM, shared
 
     def propose(
-        self, weights: Weights, state: State, grad: Tensor, param: Tensor, control: Tensor, context: StepContext
+        self,
+        weights: Weights,
+        state: State,
+        grad: Tensor,
+        param: Tensor,
+        control: Tensor,
+        facts: TensorFacts,
+        context: StepContext,
     ) -> tuple[State, Tensor]:
         directions = state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-20).unsqueeze(-1)
         blend = torch.softmax(weights["blend"].unsqueeze(-1) + control, 0).mT
@@ -103,8 +120,12 @@ class RuleCase(NamedTuple):
 _ROWS: dict[str, RuleCase] = {
     "adam": RuleCase(Adam(lr=0.02), max_step=0.5),
     "adam-other": RuleCase(Adam(lr=0.05, betas=(0.8, 0.95), eps=1e-10), max_step=0.5),
-    # 0.03 / sqrt(8) at the peak, the controller's factor up to exp(2), and room for residual and decay.
-    "hierarchical-mlp": RuleCase(HierarchicalMLP(), max_step=0.011 * 7.4 * 20),
+    # 0.03 / sqrt(8) at the peak times 5, the controller's factors up to exp(2), and room for decay; pulls come on top.
+    "orthogonalized-momentum": RuleCase(OrthogonalizedMomentum(), max_step=0.011 * 5 * 7.4 * 3),
+    "orthogonalized-momentum, strips of 3": RuleCase(
+        OrthogonalizedMomentum(strip_size=3), max_step=0.011 * 5 * 7.4 * 3
+    ),
+    "orthogonalized-momentum, none": RuleCase(OrthogonalizedMomentum(strip_size=0), max_step=0.011 * 5 * 7.4 * 3),
     # 0.01 (sum |w| + |b|) with |h| < 1: far below this for weights of a few tenths.
     "l2o-dm": RuleCase(L2ODM(), max_step=0.01 * 20, descends_untrained=False),
     "rnnprop": RuleCase(RNNProp(), max_step=0.01, descends_untrained=False),

@@ -18,7 +18,7 @@ import torch
 from flatopt import pretrained
 from flatopt._cards import address, model_card
 from flatopt.pretrained import LearnedRule, list_pretrained, load_pretrained, shipped_folder
-from flatopt.rules import HierarchicalMLP
+from flatopt.rules import OrthogonalizedMomentum
 
 TESTS = Path(__file__).parent
 
@@ -142,7 +142,7 @@ def stranded_client(clients):
 
 
 def make_learned(seed=0, card=""):
-    rule = HierarchicalMLP(hidden=2, controller_hidden=3)
+    rule = OrthogonalizedMomentum(hidden=2, controller_hidden=3)
     return LearnedRule(rule, rule.init_weights(torch.Generator().manual_seed(seed)), card)
 
 

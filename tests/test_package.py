@@ -137,7 +137,7 @@ def test_wheel_holds_the_package_and_the_weights(wheel: Path) -> None:
         names = set(archive.namelist())
     expected = {f"flatopt/{path.relative_to(PACKAGE).as_posix()}" for path in SOURCES} | {"flatopt/py.typed"}
     shipped = [path for path in (ROOT / "pretrained").rglob("*") if path.is_file()]
-    assert ROOT / "pretrained" / "flat-v1" / "model.safetensors" in shipped
+    assert ROOT / "pretrained" / "flat-v2" / "model.safetensors" in shipped
     expected |= {f"flatopt/_pretrained/{path.relative_to(ROOT / 'pretrained').as_posix()}" for path in shipped}
     assert expected <= names
     assert {name.split("/")[0] for name in names} == {"flatopt", f"{wheel.name.split('-py3')[0]}.dist-info"}

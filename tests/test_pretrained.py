@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from flatopt import FlatOpt, _folder, pretrained
 from flatopt.pretrained import LearnedRule, list_pretrained, load_folder, shipped_folder, weights_sha256
-from flatopt.rules import RULES, Adam, HierarchicalMLP, UpdateRule
+from flatopt.rules import RULES, Adam, OrthogonalizedMomentum, UpdateRule
 
 settings.register_profile("disk", max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 disk = settings.get_profile("disk")
@@ -96,7 +96,7 @@ def equal(first, second):
 finite = st.floats(allow_nan=False, allow_infinity=False)
 rules = st.one_of(
     st.builds(Adam, lr=finite, betas=st.tuples(finite, finite), eps=finite),
-    st.builds(HierarchicalMLP, hidden=st.integers(1, 5), controller_hidden=st.integers(1, 5), base_step=finite),
+    st.builds(OrthogonalizedMomentum, hidden=st.integers(1, 5), controller_hidden=st.integers(1, 5), base_step=finite),
     st.builds(
         Toy,
         width=st.integers(0, 6),
@@ -213,7 +213,7 @@ def test_global_random_state_is_left_alone(tmp_path):
 
 
 def test_loading_takes_milliseconds(tmp_path):
-    folder = save(tmp_path / "rule", make_learned(HierarchicalMLP()))
+    folder = save(tmp_path / "rule", make_learned(OrthogonalizedMomentum()))
 
     def seconds():
         start = time.perf_counter()
@@ -411,7 +411,7 @@ def test_lengthened_weights_are_refused(tmp_path):
 
 
 def test_flipped_bits_never_change_the_weights(tmp_path):
-    reference = make_learned(HierarchicalMLP(hidden=2, controller_hidden=2))
+    reference = make_learned(OrthogonalizedMomentum(hidden=2, controller_hidden=2))
     folder = save(tmp_path / "rule", reference)
     chosen = random.Random(0)
     path = folder / "model.safetensors"

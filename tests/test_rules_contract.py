@@ -13,7 +13,7 @@ from helpers import assert_same_state, context_at, learned, make_params, set_gra
 from torch import Tensor
 
 from flatopt import FlatOpt, LearnedRule
-from flatopt.rules import apply_rule
+from flatopt.rules import Plan, Update, apply_rule
 
 by_rule = pytest.mark.parametrize("name", RULE_CASES)
 by_optimizee = pytest.mark.parametrize("optimizee", OPTIMIZEES)
@@ -75,7 +75,7 @@ def test_cutting_and_packing_change_nothing(name: str, optimizee: str) -> None:
     context = context_at(1, dtype=torch.float64)
     whole = apply_rule(*arguments, context)
     for options in ({"chunk_size": 5}, {"pack_size": 100}, {"chunk_size": 7, "pack_size": 6}):
-        parts = apply_rule(*arguments, context, **options)
+        parts = apply_rule(*arguments, context, Plan(**options))
         close(whole.deltas, parts.deltas, rtol=1e-10, atol=1e-13)
         for one, other in zip(whole.states, parts.states, strict=True):
             close(list(one.values()), list(other.values()), rtol=1e-10, atol=1e-13)
@@ -90,14 +90,11 @@ def test_in_place_equals_pure(name: str, optimizee: str) -> None:
     (grads,) = random_grads(params, 1)
     context = context_at(1, dtype=torch.float64)
     pure = apply_rule(rule, weights, params, grads, states, shared, context)
-    deltas = [torch.zeros_like(param) for param in params]
-
-    def emit(index: int, where: slice, delta: Tensor, step_size: Tensor) -> None:
-        deltas[index].view(-1)[where] = delta
-
     owned = [{key: value.clone() for key, value in state.items()} for state in states]
-    apply_rule(rule, weights, params, grads, owned, shared, context, emit=emit, chunk_size=5)
-    close(deltas, pure.deltas, rtol=1e-10, atol=1e-13)
+    moved = [param.clone() for param in params]
+    update = Update(torch.ones(len(params)).double(), torch.zeros(len(params)).double())
+    apply_rule(rule, weights, moved, grads, owned, shared, context, Plan(update=update, chunk_size=5))
+    close(moved, [param + delta for param, delta in zip(params, pure.deltas, strict=True)], rtol=1e-10, atol=1e-13)
     for one, other in zip(owned, pure.states, strict=True):
         close(list(one.values()), list(other.values()), rtol=1e-10, atol=1e-13)
 

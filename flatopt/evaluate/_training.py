@@ -47,7 +47,7 @@ class Options:
 
     num_seeds: int = 5
     fast: bool = False
-    pretrained: str = "flat-v1"
+    pretrained: str = "flat-v2"
     cache: RunCache
     split: str = "test"
     tasks: tuple[str, ...] = ()

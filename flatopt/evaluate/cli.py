@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--data", choices=("fashion-mnist", "mnist"), default="fashion-mnist", help="images")
             command.add_argument("--learned-only", action="store_true", help="leave the baselines out")
         else:
-            command.add_argument("--pretrained", default="flat-v1", help="weights of FlatOpt: name, folder or Hub id")
+            command.add_argument("--pretrained", default="flat-v2", help="weights of FlatOpt: name, folder or Hub id")
     return parser
 
 

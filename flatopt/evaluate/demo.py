@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of table and figure")
     parser.add_argument("--seeds", type=int, default=5, help="runs per optimizer (default: 5)")
     parser.add_argument("--steps", type=int, default=600, help="steps per run (default: 600)")
-    parser.add_argument("--pretrained", default="flat-v1", help="weights of FlatOpt: name, folder or Hub id")
+    parser.add_argument("--pretrained", default="flat-v2", help="weights of FlatOpt: name, folder or Hub id")
     chosen = parser.parse_args(arguments)
     optimizers: dict[str, Build] = {
         "torch.optim.Adam(lr=1e-3)": lambda params: Adam(params, lr=1e-3),

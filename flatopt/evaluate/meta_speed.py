@@ -58,7 +58,7 @@ def report(options: Options) -> Report:
         rows=rows,
         records=records,
         draw=lambda figure: _draw(figure, records),
-        note=f"64-32-10 MLP, batch 64, {NUM_PROBLEMS} problems side by side, rule hierarchical-mlp; median over "
+        note=f"64-32-10 MLP, batch 64, {NUM_PROBLEMS} problems side by side, rule orthogonalized-momentum; median over "
         f"{num_rounds} rounds in turn, {torch.get_num_threads()} thread(s), torch {torch.__version__}.",
     )
 
@@ -67,7 +67,7 @@ def _prepare(mode: Mode) -> Callable[[], object]:
     """Return a function that runs one truncation of all problems, warmed up."""
     config = MetaTrainConfig(
         recipe="meta-speed",
-        rule="hierarchical-mlp",
+        rule="orthogonalized-momentum",
         tasks=(TaskConfig(name="mlp", num_tasks=NUM_PROBLEMS),),
         objective=ObjectiveConfig(),
         num_updates=1,

@@ -22,7 +22,7 @@ def smoke() -> MetaTrainConfig:
     """Return a whole run with several checkpoints in under a minute: to see that everything works."""
     return MetaTrainConfig(
         recipe="smoke",
-        rule="hierarchical-mlp",
+        rule="orthogonalized-momentum",
         estimator=EstimatorConfig(truncation_length=5),
         tasks=(TaskConfig(name="mlp", num_tasks=2, min_steps=10, max_steps=40),),
         num_updates=40,
@@ -33,11 +33,11 @@ def smoke() -> MetaTrainConfig:
     )
 
 
-def flat_v1() -> MetaTrainConfig:
-    """Return the run behind the shipped weights ``flat-v1``: a quarter of an hour on one core."""
+def flat_v2() -> MetaTrainConfig:
+    """Return the run behind the shipped weights ``flat-v2``: a quarter of an hour on one core."""
     return MetaTrainConfig(
-        recipe="flat-v1",
-        rule="hierarchical-mlp",
+        recipe="flat-v2",
+        rule="orthogonalized-momentum",
         estimator=EstimatorConfig(truncation_length=20, std=0.01, families_per_update=1),
         tasks=(
             TaskConfig(name="mlp", num_tasks=32, min_steps=100, max_steps=1500),
@@ -163,7 +163,7 @@ def _regularized(plain: MetaTrainConfig, measure: str, coefficient: float, **opt
 
 RECIPES: dict[str, Callable[[], MetaTrainConfig]] = {
     "smoke": smoke,
-    "flat-v1": flat_v1,
+    "flat-v2": flat_v2,
     "l2o-dm": l2o_dm,
     "l2o-dm-hessian": l2o_dm_hessian,
     "l2o-dm-entropy": l2o_dm_entropy,

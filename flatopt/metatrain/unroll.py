@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ..flatness import FlatnessMeasure, LossFn
-from ..rules import Phases, State, StepContext, UpdateRule, Weights, apply_rule, observe_phase, spell_out_products
+from ..rules import Plan, State, StepContext, UpdateRule, Weights, apply_rule, batched_phases
 from ..tasks import Batch, Params, Problems, Split, TaskDistribution
 from .config import FlatnessConfig, ObjectiveConfig, TaskConfig
 from .objective import clip_loss, penalty, schedule_mask, step_weight, transform_loss
@@ -266,14 +265,6 @@ class Unroll:
             gap = torch.zeros_like(loss) if measure is None else measure(loss_fn, run.params, noise)
             return grads, loss, gap
 
-        def observe(
-            weights: Weights, state: State, grad: Tensor, param: Tensor, context: StepContext, total: bool
-        ) -> tuple[State, Tensor]:
-            one = partial(observe_phase, rule, total=total)
-            result: tuple[State, Tensor] = vmap(one)(weights, state, grad, param, context)
-            return result
-
-        phases = Phases(observe, vmap(rule.prepare), vmap(rule.mix), vmap(rule.propose), batch_dims=1)
         grads, train_loss, flatness = vmap(learn, in_dims=(0, 0, 1, 1))(runs, train, noise, inner_noise)
         if self.second_derivatives:
             # Where a gradient is exactly zero, as behind a dead input, so is its derivative; rules have 0 * inf there.
@@ -290,8 +281,7 @@ class Unroll:
             [runs.states[name] for name in names],
             runs.shared,
             StepContext(step, runs.num_steps),
-            pack_size=PACK_SIZE,
-            phases=phases,
+            Plan(pack_size=PACK_SIZE, phases=batched_phases(rule)),
         )
         params = {name: runs.params[name] + delta for name, delta in zip(names, result.deltas, strict=True)}
         states = dict(zip(names, result.states, strict=True))
@@ -379,8 +369,7 @@ class _Trace:
             # In the order of `before`, so that the results can be fed back.
             return pytree.tree_leaves((merge_trees(lambda _, value: value, before, after), losses))
 
-        with spell_out_products() if self.compiled else nullcontext():
-            recorded = make_fx(flat)(*values)
+        recorded = make_fx(flat)(*values)
         module = torch.fx.GraphModule(recorded, fx_graph_cse(recorded.graph))
         module.graph.eliminate_dead_code()
         module.recompile()

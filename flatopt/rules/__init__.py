@@ -1,31 +1,39 @@
 """Pure update rules: the contract, the driver, and one file per rule."""
 
-from ._networks import spell_out_products
-from ._rule import Phases, RuleResult, State, StepContext, UpdateRule, Weights, apply_rule, observe_phase, plain_phases
+from ._driver import Phases, Plan, Reduce, RuleResult, Update, apply_rule, batched_phases, plain_phases
+from ._rule import State, StepContext, TensorFacts, TensorShape, UpdateRule, Weights
+from ._strips import Strips
 from .adam import Adam
-from .hierarchical_mlp import HierarchicalMLP
 from .l2o_dm import L2ODM
 from .l2o_scale import L2OScale
+from .orthogonalized_momentum import OrthogonalizedMomentum
 from .rnnprop import RNNProp
 
-RULES: dict[str, type[UpdateRule]] = {rule.name: rule for rule in (Adam, HierarchicalMLP, L2ODM, RNNProp, L2OScale)}
+RULES: dict[str, type[UpdateRule]] = {
+    rule.name: rule for rule in (Adam, OrthogonalizedMomentum, L2ODM, RNNProp, L2OScale)
+}
 """Every rule by the name that ``config.json`` and the command line use."""
 
 __all__ = [
     "RULES",
     "Adam",
-    "HierarchicalMLP",
     "L2ODM",
     "L2OScale",
+    "OrthogonalizedMomentum",
     "Phases",
+    "Plan",
     "RNNProp",
+    "Reduce",
     "RuleResult",
     "State",
     "StepContext",
+    "Strips",
+    "TensorFacts",
+    "TensorShape",
+    "Update",
     "UpdateRule",
     "Weights",
     "apply_rule",
-    "observe_phase",
+    "batched_phases",
     "plain_phases",
-    "spell_out_products",
 ]

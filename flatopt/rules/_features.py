@@ -7,15 +7,25 @@ import math
 import torch
 from torch import Tensor
 
+from ._rule import State
+
 
 def tiny(like: Tensor) -> float:
     """Return the smallest normal number of a dtype: keeps logarithms and quotients of zero finite."""
     return torch.finfo(like.dtype).tiny
 
 
-def advance_average(average: Tensor, value: Tensor, decay: float) -> Tensor:
+def advance_average(average: Tensor, value: Tensor, decay: float | Tensor) -> Tensor:
     """Return ``decay * average + (1 - decay) * value``."""
     return torch.lerp(average, value, 1 - decay)
+
+
+def advance_moments(state: State, grad: Tensor, beta1: float | Tensor, beta2: float | Tensor) -> State:
+    """Return the new ``exp_avg`` and ``exp_avg_sq``: averages of the gradient and of its square."""
+    return {
+        "exp_avg": advance_average(state["exp_avg"], grad, beta1),
+        "exp_avg_sq": advance_average(state["exp_avg_sq"], grad.square(), beta2),
+    }
 
 
 def debias(average: Tensor, decay: float, step: Tensor) -> Tensor:
@@ -23,7 +33,7 @@ def debias(average: Tensor, decay: float, step: Tensor) -> Tensor:
     return average * debiasing(decay, step)
 
 
-def debiasing(decay: float, step: Tensor) -> Tensor:
+def debiasing(decay: float | Tensor, step: Tensor) -> Tensor:
     """Return ``1 / (1 - decay^step)``, what :func:`debias` multiplies by."""
     return 1 / (1 - decay**step)
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -32,51 +29,6 @@ def linear(weights: Weights, name: str, x_Fn: Tensor, shift: Tensor | None = Non
     """Return ``weight @ x + bias``, ``[outputs, n]``, with ``shift`` ``[outputs, 1 or n]`` added to the bias."""
     bias = weights[f"{name}.bias"][:, None]
     return weights[f"{name}.weight"] @ x_Fn + (bias if shift is None else bias + shift)
-
-
-_SPELLED_OUT: ContextVar[bool] = ContextVar("_SPELLED_OUT", default=False)
-
-
-@contextmanager
-def spell_out_products() -> Iterator[None]:
-    """Write the small networks out as sums of products, for a graph that is recorded to be compiled."""
-    token = _SPELLED_OUT.set(True)
-    try:
-        yield
-    finally:
-        _SPELLED_OUT.reset(token)
-
-
-def coordinate_mlp(
-    weights: Weights, name: str, features: Sequence[Tensor], num_layers: int, shift: Tensor | None = None
-) -> list[Tensor]:
-    """Return the output rows of a network with ReLU between its layers ``name.0, name.1, ...``.
-
-    Under ``torch.compile`` or :func:`spell_out_products` the products are spelled out, so that the compiler makes one
-    pass over the coordinates and keeps the hidden rows in registers; otherwise each layer is one matrix product.
-
-    Args:
-        weights: the rule's weights.
-        name: prefix of the layers.
-        features: input rows, ``[n]`` each.
-        num_layers: number of layers.
-        shift: ``[outputs, 1 or n]``, added to the biases of the first layer.
-    """
-    spelled_out = torch.compiler.is_compiling() or _SPELLED_OUT.get()
-    rows = list(features)
-    x_Fn = rows[0].new_zeros(0) if spelled_out else torch.stack(rows)
-    for layer in range(num_layers):
-        if spelled_out:
-            weight, bias = weights[f"{name}.{layer}.weight"], weights[f"{name}.{layer}.bias"]
-            shifts: Sequence[Tensor | float] = [0.0] * len(bias) if shift is None else list(shift)
-            products = [sum(weight[j, k] * row for k, row in enumerate(rows)) for j in range(len(bias))]
-            rows = [product + (bias[j] + shifts[j]) for j, product in enumerate(products)]
-            rows = [row.relu() for row in rows] if layer < num_layers - 1 else rows
-        else:
-            x_Fn = linear(weights, f"{name}.{layer}", x_Fn, shift)
-            x_Fn = x_Fn.relu() if layer < num_layers - 1 else x_Fn
-        shift = None
-    return rows if spelled_out else list(x_Fn)
 
 
 def truncated_normal(*shape: int, std: float, generator: torch.Generator | None) -> Tensor:

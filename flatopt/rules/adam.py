@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ._features import advance_average, debias
-from ._rule import State, StepContext, UpdateRule, Weights
+from ._features import advance_moments, debias
+from ._rule import State, StepContext, TensorFacts, UpdateRule, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,23 +46,25 @@ class Adam(UpdateRule):
         }
 
     def observe(
-        self, weights: Weights, state: State, grad: Tensor, param: Tensor, context: StepContext
+        self, weights: Weights, state: State, grad: Tensor, param: Tensor, facts: TensorFacts, context: StepContext
     ) -> tuple[State, list[Tensor]]:
         """Advance both moments; no sums are needed."""
-        beta1, beta2 = self.betas
-        new = {
-            "exp_avg": advance_average(state["exp_avg"], grad, beta1),
-            "exp_avg_sq": advance_average(state["exp_avg_sq"], grad.square(), beta2),
-        }
-        return new, []
+        return advance_moments(state, grad, *self.betas), []
 
     def propose(
-        self, weights: Weights, state: State, grad: Tensor, param: Tensor, control: Tensor, context: StepContext
+        self,
+        weights: Weights,
+        state: State,
+        grad: Tensor,
+        param: Tensor,
+        control: Tensor,
+        facts: TensorFacts,
+        context: StepContext,
     ) -> tuple[State, Tensor]:
         """Return ``-lr * m_hat / (sqrt(v_hat) + eps)``."""
         beta1, beta2 = self.betas
-        m_hat = debias(state["exp_avg"], beta1, state["step"])
-        v_hat = debias(state["exp_avg_sq"], beta2, state["step"])
+        m_hat = debias(state["exp_avg"], beta1, facts.step)
+        v_hat = debias(state["exp_avg_sq"], beta2, facts.step)
         return {}, -self.lr * m_hat / (v_hat.sqrt() + self.eps)
 
     def step_size(self, weights: Weights, control_NC: Tensor, context: StepContext) -> Tensor:

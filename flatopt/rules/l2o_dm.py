@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ._features import log_sign
 from ._networks import init_lstm, init_lstm_state, linear, lstm_state_keys, stacked_lstm, truncated_normal
-from ._rule import State, StepContext, UpdateRule, Weights
+from ._rule import State, StepContext, TensorFacts, UpdateRule, Weights
 
 NUM_LAYERS = 2
 
@@ -65,14 +65,15 @@ class L2ODM(UpdateRule):
         step = torch.zeros((), dtype=param.dtype, device=param.device)
         return {"step": step} | init_lstm_state(param, NUM_LAYERS, self.hidden)
 
-    def observe(
-        self, weights: Weights, state: State, grad: Tensor, param: Tensor, context: StepContext
-    ) -> tuple[State, list[Tensor]]:
-        """Return nothing: no coordinate needs to know of another."""
-        return {}, []
-
     def propose(
-        self, weights: Weights, state: State, grad: Tensor, param: Tensor, control: Tensor, context: StepContext
+        self,
+        weights: Weights,
+        state: State,
+        grad: Tensor,
+        param: Tensor,
+        control: Tensor,
+        facts: TensorFacts,
+        context: StepContext,
     ) -> tuple[State, Tensor]:
         """Advance the network and return its output."""
         new, out_Hn = stacked_lstm(weights, state, log_sign(grad), NUM_LAYERS)

@@ -34,6 +34,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -41,7 +42,7 @@ import torch
 from torch import Tensor
 
 from ._networks import gru, init_gru, init_linear, linear
-from ._rule import State, StepContext, UpdateRule, Weights
+from ._rule import State, StepContext, TensorFacts, TensorShape, UpdateRule, Weights
 
 NUM_SCALES = 4
 NUM_FEATURES = 3 * NUM_SCALES
@@ -74,6 +75,7 @@ class L2OScale(UpdateRule):
     """
 
     name: ClassVar[str] = "l2o-scale"
+    memory: ClassVar[tuple[str, ...]] = ("memory",)
     compressible_state: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
     min_lr: float = 1e-6
@@ -156,7 +158,7 @@ class L2OScale(UpdateRule):
         return torch.cat([mean_log_lr.expand(len(memory_NM), 1), shift.mT], dim=1)
 
     def observe(
-        self, weights: Weights, state: State, grad: Tensor, param: Tensor, context: StepContext
+        self, weights: Weights, state: State, grad: Tensor, param: Tensor, facts: TensorFacts, context: StepContext
     ) -> tuple[State, list[Tensor]]:
         """Advance accumulators and network; return sums of squared direction, step, ``log_lr``, ``h`` and ``x``."""
         # Both decays start at zero, so the first step forgets the zero start.
@@ -171,9 +173,9 @@ class L2OScale(UpdateRule):
         scaled_Jn = _scale_gradients(average_Jn, square_Jn)
         log_Jn = (square_Jn + EPS).log()
         centred_Jn = log_Jn - log_Jn.mean(0)
-        relative_lr = (state["log_lr"] - state["given"][0]).unsqueeze(0)
+        relative_lr = (state["log_lr"] - facts.given[0]).unsqueeze(0)
         x_Fn = torch.cat([scaled_Jn, scaled_Jn[:-1] * scaled_Jn[1:], centred_Jn, relative_lr])
-        hidden_Hn = gru(weights, "coordinate", x_Fn, state["hidden"].mT, state["given"][1:])
+        hidden_Hn = gru(weights, "coordinate", x_Fn, state["hidden"].mT, facts.given[1:])
 
         new = {
             "hidden": hidden_Hn.mT,
@@ -195,7 +197,14 @@ class L2OScale(UpdateRule):
         return (wanted + weights["log_step_offset"]).exp(), momentum * log_lr + (1 - momentum) * wanted
 
     def mix(
-        self, weights: Weights, summaries_NS: Tensor, memory_NM: Tensor, shared: State, context: StepContext
+        self,
+        weights: Weights,
+        summaries_NS: Tensor,
+        memory_NM: Tensor,
+        shared: State,
+        context: StepContext,
+        *,
+        shapes: Sequence[TensorShape],
     ) -> tuple[Tensor, Tensor, State]:
         """Advance the networks of the tensors and of the model.
 
@@ -213,7 +222,14 @@ class L2OScale(UpdateRule):
         return control, torch.cat([numel, summaries_NS[:, 2:3], hidden_HN.mT], dim=1), shared
 
     def propose(
-        self, weights: Weights, state: State, grad: Tensor, param: Tensor, control: Tensor, context: StepContext
+        self,
+        weights: Weights,
+        state: State,
+        grad: Tensor,
+        param: Tensor,
+        control: Tensor,
+        facts: TensorFacts,
+        context: StepContext,
     ) -> tuple[State, Tensor]:
         """Return the next learning rate and the step along the normalised direction."""
         hidden_Hn, average_Jn = state["hidden"].mT, state["grad_average"].mT

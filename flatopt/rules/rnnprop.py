@@ -21,9 +21,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ._features import advance_average, debias
+from ._features import advance_moments, debias
 from ._networks import init_lstm, init_lstm_state, linear, lstm_state_keys, stacked_lstm, truncated_normal
-from ._rule import State, StepContext, UpdateRule, Weights
+from ._rule import State, StepContext, TensorFacts, UpdateRule, Weights
 
 NUM_LAYERS = 2
 
@@ -77,23 +77,25 @@ class RNNProp(UpdateRule):
         }
 
     def observe(
-        self, weights: Weights, state: State, grad: Tensor, param: Tensor, context: StepContext
+        self, weights: Weights, state: State, grad: Tensor, param: Tensor, facts: TensorFacts, context: StepContext
     ) -> tuple[State, list[Tensor]]:
         """Advance both moments; no sums are needed."""
-        beta1, beta2 = self.betas
-        new = {
-            "exp_avg": advance_average(state["exp_avg"], grad, beta1),
-            "exp_avg_sq": advance_average(state["exp_avg_sq"], grad.square(), beta2),
-        }
-        return new, []
+        return advance_moments(state, grad, *self.betas), []
 
     def propose(
-        self, weights: Weights, state: State, grad: Tensor, param: Tensor, control: Tensor, context: StepContext
+        self,
+        weights: Weights,
+        state: State,
+        grad: Tensor,
+        param: Tensor,
+        control: Tensor,
+        facts: TensorFacts,
+        context: StepContext,
     ) -> tuple[State, Tensor]:
         """Advance the network and return its bounded output."""
         beta1, beta2 = self.betas
-        m_hat = debias(state["exp_avg"], beta1, state["step"])
-        scale = 1 / (debias(state["exp_avg_sq"], beta2, state["step"]).sqrt() + self.eps)
+        m_hat = debias(state["exp_avg"], beta1, facts.step)
+        scale = 1 / (debias(state["exp_avg_sq"], beta2, facts.step).sqrt() + self.eps)
         x_Fn = linear(weights, "projection", torch.stack([m_hat * scale, grad * scale]))
         new, out_Hn = stacked_lstm(weights, state, torch.nn.functional.elu(x_Fn), NUM_LAYERS)
         moved = state["exp_avg_sq"] > 0

@@ -9,7 +9,7 @@ import torch
 from flatopt.evaluate import demo, robustness, step_time
 from flatopt.evaluate.cli import main
 from flatopt.pretrained import LearnedRule
-from flatopt.rules import HierarchicalMLP
+from flatopt.rules import OrthogonalizedMomentum
 
 pytest.importorskip("sklearn")
 
@@ -17,7 +17,7 @@ pytest.importorskip("sklearn")
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Save untrained weights: these tests are about the commands, not about what was learned."""
-    rule = HierarchicalMLP()
+    rule = OrthogonalizedMomentum()
     folder = tmp_path_factory.mktemp("weights") / "untrained"
     LearnedRule(rule, rule.init_weights(torch.Generator().manual_seed(0))).save_pretrained(folder)
     return str(folder)

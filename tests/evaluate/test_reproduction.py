@@ -54,7 +54,7 @@ def sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_missing_sets_are_all_named_in_one_error(tmp_path: Path) -> None:
-    options = Options(cache=RunCache(tmp_path / "runs.jsonl"), sets=("no-such-set", "flat-v1", "nor-this"))
+    options = Options(cache=RunCache(tmp_path / "runs.jsonl"), sets=("no-such-set", "flat-v2", "nor-this"))
     with pytest.raises(ValueError, match="no learned weights are called no-such-set, nor-this: there are .*--sets"):
         reproduction.report(options)
     assert not (tmp_path / "runs.jsonl").read_text()

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from flatopt.metatrain import FlatnessConfig, ObjectiveConfig, TaskConfig
 from flatopt.metatrain.unroll import Unroll
-from flatopt.rules import HierarchicalMLP, UpdateRule, Weights
+from flatopt.rules import OrthogonalizedMomentum, UpdateRule, Weights
 from flatopt.tasks import CNN, MLP, Images, Optimizee, TaskDistribution
 
 DIGITS = Images(sources=(("digits", 1.0),))
-RULE = HierarchicalMLP(hidden=3, controller_hidden=4)
+RULE = OrthogonalizedMomentum(controller_hidden=4)
 MODELS: dict[str, Optimizee] = {
     "linear": MLP(sizes=(64, 10)),
     "mlp": MLP(sizes=(64, 3, 10), activation="tanh"),

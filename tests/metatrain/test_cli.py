@@ -161,7 +161,7 @@ def test_list_shows_every_recipe(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "smok", "--out", "OUT"], "unknown recipe 'smok': valid are smoke, flat-v1"),
+        (["run", "smok", "--out", "OUT"], "unknown recipe 'smok': valid are smoke, flat-v2"),
         (["run", "smoke", "speed=1", "--out", "OUT"], "unknown key 'speed': valid are recipe, rule"),
         (["run", "smoke", "seed=a", "--out", "OUT"], "seed must be an integer, not 'a'"),
         (["run", "smoke", "estimator.name=guess", "--out", "OUT"], "estimator.name must be one of persistent-es, "),

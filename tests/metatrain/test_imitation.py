@@ -20,7 +20,7 @@ from flatopt.metatrain.estimators._runs import InnerRuns
 from flatopt.metatrain.imitation import TeacherForced, WithImitation, build_teacher
 from flatopt.metatrain.recipes import smoke
 from flatopt.metatrain.unroll import flatten_tree, restore_draws, restore_runs
-from flatopt.rules import HierarchicalMLP
+from flatopt.rules import OrthogonalizedMomentum
 
 OPTIMIZERS = {
     "adam": lambda params: torch.optim.Adam(params, lr=0.01),
@@ -105,7 +105,7 @@ def test_gradient_equals_finite_differences_and_no_run_depends_on_the_weights():
 def test_imitation_teaches_the_steps_of_adam():
     forced, generator = make_forced(num_tasks=4), torch.Generator().manual_seed(0)
     estimator = TruncatedBackprop(inner=forced)
-    weights = HierarchicalMLP(hidden=3, controller_hidden=4).init_weights(torch.Generator().manual_seed(0))
+    weights = OrthogonalizedMomentum(hidden=3, controller_hidden=4).init_weights(torch.Generator().manual_seed(0))
     leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
     optimizer = torch.optim.Adam(list(leaves.values()), lr=0.03)
     state, losses = estimator.init(weights, generator), []

@@ -7,7 +7,7 @@ from helpers import context_at, learned
 from literal_lstm import NUM_STEPS, fresh_memory, grads_at, start, two_layers
 from torch import Tensor
 
-from flatopt.rules import L2ODM, apply_rule
+from flatopt.rules import L2ODM, Plan, apply_rule
 
 
 def literal_run(weights: dict[str, Tensor], hidden: int) -> list[list[Tensor]]:
@@ -34,7 +34,7 @@ def test_follows_the_specification_coordinate_by_coordinate() -> None:
     for step, expected in enumerate(literal_run(weights, rule.hidden), 1):
         grads = grads_at(params, step)
         context = context_at(step, dtype=torch.float64)
-        deltas, states, shared = apply_rule(rule, weights, params, grads, states, shared, context, pack_size=10)
+        deltas, states, shared = apply_rule(rule, weights, params, grads, states, shared, context, Plan(pack_size=10))
         params = [param + delta for param, delta in zip(params, deltas, strict=True)]
         torch.testing.assert_close(params, expected, rtol=1e-10, atol=1e-10)
     assert max(float((param - first).abs().max()) for param, first in zip(params, start(), strict=True)) > 0.1
@@ -63,7 +63,7 @@ def test_has_the_weights_and_the_state_of_the_paper() -> None:
     weights = rule.init_weights(torch.Generator().manual_seed(0))
     assert sum(weight.numel() for weight in weights.values()) == 5141
     state = rule.init_state(weights, torch.zeros(2, 3))
-    assert sum(value[0, 0].numel() for key, value in state.items() if key not in rule.tensor_state) == 80
+    assert sum(value[0, 0].numel() for key, value in state.items() if key not in ("step", *rule.memory)) == 80
 
 
 def test_initial_weights_are_truncated_normal_with_an_open_forget_gate() -> None:

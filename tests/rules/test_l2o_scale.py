@@ -8,7 +8,7 @@ import torch
 from helpers import context_at, learned
 from torch import Tensor
 
-from flatopt.rules import L2OScale, apply_rule
+from flatopt.rules import L2OScale, Plan, Update, apply_rule
 
 NUM_STEPS = 50
 Array = numpy.ndarray
@@ -126,7 +126,7 @@ def test_follows_the_specification_row_by_row(pool: str, seed: int | None) -> No
         literal.step([grad.numpy() for grad in grads])
         context = context_at(step, dtype=torch.float64)
         deltas, states, shared = apply_rule(
-            rule, weights, params, grads, states, shared, context, chunk_size=5, pack_size=4
+            rule, weights, params, grads, states, shared, context, Plan(chunk_size=5, pack_size=4)
         )
         params = [param + delta for param, delta in zip(params, deltas, strict=True)]
         expected = [torch.from_numpy(param) for param in literal.params]
@@ -142,10 +142,12 @@ def test_step_size_is_the_mean_over_the_tensor() -> None:
     state = rule.init_state(weights, param, torch.Generator().manual_seed(0))
     literal = Literal(weights, [param.numpy().copy()], [state["log_lr"].numpy()], False)
     literal.step([grad.numpy()])
-    sizes = []
     shared, context = rule.init_shared(weights), context_at(1, dtype=torch.float64)
-    apply_rule(rule, weights, [param], [grad], [state], shared, context, emit=lambda *step: sizes.append(step[3]))
-    assert float(sizes[0]) == pytest.approx(literal.mean_step, rel=1e-12)
+    (delta,), _, _ = apply_rule(rule, weights, [param], [grad], [state], shared, context)
+    one = torch.ones(1, dtype=torch.float64)
+    moved = torch.ones(7, dtype=torch.float64)
+    apply_rule(rule, weights, [moved], [grad], [state], shared, context, Plan(update=Update(one, one)))
+    torch.testing.assert_close(1 + delta - moved, torch.full_like(moved, literal.mean_step), rtol=1e-9, atol=0)
 
 
 def test_has_the_weights_and_the_state_of_the_paper() -> None:
@@ -153,7 +155,7 @@ def test_has_the_weights_and_the_state_of_the_paper() -> None:
     weights = rule.init_weights(torch.Generator().manual_seed(0))
     assert sum(weight.numel() for weight in weights.values()) == 8349
     state = rule.init_state(weights, torch.zeros(2, 3))
-    assert sum(value[0, 0].numel() for key, value in state.items() if key not in rule.tensor_state) == 21
+    assert sum(value[0, 0].numel() for key, value in state.items() if key not in ("step", *rule.memory)) == 21
     assert state["memory"].numel() == 22
 
 

@@ -7,7 +7,7 @@ from helpers import context_at, learned, unroll
 from literal_lstm import NUM_STEPS, fresh_memory, grads_at, start, two_layers
 from torch import Tensor
 
-from flatopt.rules import RNNProp, apply_rule
+from flatopt.rules import Plan, RNNProp, apply_rule
 
 
 def literal_run(weights: dict[str, Tensor], hidden: int) -> list[list[Tensor]]:
@@ -41,7 +41,7 @@ def test_follows_the_specification_coordinate_by_coordinate() -> None:
     for step, expected in enumerate(literal_run(weights, rule.hidden), 1):
         grads = grads_at(params, step)
         context = context_at(step, dtype=torch.float64)
-        deltas, states, _ = apply_rule(rule, weights, params, grads, states, {}, context, chunk_size=5)
+        deltas, states, _ = apply_rule(rule, weights, params, grads, states, {}, context, Plan(chunk_size=5))
         params = [param + delta for param, delta in zip(params, deltas, strict=True)]
         torch.testing.assert_close(params, expected, rtol=1e-10, atol=1e-10)
     assert max(float((param - first).abs().max()) for param, first in zip(params, start(), strict=True)) > 0.1
@@ -52,7 +52,7 @@ def test_has_the_weights_and_the_state_of_the_paper() -> None:
     weights = rule.init_weights(torch.Generator().manual_seed(0))
     assert sum(weight.numel() for weight in weights.values()) == 6641
     state = rule.init_state(weights, torch.zeros(2, 3))
-    assert sum(value[0, 0].numel() for key, value in state.items() if key not in rule.tensor_state) == 82
+    assert sum(value[0, 0].numel() for key, value in state.items() if key not in ("step", *rule.memory)) == 82
 
 
 def test_scale_of_the_gradients_does_not_matter() -> None:

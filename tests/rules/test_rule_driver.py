@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
-from cases import RULE_CASES, ToyMixer
+from cases import RULE_CASES
 from helpers import context_at, learned
 from torch import Tensor
 
-from flatopt.rules import Phases, RuleResult, State, StepContext, UpdateRule, Weights, apply_rule, observe_phase
-from flatopt.rules._rule import plain_phases
+from flatopt.rules import (
+    Plan,
+    RuleResult,
+    State,
+    StepContext,
+    Strips,
+    TensorFacts,
+    TensorShape,
+    Update,
+    UpdateRule,
+    Weights,
+    apply_rule,
+    batched_phases,
+    plain_phases,
+)
 
-SHAPES: list[tuple[int, ...]] = [(4, 5), (), (3,), (0,), (2, 2, 2), (1,)]
-RULES = pytest.mark.parametrize("name", ["toy-mixer", "hierarchical-mlp", "l2o-scale"])
+SHAPES: list[tuple[int, ...]] = [(4, 5), (), (3,), (0,), (2, 2, 2), (1,), (5, 4), (4, 5), (2, 0)]
+NAMES = ["toy-mixer", "orthogonalized-momentum", "orthogonalized-momentum, strips of 3", "l2o-scale"]
+RULES = pytest.mark.parametrize("name", NAMES)
 
 
 class Model(NamedTuple):
@@ -42,31 +55,62 @@ def make_grads(seed: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
 
 
+def couple_by_hand(rule: UpdateRule, weights: Weights, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a matrix with its strips coupled, and the sums over them, strip by strip."""
+    strips = Strips.of(TensorShape.of(matrix.shape), rule.max_strip)
+    oriented = matrix.flatten(1).T if strips.is_tall else matrix.flatten(1)
+    rows, terms = [], []
+    for strip in oriented.split(strips.size):
+        gram = matrix.new_zeros(rule.max_strip, rule.max_strip)
+        gram[: len(strip), : len(strip)] = strip @ strip.T
+        factor, term = rule.couple(weights, gram[None])
+        rows.append(factor[0, : len(strip), : len(strip)] @ strip)
+        terms.append(torch.cat(term))
+    coupled = torch.cat(rows)
+    return (coupled.T if strips.is_tall else coupled).reshape(-1), torch.stack(terms).sum(0)
+
+
 def step_by_hand(model: Model, grads: Sequence[Tensor], context: StepContext) -> RuleResult:
     """Call the phases on flat tensors, one at a time."""
     rule, weights = model.rule, model.weights
-    memory = torch.stack([state["memory"] for state in model.states])
+    rows = [[state[key].reshape(-1) for key in rule.memory] for state in model.states]
+    memory = torch.stack([torch.cat(row) for row in rows])
     steps = torch.stack([state["step"] + 1 for state in model.states])
     given = rule.prepare(weights, steps, memory, model.shared, context)
-    observed, sums = [], []
+    shapes = [TensorShape.of(param.shape) for param in model.params]
+    observed, sums, facts = [], [], []
     for index, (param, grad, state) in enumerate(zip(model.params, grads, model.states, strict=True)):
         flat = {
             key: value.reshape(param.numel(), *value.shape[param.dim() :])
             for key, value in state.items()
-            if key not in rule.tensor_state
+            if key not in ("step", *rule.memory)
         }
-        constants = {"step": state["step"].view(1) + 1, "given": given[index][:, None]}
-        new, terms = rule.observe(weights, flat | constants, grad.reshape(-1), param.reshape(-1), context)
-        observed.append({**flat, **new, **constants})
-        sums.append(torch.cat([grad.new_zeros(0), *(torch.atleast_1d(term.sum(-1)) for term in terms)]))
-    controls, memory, shared = rule.mix(weights, torch.stack(sums), memory, model.shared, context)
+        known = TensorFacts(steps[index].view(1), given[index][:, None], param.new_zeros(0))
+        new, terms = rule.observe(weights, flat, grad.reshape(-1), param.reshape(-1), known, context)
+        observed.append({**flat, **new})
+        more = rule.couple(weights, grad.new_zeros(1, rule.max_strip, rule.max_strip))[1] if rule.max_strip else []
+        known, more = known._replace(coupled=torch.zeros_like(grad).reshape(-1)), [0 * term.sum() for term in more]
+        if rule.max_strip and shapes[index].is_matrix and param.numel():
+            matrix = rule.matrix(weights, observed[-1], grad.reshape(-1), known).view(param.shape)
+            coupled, totals = couple_by_hand(rule, weights, matrix)
+            known, more = known._replace(coupled=coupled), list(totals)
+        facts.append(known)
+        of_terms = [torch.atleast_1d(term.sum(-1)) for term in terms]
+        sums.append(torch.cat([grad.new_zeros(0), *of_terms, *(total.view(1) for total in more)]))
+    controls, memory, shared = rule.mix(weights, torch.stack(sums), memory, model.shared, context, shapes=shapes)
     deltas, states = [], []
     for index, (param, grad) in enumerate(zip(model.params, grads, strict=True)):
+        flat, before = param.reshape(-1), observed[index]
         new, delta = rule.propose(
-            weights, observed[index], grad.reshape(-1), param.reshape(-1), controls[index][:, None], context
+            weights, before, grad.reshape(-1), flat, controls[index][:, None], facts[index], context
         )
+        if rule.pull_period:
+            pulled, move = rule.pull(weights, before | new, flat, context)
+            new, delta = new | pulled, delta + move
         deltas.append(delta.view(param.shape))
-        final = {**observed[index], **new, "memory": memory[index]}
+        final = {**before, **new, "step": steps[index]}
+        sizes = [model.states[index][key].numel() for key in rule.memory]
+        final |= dict(zip(rule.memory, memory[index].split(sizes), strict=True))
         states.append({key: final[key].view(old.shape) for key, old in model.states[index].items()})
     return RuleResult(deltas, states, shared)
 
@@ -100,37 +144,54 @@ def test_driver_calls_the_phases_whatever_it_cuts_and_packs(name, options):
     for step in range(1, 4):
         context, grads = context_at(step, 5, torch.float64), make_grads(step)
         expected = step_by_hand(model, grads, context)
-        actual = apply_rule(*model[:3], grads, *model[3:], context, **options)
+        actual = apply_rule(*model[:3], grads, *model[3:], context, Plan(**options))
         assert_close(actual, expected)
         model = forward(model, expected)
 
 
 @RULES
 @by_options
-def test_emitting_is_the_same_in_place(name, options):
+def test_updating_is_the_same_in_place(name, options):
     model, pure = make_model(name), make_model(name)
+    count = len(model.params)
+    update = Update(torch.linspace(0.5, 2, count).double(), torch.linspace(0, 1, count).double())
+    sizes: list[Tensor] = []
+
+    class Recorded(type(model.rule)):
+        def step_size(self, *arguments):
+            sizes.append(super().step_size(*arguments))
+            return sizes[-1]
+
+    rule = Recorded(**vars(model.rule))
     for step in range(1, 4):
         context, grads = context_at(step, 5, torch.float64), make_grads(step)
         expected = step_by_hand(pure, grads, context)
-        deltas = [torch.full_like(param, math.nan) for param in model.params]
-        sizes: dict[int, Tensor] = {}
-
-        def emit(index: int, where: slice, delta: Tensor, step_size: Tensor, deltas=deltas, sizes=sizes) -> None:
-            deltas[index].view(-1)[where] = delta
-            sizes[index] = step_size
-
         storage = [{key: value.data_ptr() for key, value in state.items()} for state in model.states]
-        result = apply_rule(*model[:3], grads, *model[3:], context, emit=emit, **options)
+        result = apply_rule(rule, *model[1:3], grads, *model[3:], context, Plan(update=update, pulls=False, **options))
         assert result.deltas == []
         assert_close(result, expected, deltas=False)
-        torch.testing.assert_close(deltas, expected.deltas, rtol=1e-9, atol=1e-12)
+        params = [
+            param * (1 - lr * size * decay) + lr * delta
+            for param, delta, lr, decay, size in zip(pure.params, expected.deltas, *update, sizes[-1], strict=True)
+        ]
+        torch.testing.assert_close(model.params, params, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(model.states, expected.states, rtol=1e-9, atol=1e-12)
         assert storage == [{key: value.data_ptr() for key, value in state.items()} for state in model.states]
-        assert len({float(size) for size in sizes.values()}) > 1 and all(size.dim() == 0 for size in sizes.values())
-        pure = forward(pure, expected)
-        for param, delta in zip(model.params, deltas, strict=True):
-            param.add_(delta)
+        pure = pure._replace(params=params, states=expected.states, shared=expected.shared)
         model = model._replace(shared=result.shared)
+
+
+@pytest.mark.parametrize("lr, share", [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0), (3.0, 1.0)])
+def test_a_learning_rate_never_goes_beyond_a_pull(lr, share):
+    model = make_model("orthogonalized-momentum")
+    grads = [torch.zeros_like(param) for param in model.params]
+    far = [state | {"slow": param - 1} for state, param in zip(model.states, model.params, strict=True)]
+    update = Update(torch.full((len(grads),), lr).double(), torch.zeros(len(grads)).double())
+    before = [param.clone() for param in model.params]
+    apply_rule(*model[:3], grads, far, {}, context_at(11, dtype=torch.float64), Plan(update=update))
+    for param, old, state in zip(model.params, before, far, strict=True):
+        torch.testing.assert_close(param, old + share * (state["slow"] - old))
+        assert bool((state["slow"] < old).all())
 
 
 @RULES
@@ -139,11 +200,6 @@ def test_a_batch_of_models_is_each_of_them(name, pack_size):
     models = [make_model(name, seed) for seed in range(3)]
     rule = models[0].rule
     horizons = torch.tensor([5.0, math.inf, 9.0], dtype=torch.float64)
-
-    def observe(weights, state, grad, param, context, total):
-        return torch.vmap(partial(observe_phase, rule, total=total))(weights, state, grad, param, context)
-
-    phases = Phases(observe, *map(torch.vmap, (rule.prepare, rule.mix, rule.propose)), batch_dims=1)
 
     def stack(trees):
         if isinstance(trees[0], Tensor):
@@ -165,8 +221,7 @@ def test_a_batch_of_models_is_each_of_them(name, pack_size):
             states,
             shared,
             StepContext(now, horizons),
-            pack_size=pack_size,
-            phases=phases,
+            Plan(pack_size=pack_size, phases=batched_phases(rule)),
         )
         each = [
             step_by_hand(model, grads[index], StepContext(now[index], horizons[index]))
@@ -182,34 +237,44 @@ def test_a_batch_of_models_is_each_of_them(name, pack_size):
         ]
 
 
-def test_sums_of_shards_make_the_step_of_the_whole():
-    rule = ToyMixer()
-    whole = make_model("toy-mixer")
-    context, grads = context_at(1, dtype=torch.float64), make_grads(0)
-    expected = apply_rule(*whole[:3], grads, *whole[3:], context)
-    halves = [slice(0, 2), slice(2, 4)]
-    shards = [
-        ([whole.params[0][half].contiguous()], [grads[0][half].contiguous()], whole.states[0], half) for half in halves
-    ]
-
-    def cut(state: State, half: slice) -> State:
-        return {key: value if key in rule.tensor_state else value[half] for key, value in state.items()}
-
-    alone = apply_rule(rule, whole.weights, whole.params[:1], grads[:1], whole.states[:1], whole.shared, context)
+@pytest.mark.parametrize(
+    "name, shape, axis, at",
+    [
+        ("toy-mixer", (4, 5), 0, 1),
+        ("l2o-scale", (4, 5), 1, 3),
+        ("orthogonalized-momentum", (5, 4), 0, 2),  # tall, along the sums
+        ("orthogonalized-momentum", (4, 5), 1, 3),  # wide, along the sums
+        ("orthogonalized-momentum, strips of 3", (6, 7), 0, 3),  # wide, between its strips
+        ("orthogonalized-momentum, strips of 3", (9, 6), 1, 3),  # tall, between its strips
+    ],
+)
+def test_shards_make_the_step_of_the_whole(name, shape, axis, at):
+    model = make_model(name)
+    generator = torch.Generator().manual_seed(0)
+    param, grad = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    state = model.rule.init_state(model.weights, param)
+    context = context_at(1, dtype=torch.float64)
+    alone = apply_rule(*model[:2], [param], [grad], [state], model.shared, context)
+    cut = Strips.of(TensorShape.of(shape), model.rule.max_strip)
+    along_sums = cut is None or cut.is_tall == (axis == 0)
+    sizes = [at, shape[axis] - at]
+    firsts = [0, 0 if along_sums else at // cut.size]
     seen: list[Tensor] = []
-    for params, part, state, half in shards:
-        apply_rule(
-            rule, whole.weights, params, part, [cut(state, half)], whole.shared, context,
-            all_reduce=lambda summaries: seen.append(summaries) or summaries,
-        )  # fmt: skip
-    assert [tuple(summaries.shape) for summaries in seen] == [(1, 3), (1, 3)]
-    total = seen[0] + seen[1]
-    for params, part, state, half in shards:
-        result = apply_rule(
-            rule, whole.weights, params, part, [cut(state, half)], whole.shared, context, all_reduce=lambda _: total
-        )
-        torch.testing.assert_close(result.deltas[0], alone.deltas[0][half], rtol=1e-9, atol=1e-12)
-    assert not torch.allclose(alone.deltas[0], expected.deltas[0], rtol=1e-3)  # the other tensors have their say
+
+    def shard(index: int, reduce) -> RuleResult:
+        def part(value: Tensor) -> Tensor:
+            return value.split(sizes, axis)[index].contiguous()
+
+        cut_state = {key: value if key in ("step", *model.rule.memory) else part(value) for key, value in state.items()}
+        plan = Plan(shapes=[TensorShape.of(shape)], first_strips=[firsts[index]], reduce=reduce)
+        return apply_rule(*model[:2], [part(param)], [part(grad)], [cut_state], model.shared, context, plan)
+
+    for index in range(2):
+        shard(index, lambda values: seen.extend(values) or values)
+    results = [shard(index, lambda _: [seen[0] + seen[1]]) for index in range(2)]
+    whole = torch.cat([result.deltas[0] for result in results], axis)
+    torch.testing.assert_close(whole, alone.deltas[0], rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(shard(0, None).deltas[0], results[0].deltas[0], rtol=1e-3)  # the other has its say
 
 
 @RULES
@@ -229,21 +294,22 @@ def test_half_types_are_computed_on_in_float32(name, dtype):
 
 def test_calls_are_as_few_as_cutting_and_packing_allow():
     model = make_model("toy-mixer")
-    sizes = [math.prod(shape) for shape in SHAPES]  # 20, 1, 3, 0, 8, 1
     calls: list[int] = []
 
-    def observe(weights, state, grad, param, context, total):
-        calls.append(grad.numel())
-        return observe_phase(model.rule, weights, state, grad, param, context, total)
+    plain = plain_phases(model.rule)
 
-    phases = plain_phases(model.rule)._replace(observe=observe)
+    def observe(total, weights, state, grad, *others):
+        calls.append(grad.numel())
+        return plain.observe(total, weights, state, grad, *others)
+
+    phases = plain._replace(observe=observe)
     for options, expected in (
-        ({}, sizes),
-        ({"pack_size": 8}, [13, 20]),
-        ({"chunk_size": 8}, [8, 8, 4, 1, 3, 0, 8, 1]),
-        ({"pack_size": 8, "chunk_size": 10}, [4, 9, 10, 10]),
+        ({}, [0, 1, 1, 3, 8, 20, 20, 20]),  # both empty tensors in one
+        ({"pack_size": 8}, [13, 20, 20, 20]),
+        ({"chunk_size": 8}, [0, 1, 1, 3, 8, *[8, 8, 4] * 3]),
+        ({"pack_size": 8, "chunk_size": 10}, [3, *[10] * 7]),
     ):
         calls.clear()
         context = context_at(1, dtype=torch.float64)
-        apply_rule(*model[:3], make_grads(0), *model[3:], context, phases=phases, **options)
+        apply_rule(*model[:3], make_grads(0), *model[3:], context, Plan(phases=phases, **options))
         assert sorted(calls) == sorted(expected)

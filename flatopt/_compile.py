@@ -1,0 +1,41 @@
+"""The phases of a rule on coordinates through ``torch.compile``."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+
+from .rules import Phases
+
+COMPILED = ("observe", "matrix", "propose", "pull")
+
+
+class CompiledPhases:
+    """Compiles the phases that act on coordinates; goes on with plain ones, after a warning, where that fails."""
+
+    def __init__(self, plain: Phases):
+        self.plain = plain
+        compiled: dict[str, Any] = {
+            name: torch.compile(getattr(plain, name), fullgraph=True, dynamic=True) for name in COMPILED
+        }
+        self.fast: Phases | None = plain._replace(**compiled)
+
+    def phases(self) -> Phases:
+        """Return the phases as the driver takes them."""
+        calls: dict[str, Any] = {name: partial(self._call, name) for name in COMPILED}
+        return self.plain._replace(**calls)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        if self.fast is not None:
+            try:
+                return getattr(self.fast, name)(*arguments)
+            # Raised before anything runs; the second is not a TorchDynamoException.
+            except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+                reason = str(error).strip().splitlines()[0]
+                message = f"FlatOpt goes on without torch.compile: {reason}"
+                warnings.warn(message, RuntimeWarning, stacklevel=7)
+                self.fast = None
+        return getattr(self.plain, name)(*arguments)

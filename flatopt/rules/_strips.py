@@ -1,0 +1,80 @@
+r"""Strips of matrices: what a rule that treats a matrix as a whole works on.
+
+A matrix ``[outputs, inputs]`` is cut along its *shorter* axis into strips of at most ``max_strip`` rows, as equal as
+can be.  A strip ``X`` is as long as the longer axis, and its Gram matrix
+
+.. math::
+    G = X X^\top = \sum_{\text{columns } x} x x^\top
+
+is a sum over that axis: pieces of a tensor, and shards of it on several processes, add up.
+
+Legend: ``*`` models and tensors of one shape, ``k`` strips of a tensor, ``S`` the most rows of a strip.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._rule import TensorShape
+
+
+class Strips(NamedTuple):
+    """How a tensor is cut."""
+
+    is_tall: bool
+    """Whether the inputs are the shorter axis."""
+    size: int
+    """Rows of a strip, fewer in the last."""
+    number: int
+    """Strips of the whole tensor."""
+    max_strip: int
+
+    @classmethod
+    def of(cls, shape: TensorShape, max_strip: int) -> Strips | None:
+        """Return how a tensor is cut, ``None`` for a vector or a rule without strips.
+
+        Example:
+            >>> Strips.of(TensorShape(100, 40), 32)
+            Strips(is_tall=True, size=20, number=2, max_strip=32)
+        """
+        if not (max_strip and shape.is_matrix and shape.numel):
+            return None
+        short = min(shape[:2])
+        at_least = -(-short // max_strip)
+        size = -(-short // at_least)
+        return cls(shape.num_inputs < shape.num_outputs, size, -(-short // size), max_strip)
+
+    def gram(self, matrix: Tensor) -> Tensor:
+        """Return ``[*, k, S, S]`` for ``[*, outputs, inputs]``, for some of the strips or a part of the long axis."""
+        parts = []
+        for strips in self._cut(matrix):
+            rest = self.max_strip - strips.shape[-2]
+            parts.append(F.pad(strips @ strips.mT, (0, rest, 0, rest)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -3)
+
+    def couple(self, factors: Tensor, matrix: Tensor) -> Tensor:
+        """Multiply each strip of ``[*, outputs, inputs]`` by its factor, ``[*, k, S, S]``."""
+        parts, first = [], 0
+        for strips in self._cut(matrix):
+            rows, k = strips.shape[-2], strips.shape[-3]
+            factor = factors[..., first : first + k, :rows, :rows]
+            parts.append((factor @ strips).flatten(-3, -2))
+            first += k
+        coupled = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+        return coupled.mT if self.is_tall else coupled
+
+    def _cut(self, matrix: Tensor) -> list[Tensor]:
+        """Return the whole strips, and the last one if it is smaller: ``[*, k, rows, length]`` each."""
+        oriented = matrix.mT if self.is_tall else matrix
+        short = oriented.shape[-2]
+        whole = short // self.size
+        parts = []
+        if whole:
+            parts.append(oriented[..., : whole * self.size, :].unflatten(-2, (whole, self.size)))
+        if whole * self.size < short:
+            parts.append(oriented[..., whole * self.size :, :].unsqueeze(-3))
+        return parts

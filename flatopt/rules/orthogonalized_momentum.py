@@ -1,0 +1,340 @@
+r"""The flagship rule: momentum made orthogonal strip by strip, under a small learned controller of each tensor.
+
+Per coordinate, with gradient :math:`g_t`,
+
+.. math::
+    m_t = \beta_1 m_{t-1} + (1 - \beta_1)\, g_t \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2)\, g_t^2 \qquad
+    u_t = m_t / \sqrt{v_t}.
+
+A matrix ``[outputs, inputs]`` is cut into strips :math:`X` of at most 32 rows of its shorter axis (see
+:mod:`flatopt.rules._strips`), of :math:`(1 - \mu)\, m_t + \mu\, g_t`.  Each is replaced by nearly the closest matrix
+with orthonormal rows, its polar factor :math:`(X X^\top)^{-1/2} X`, by three Newton-Schulz iterations on the Gram
+matrix alone, which is small:
+
+.. math::
+    A_0 = X X^\top / \lVert X X^\top \rVert_F \qquad Q_i = a + b A_i + c A_i^2 \qquad A_{i+1} = Q_i A_i Q_i \qquad
+    P = Q_2 Q_1 Q_0 \qquad \bar X = P X.
+
+The step of a tensor :math:`x`, and that of a vector, which has :math:`u_t` in place of :math:`\bar X`, is
+
+.. math::
+    \Delta_t = -\eta_t\, e^{\lambda} \Big( (1 - |\alpha|)\, \frac{\bar X}{\mathrm{rms}(\bar X)}
+    + \alpha\, \frac{u_t}{\mathrm{rms}(u_t)} + e^{\omega} x \Big), \qquad
+    \eta_t = \frac{0.03\, s_t\, \rho_t^{\,q}}{\sqrt{\max(\text{inputs}, 8)}}
+
+with the directions in brackets clipped to :math:`\pm 5`.  The schedule :math:`s_t` is a warm-up over 10 steps, times a
+cosine to zero where the length of the run is known, and times :math:`(1 + t/100)^{-p}` where it is not;
+:math:`\rho_t` is the root mean square of the gradient over its largest value so far.
+
+The controller, a network of one hidden layer, maps what the tensor's own sums tell (:meth:`OrthogonalizedMomentum.mix`
+lists it) to :math:`\lambda, \omega, \alpha` and the :math:`\mu` of the next step.  No tensor knows of another.  The
+constants above are learned too, each as the logarithm of a factor.  With zero weights :math:`\lambda = \omega = \alpha
+= p = q = 0`: that is the untrained rule.
+
+Without a known length, every tenth step goes back towards *slow weights* (lookahead):
+
+.. math::
+    z \leftarrow z + 0.3\, (x - z) \qquad x \leftarrow z.
+
+A coordinate whose gradients were all exactly zero does not move; one that is not finite stays what it is.  State:
+three floats per coordinate, two per tensor.
+
+References:
+    Jordan et al., *Muon*, 2024, https://kellerjordan.github.io/posts/muon/ (orthogonalised momentum, the coefficients);
+    Zhang, Lucas, Hinton and Ba, *Lookahead Optimizer: k steps forward, 1 step back*, 2019,
+    https://arxiv.org/abs/1907.08610 (slow weights); Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980 (vectors);
+    Metz et al., *Practical tradeoffs between memory, compute, and performance in learned optimizers*, 2022,
+    https://arxiv.org/abs/2203.11860 (a network per tensor that sees statistics).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ._features import advance_moments, debiasing, embed_step, tiny
+from ._networks import init_linear, linear
+from ._rule import State, StepContext, TensorFacts, TensorShape, UpdateRule, Weights
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""``a, b, c`` of Jordan et al.: they raise small singular values fastest and leave large ones between 0.7 and 1.2."""
+
+CONSTANTS = (
+    "matrix_step",
+    "vector_step",
+    "matrix_decay",
+    "vector_decay",
+    "momentum",
+    "square_decay",
+    "momentum_mix",
+    "warmup",
+    "cosine_power",
+    "anytime_power",
+    "gradient_power",
+    "slow_rate",
+)
+"""The constants of the rule that are learned, each 0 at the start; see :meth:`OrthogonalizedMomentum._constants`."""
+
+CONSTANT_SCALE = 4.0
+"""What their weights are multiplied by: an evolution strategy perturbs all weights alike, and these matter more."""
+
+NUM_FEATURES = 19
+NUM_OUTPUTS = 4
+STEP_SCALES = (10.0, 100.0, 1000.0)
+FEATURE_BOUND = 3.0
+DIRECTION_BOUND = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrthogonalizedMomentum(UpdateRule):
+    """Muon strip by strip for matrices, Adam for vectors, and a learned controller per tensor.
+
+    Args:
+        base_step: step per coordinate, times the square root of the inputs, at the peak of the schedule.
+        vector_inputs: inputs assumed for vectors (biases, gains).
+        min_inputs: fewer inputs count as this.
+        base_decay: decay of the parameters, as a multiple of the step.
+        strip_size: most rows of a strip; 0 to treat matrices like vectors, as Adam does.
+        num_iterations: Newton-Schulz iterations.
+        betas: decays of the momentum and of the second moment, before learning.
+        momentum_mix: share of the gradient in what is orthogonalised (Nesterov), before learning.
+        warmup_steps: length of the linear warm-up, before learning.
+        decay_steps: time scale of the decay when the length of the run is unknown.
+        slow_rate: how far the slow weights go to the fast ones, before learning.
+        controller_hidden: width of the hidden layer.
+
+    Example:
+        >>> rule = OrthogonalizedMomentum()
+        >>> sum(weight.numel() for weight in rule.init_weights().values())
+        208
+    """
+
+    name: ClassVar[str] = "orthogonalized-momentum"
+    memory: ClassVar[tuple[str, ...]] = ("grad_rms_max", "log_momentum_mix")
+    pull_period: ClassVar[int] = 10
+
+    base_step: float = 0.03
+    vector_inputs: float = 64.0
+    min_inputs: float = 8.0
+    base_decay: float = 1.0
+    strip_size: int = 32
+    num_iterations: int = 3
+    betas: tuple[float, float] = (0.9, 0.99)
+    momentum_mix: float = 0.1
+    warmup_steps: float = 10.0
+    decay_steps: float = 100.0
+    slow_rate: float = 0.3
+    controller_hidden: int = 8
+
+    @property
+    def max_strip(self) -> int:
+        """``strip_size``."""
+        return self.strip_size
+
+    def init_weights(self, generator: torch.Generator | None = None) -> Weights:
+        """Return zero constants, a random hidden layer and a zero output layer: the untrained rule."""
+        return {
+            **{f"constants.{name}": torch.zeros(()) for name in CONSTANTS},
+            **init_linear("controller.0", NUM_FEATURES, self.controller_hidden, generator),
+            **init_linear("controller.1", self.controller_hidden, NUM_OUTPUTS, generator, zero=True),
+        }
+
+    def init_state(self, weights: Weights, param: Tensor, generator: torch.Generator | None = None) -> State:
+        """Return zero accumulators, and as slow weights the parameter itself."""
+        scalar = torch.zeros((), dtype=param.dtype, device=param.device)
+        return {
+            "step": scalar,
+            "grad_rms_max": scalar.clone(),
+            "log_momentum_mix": scalar.clone(),
+            "exp_avg": torch.zeros_like(param),
+            "exp_avg_sq": torch.zeros_like(param),
+            "slow": param.clone(),
+        }
+
+    def prepare(
+        self, weights: Weights, steps_N: Tensor, memory_NM: Tensor, shared: State, context: StepContext
+    ) -> Tensor:
+        """Return the share of the gradient in what is orthogonalised, ``[N, 1]``."""
+        mix = self.momentum_mix * _factor(weights, "momentum_mix") * memory_NM[:, 1].exp()
+        return mix.clamp(max=1).unsqueeze(-1)
+
+    def observe(
+        self, weights: Weights, state: State, grad: Tensor, param: Tensor, facts: TensorFacts, context: StepContext
+    ) -> tuple[State, list[Tensor]]:
+        """Advance both moments; return the squares and products whose means are features and norms."""
+        new = advance_moments(state, grad, *self._betas(weights))
+        m, v = new["exp_avg"], new["exp_avg_sq"]
+        u, x = _adam(m, v), _finite(param)
+        return new, [u * u, m * m, v, grad * grad, grad * m, x * x]
+
+    def matrix(self, weights: Weights, state: State, grad: Tensor, facts: TensorFacts) -> Tensor:
+        """Return the momentum with a share of the gradient."""
+        return torch.lerp(state["exp_avg"], grad, facts.given[0])
+
+    def couple(self, weights: Weights, grams_Kss: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return ``P``; per strip, what it makes of the squared norm, and the effective rank.
+
+        ``P X`` has the squared Frobenius norm ``trace(P G P)``.  The effective rank is ``trace(G)^2 / trace(G^2)``.
+        """
+        eps = tiny(grams_Kss)
+        trace_K = grams_Kss.diagonal(dim1=-2, dim2=-1).sum(-1)
+        relative = grams_Kss / (trace_K + eps)[:, None, None]  # whose squares neither overflow nor vanish
+        norm_K = torch.linalg.vector_norm(relative, dim=(-2, -1)).clamp(min=eps**0.5)
+        gram = relative / norm_K[:, None, None]
+        a, b, c = NEWTON_SCHULZ
+        identity = torch.eye(self.strip_size, dtype=gram.dtype, device=gram.device)
+        factor = identity.expand_as(gram)
+        for _ in range(self.num_iterations):
+            polynomial = a * identity + b * gram + c * (gram @ gram)
+            factor = polynomial @ factor
+            gram = polynomial @ gram @ polynomial
+        scale_K = (trace_K * norm_K + eps).rsqrt()
+        squares_K = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return factor * scale_K[:, None, None], [squares_K, (trace_K > 0) / norm_K.square()]
+
+    def mix(
+        self,
+        weights: Weights,
+        summaries_NS: Tensor,
+        memory_NM: Tensor,
+        shared: State,
+        context: StepContext,
+        *,
+        shapes: Sequence[TensorShape],
+    ) -> tuple[Tensor, Tensor, State]:
+        """Run the controller of every tensor.
+
+        Returns:
+            ``[N, 4]`` controls: what multiplies the polar factor, Adam's direction and the parameter, and the step.
+        """
+        eps = tiny(summaries_NS)
+        facts = [(shape.numel, shape.num_outputs, shape.num_inputs, shape.is_matrix) for shape in shapes]
+        table = torch.tensor(facts, dtype=summaries_NS.dtype, device=summaries_NS.device)
+        numel, outputs, inputs, is_matrix = table.unbind(-1)
+        is_matrix = is_matrix if self.strip_size else torch.zeros_like(is_matrix)
+        fan = torch.where(inputs > 1, inputs.clamp(min=self.min_inputs), self.vector_inputs)
+        sums = [value / numel.clamp(min=1) for value in summaries_NS.unbind(-1)]
+        uu, mm, v, gg, gm, xx = sums[:6]
+        polar, rank = sums[6:] if self.strip_size else (torch.zeros_like(uu), torch.zeros_like(uu))
+        correction_m, correction_v = (debiasing(beta, context.step) for beta in self._betas(weights))
+        rms = (v * correction_v + eps).sqrt()
+        rms_max = torch.maximum(memory_NM[:, 0], rms)
+        short = torch.minimum(outputs, inputs).clamp(min=1)
+        log_ratio = (rms / rms_max).log()
+        features = [
+            ((mm + eps) / (v + eps)).log() / 2 + (correction_m / correction_v.sqrt()).log() + 1,
+            gm / (gg * mm + eps).sqrt(),
+            log_ratio + 1,
+            is_matrix * (2 * rank * numel / short - 1),
+            (xx * fan + eps).log() / 4 + 0.5,
+            2 * is_matrix - 1,
+            (fan.log() - 4) / 2,
+            ((outputs + 1).log() - 4) / 2,
+            ((numel + 1).log() - 7) / 3,
+            torch.ones_like(fan),
+            *(value.to(fan).expand_as(fan) for value in embed_step(context.step, STEP_SCALES)),
+            *(value.to(fan).expand_as(fan) for value in _embed_horizon(context)),
+        ]
+        x_FN = torch.stack(features).clamp(-FEATURE_BOUND, FEATURE_BOUND)
+        hidden_HN = linear(weights, "controller.0", x_FN).tanh()
+        log_step, log_decay, adam, log_mix = linear(weights, "controller.1", hidden_HN).unbind(0)
+
+        def of_kind(name: str) -> Tensor:
+            return torch.where(is_matrix > 0, _factor(weights, f"matrix_{name}"), _factor(weights, f"vector_{name}"))
+
+        shrink = (CONSTANT_SCALE * weights["constants.gradient_power"] * log_ratio).exp()
+        peak = self.base_step * of_kind("step") * fan.rsqrt() * self._schedule(weights, context)
+        step_size = peak * shrink * (2 * torch.tanh(log_step / 2)).exp()
+        decay = self.base_decay * of_kind("decay") * (2 * torch.tanh(log_decay / 2)).exp()
+        share = torch.where(is_matrix > 0, torch.tanh(adam), torch.ones_like(adam))
+        control = torch.stack(
+            [(1 - share.abs()) * (polar + eps).rsqrt(), share * (uu + eps).rsqrt(), decay, step_size], -1
+        )
+        return control, torch.stack([rms_max, 2 * torch.tanh(log_mix / 2)], -1), shared
+
+    def propose(
+        self,
+        weights: Weights,
+        state: State,
+        grad: Tensor,
+        param: Tensor,
+        control: Tensor,
+        facts: TensorFacts,
+        context: StepContext,
+    ) -> tuple[State, Tensor]:
+        """Return the step: the direction of unit size plus decay, times the step size."""
+        per_polar, per_adam, decay, step_size = control
+        direction = _adam(state["exp_avg"], state["exp_avg_sq"]) * per_adam
+        if self.strip_size:
+            direction = torch.addcmul(direction, facts.coupled, per_polar)
+        direction = direction.clamp(-DIRECTION_BOUND, DIRECTION_BOUND)
+        moved = state["exp_avg_sq"] > 0
+        return {}, -step_size * moved * torch.addcmul(direction, _finite(param), decay)
+
+    def pull(self, weights: Weights, state: State, param: Tensor, context: StepContext) -> tuple[State, Tensor]:
+        """Move slow weights and parameters towards each other where the length of the run is unknown.
+
+        Where it is known the slow weights only follow, so that a run may go on without one.
+        """
+        is_due = (context.step > 1) & ((context.step - 1) % self.pull_period == 0)
+        logit = math.log(self.slow_rate / (1 - self.slow_rate))
+        rate = torch.sigmoid(logit + CONSTANT_SCALE * weights["constants.slow_rate"])
+        rate = torch.where(_is_known(context), torch.ones_like(rate), rate)
+        slow = torch.where(is_due, torch.lerp(state["slow"], param, rate), state["slow"])
+        slow = torch.where(slow.isfinite(), slow, param)
+        return {"slow": slow}, torch.where(is_due, _finite(slow - param), torch.zeros_like(param))
+
+    def step_size(self, weights: Weights, control_NC: Tensor, context: StepContext) -> Tensor:
+        """Return the step size of every tensor."""
+        return control_NC[:, 3]
+
+    def _betas(self, weights: Weights) -> tuple[Tensor, Tensor]:
+        """Return the decays of both moments; their distance from 1 is learned."""
+        momentum, square = self.betas
+        one = (1 - momentum) * _factor(weights, "momentum")
+        other = (1 - square) * _factor(weights, "square_decay")
+        return 1 - one.clamp(max=1), 1 - other.clamp(max=1)
+
+    def _schedule(self, weights: Weights, context: StepContext) -> Tensor:
+        """Return the multiplier of the step over the run, 0-D, between 0 and 1."""
+        warmup = (context.step / (self.warmup_steps * _factor(weights, "warmup"))).clamp(max=1)
+        fraction = ((context.step - 1) / context.num_steps).clamp(max=1)
+        cosine = ((1 + torch.cos(math.pi * fraction)) / 2).clamp(min=1e-6) ** _factor(weights, "cosine_power")
+        power = CONSTANT_SCALE * weights["constants.anytime_power"]
+        anytime = (-power * (1 + context.step / self.decay_steps).log()).exp()
+        return warmup * torch.where(_is_known(context), cosine, anytime)
+
+
+def _factor(weights: Weights, name: str) -> Tensor:
+    """Return the learned factor of a constant, 1 before learning."""
+    return (CONSTANT_SCALE * weights[f"constants.{name}"]).exp()
+
+
+def _adam(m: Tensor, v: Tensor) -> Tensor:
+    """Return Adam's direction but for a factor common to a tensor."""
+    return m * (v + tiny(v)).rsqrt()
+
+
+def _finite(value: Tensor) -> Tensor:
+    """Return zero for what is not finite."""
+    return torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _is_known(context: StepContext) -> Tensor:
+    """Return whether the length of the run is known, and not over."""
+    return torch.isfinite(context.num_steps) & (context.step <= context.num_steps)
+
+
+def _embed_horizon(context: StepContext) -> list[Tensor]:
+    """Return five 0-D features of the length of the run, all zero when it is unknown."""
+    known = _is_known(context)
+    fraction = (context.step / context.num_steps).clamp(max=1)
+    log_length = torch.where(known, context.num_steps, torch.ones_like(context.num_steps)).log()
+    late = torch.tanh(10 * (fraction - 0.9))
+    features = [torch.ones_like(fraction), 2 * fraction - 1, fraction**2, late, (log_length - 6) / 2]
+    return [torch.where(known, feature, torch.zeros_like(feature)) for feature in features]
