@@ -181,10 +181,10 @@ class OrthogonalizedMomentum(UpdateRule):
 
         ``P X`` has the squared Frobenius norm ``trace(P G P)``.  The effective rank is ``trace(G)^2 / trace(G^2)``.
         """
-        eps = tiny(grams_Kss)
+        floor = tiny(grams_Kss) ** 0.75  # of a strip of zeros, whose derivatives have to be finite
         trace_K = grams_Kss.diagonal(dim1=-2, dim2=-1).sum(-1)
-        relative = grams_Kss / (trace_K + eps)[:, None, None]  # whose squares neither overflow nor vanish
-        norm_K = torch.linalg.vector_norm(relative, dim=(-2, -1)).clamp(min=eps**0.5)
+        relative = grams_Kss / trace_K.clamp(min=floor)[:, None, None]  # whose squares neither overflow nor vanish
+        norm_K = torch.linalg.vector_norm(relative, dim=(-2, -1)).clamp(min=self.strip_size**-0.5 / 2)
         gram = relative / norm_K[:, None, None]
         a, b, c = NEWTON_SCHULZ
         identity = torch.eye(self.strip_size, dtype=gram.dtype, device=gram.device)
@@ -193,7 +193,7 @@ class OrthogonalizedMomentum(UpdateRule):
             polynomial = a * identity + b * gram + c * (gram @ gram)
             factor = polynomial @ factor
             gram = polynomial @ gram @ polynomial
-        scale_K = (trace_K * norm_K + eps).rsqrt()
+        scale_K = (trace_K * norm_K).clamp(min=floor).rsqrt()
         squares_K = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         return factor * scale_K[:, None, None], [squares_K, (trace_K > 0) / norm_K.square()]
 
@@ -253,7 +253,7 @@ class OrthogonalizedMomentum(UpdateRule):
         decay = self.base_decay * of_kind("decay") * (2 * torch.tanh(log_decay / 2)).exp()
         share = torch.where(is_matrix > 0, torch.tanh(adam), torch.ones_like(adam))
         control = torch.stack(
-            [(1 - share.abs()) * (polar + eps).rsqrt(), share * (uu + eps).rsqrt(), decay, step_size], -1
+            [(1 - share.abs()) * _per_rms(polar), share * _per_rms(uu), decay, step_size], -1
         )
         return control, torch.stack([rms_max, 2 * torch.tanh(log_mix / 2)], -1), shared
 
@@ -317,7 +317,12 @@ def _factor(weights: Weights, name: str) -> Tensor:
 
 def _adam(m: Tensor, v: Tensor) -> Tensor:
     """Return Adam's direction but for a factor common to a tensor."""
-    return m * (v + tiny(v)).rsqrt()
+    return m * v.clamp(min=tiny(v)).rsqrt()
+
+
+def _per_rms(mean_square: Tensor) -> Tensor:
+    """Return what brings a direction to unit size."""
+    return mean_square.clamp(min=tiny(mean_square) ** 0.5).rsqrt()
 
 
 def _finite(value: Tensor) -> Tensor:

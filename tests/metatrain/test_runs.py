@@ -53,7 +53,8 @@ def test_gradient_equals_finite_differences(names):
         # Narrow: a wider difference meets a kink, of a ReLU or of a bound.
         expected = slope(loss, weights, direction, width=1e-6)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-9)
-        assert actual != 0
+        inert = only == "constants.slow_rate"  # before the first pull
+        assert (actual == 0) == inert, only
 
 
 def test_inner_gradients_are_constant_unless_asked_for():
@@ -126,7 +127,7 @@ def test_an_unknown_family_is_named(name):
     config = MetaTrainConfig(recipe="", rule="adam", tasks=(TaskConfig(name="rnn"),), num_updates=1).override(
         [f"estimator.name={name}"]
     )
-    with pytest.raises(ValueError, match="unknown task 'rnn': valid are mlp, .*transformer"):
+    with pytest.raises(ValueError, match="unknown task 'rnn': valid are .*mlp, .*transformer"):
         build_estimator(config, config.build_rule(), torch.device("cpu"))
 
 

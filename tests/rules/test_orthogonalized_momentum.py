@@ -1,0 +1,182 @@
+"""The flagship against a literal version in NumPy, and what it promises of any matrix."""
+
+from __future__ import annotations
+
+import math
+
+import numpy
+import pytest
+import torch
+from helpers import context_at, learned
+from torch import Tensor
+
+from flatopt import FlatOpt
+from flatopt.rules import OrthogonalizedMomentum, Strips, TensorShape, apply_rule
+from flatopt.rules.orthogonalized_momentum import CONSTANT_SCALE
+
+SHAPES = [(70, 40), (12, 3, 3, 3), (5,), (6, 1), (33, 34)]
+INF = math.inf
+
+
+def polar_by_hand(matrix: numpy.ndarray, size: int = 32) -> numpy.ndarray:
+    """Return the strips of a matrix by Newton-Schulz on the strips themselves, at unit size over the matrix."""
+    flat = matrix.reshape(len(matrix), -1)
+    oriented = flat.T if flat.shape[1] < flat.shape[0] else flat
+    number = -(-len(oriented) // size)
+    rows = -(-len(oriented) // number)
+    strips = []
+    for first in range(0, len(oriented), rows):
+        x = oriented[first : first + rows]
+        x = x / numpy.sqrt(numpy.linalg.norm(x @ x.T))
+        for _ in range(3):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        strips.append(x)
+    polar = numpy.concatenate(strips)
+    polar = polar.T if oriented is not flat else polar
+    return polar.reshape(matrix.shape) / numpy.sqrt(numpy.mean(polar**2))
+
+
+def run_by_hand(params: list[numpy.ndarray], num_grads: int, num_steps: float) -> list[numpy.ndarray]:
+    """Train by the equations of the docstring, untrained weights."""
+    momenta, squares = [0 * x for x in params], [0 * x for x in params]
+    slow = [x.copy() for x in params]
+    for step in range(1, num_grads + 1):
+        for index, x in enumerate(params):
+            grad = grad_at(x.shape, step, index).numpy()
+            momenta[index] = 0.9 * momenta[index] + 0.1 * grad
+            squares[index] = 0.99 * squares[index] + 0.01 * grad**2
+            direction = momenta[index] / numpy.sqrt(squares[index])
+            direction = direction / numpy.sqrt(numpy.mean(direction**2))
+            inputs = 64.0
+            if x.squeeze().ndim > 1:
+                direction = polar_by_hand(0.9 * momenta[index] + 0.1 * grad)
+                inputs = max(8, x[0].size)
+            schedule = min(1, step / 10)
+            if num_steps < INF:
+                schedule *= (1 + math.cos(math.pi * (step - 1) / num_steps)) / 2
+            move = -0.03 / math.sqrt(inputs) * schedule * (numpy.clip(direction, -5, 5) + x)
+            if step % 10 == 1 and step > 1 and num_steps == INF:
+                slow[index] = slow[index] + 0.3 * (x - slow[index])
+                move = move + slow[index] - x
+            params[index] = x + move
+    return params
+
+
+def grad_at(shape: tuple[int, ...], step: int, index: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * step + index)
+    return 10.0**index * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("num_steps", [INF, 30.0])
+def test_untrained_it_follows_the_equations(num_steps: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
+    expected = run_by_hand([param.numpy().copy() for param in params], 25, num_steps)
+    opt = FlatOpt([torch.nn.Parameter(param) for param in params], pretrained=learned("orthogonalized-momentum"))
+    opt.param_groups[0]["num_steps"] = num_steps
+    for step in range(1, 26):
+        for index, param in enumerate(opt.param_groups[0]["params"]):
+            param.grad = grad_at(param.shape, step, index)
+        opt.step()
+    for param, value in zip(opt.param_groups[0]["params"], expected, strict=True):
+        torch.testing.assert_close(param.detach(), torch.from_numpy(value), rtol=1e-8, atol=1e-10)
+
+
+def factors_of(matrix: Tensor) -> Tensor:
+    """Return what a rule with many iterations makes of a matrix of one strip."""
+    rule = OrthogonalizedMomentum(num_iterations=3)
+    weights = {key: value.to(matrix) for key, value in rule.init_weights().items()}
+    strips = Strips.of(TensorShape.of(matrix.shape), rule.max_strip)
+    factors, _ = rule.couple(weights, strips.gram(matrix))
+    return strips.couple(factors, matrix)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0, 1e12])
+def test_singular_values_come_near_one_and_vectors_stay_for_any_scale(scale: float) -> None:
+    matrix = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    assert values.max() > 3 * values.min()
+    coupled = factors_of(scale * matrix)
+    diagonal = left.T @ coupled @ right.T
+    assert bool(((diagonal.diagonal() > 0.6) & (diagonal.diagonal() < 1.3)).all())
+    assert (diagonal - diagonal.diagonal().diag()).abs().max() < 1e-3
+
+
+def test_directions_without_momentum_stay_without() -> None:
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randn(20, 2, generator=generator) @ torch.randn(2, 50, generator=generator)
+    values = torch.linalg.svdvals(factors_of(low))
+    assert bool((values[:2] > 0.6).all()) and values[2] < 1e-3
+    assert torch.equal(factors_of(torch.zeros(20, 50)), torch.zeros(20, 50))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1, 1), (1, 7), (7, 1), (0, 4), (2, 3), (1000, 2), (2, 1000), (65, 65)])
+@pytest.mark.parametrize("scale", [0.0, 1e-12, 1e12])
+def test_every_shape_and_scale_gives_finite_steps_of_one_size(shape: tuple[int, ...], scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.zeros(shape))
+    opt = FlatOpt([param], pretrained=learned("orthogonalized-momentum"), num_steps=1000)
+    for _ in range(12):
+        before = param.detach().clone()
+        param.grad = scale * torch.randn(shape, generator=generator)
+        opt.step()
+    step = (param.detach() - before).square().mean().sqrt() if param.numel() else torch.zeros(())
+    if not scale or not param.numel():
+        assert step == 0
+    else:
+        inputs = 64 if sum(length > 1 for length in shape) < 2 or shape[0] == 1 else max(8, param[0].numel())
+        assert 0.8 < step * inputs**0.5 / 0.03 < 1.2
+
+
+def test_what_is_not_finite_stays_where_it_is() -> None:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((6, 8), (8, 3), (6,))]
+    with torch.no_grad():
+        params[0][:, 5] = -math.inf
+        params[0][2, 1] = math.nan
+        params[2][1] = math.inf
+    opt = FlatOpt(params, pretrained=learned("orthogonalized-momentum", perturbation=0.1))
+    finite = [param.isfinite() for param in params]
+    before = [param.detach().clone() for param in params]
+    for step in range(25):
+        for param, mask in zip(params, finite, strict=True):
+            param.grad = torch.randn(param.shape, generator=generator) * mask
+        opt.step()
+        assert all(torch.equal(param.isfinite(), mask) for param, mask in zip(params, finite, strict=True)), step
+    for param, old, mask in zip(params, before, finite, strict=True):
+        torch.testing.assert_close(param[~mask].detach(), old[~mask], equal_nan=True, rtol=0, atol=0)
+        assert not torch.equal(param[mask], old[mask])
+
+
+def test_no_tensor_knows_of_another() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    rule = learned("orthogonalized-momentum", perturbation=0.1)
+    together = [torch.nn.Parameter(value.clone()) for value in values]
+    apart = [torch.nn.Parameter(value.clone()) for value in values]
+    opts = [FlatOpt(together, pretrained=rule), *(FlatOpt([param], pretrained=rule) for param in apart)]
+    for step in range(1, 15):
+        for params in (together, apart):
+            for index, param in enumerate(params):
+                param.grad = grad_at(param.shape, step, index).float()
+        for opt in opts:
+            opt.step()
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, matrix, vector", [("matrix_step", 2.0, 1.0), ("vector_step", 1.0, 2.0)])
+def test_constants_are_learned_as_factors(name: str, matrix: float, vector: float) -> None:
+    rule = OrthogonalizedMomentum(base_decay=0.0)
+    weights = rule.init_weights(torch.Generator().manual_seed(0))
+    changed = weights | {f"constants.{name}": torch.tensor(math.log(2) / CONSTANT_SCALE)}
+    params = [torch.zeros(4, 5), torch.zeros(6)]
+    grads = [torch.randn(param.shape, generator=torch.Generator().manual_seed(0)) for param in params]
+
+    def step(weights: dict[str, Tensor]) -> list[Tensor]:
+        states = [rule.init_state(weights, param) for param in params]
+        return apply_rule(rule, weights, params, grads, states, {}, context_at(1)).deltas
+
+    for one, other, factor in zip(step(weights), step(changed), (matrix, vector), strict=True):
+        torch.testing.assert_close(other, factor * one)
