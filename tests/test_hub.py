@@ -142,7 +142,7 @@ def stranded_client(clients):
 
 
 def make_learned(seed=0, card=""):
-    rule = OrthogonalizedMomentum(hidden=2, controller_hidden=3)
+    rule = OrthogonalizedMomentum(controller_hidden=3)
     return LearnedRule(rule, rule.init_weights(torch.Generator().manual_seed(seed)), card)
 
 

@@ -96,7 +96,9 @@ def equal(first, second):
 finite = st.floats(allow_nan=False, allow_infinity=False)
 rules = st.one_of(
     st.builds(Adam, lr=finite, betas=st.tuples(finite, finite), eps=finite),
-    st.builds(OrthogonalizedMomentum, strip_size=st.integers(0, 5), controller_hidden=st.integers(1, 5), base_step=finite),
+    st.builds(
+        OrthogonalizedMomentum, strip_size=st.integers(0, 5), controller_hidden=st.integers(1, 5), base_step=finite
+    ),
     st.builds(
         Toy,
         width=st.integers(0, 6),
@@ -196,7 +198,7 @@ def test_a_run_in_place_of_a_learned_rule_says_how_to_export_it(tmp_path):
 
 
 def test_an_optimizer_takes_a_rule_with_untrained_weights():
-    rule = HierarchicalMLP()
+    rule = OrthogonalizedMomentum()
     learned = LearnedRule(rule, rule.init_weights(torch.Generator().manual_seed(0)))
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = FlatOpt([param], pretrained=learned)

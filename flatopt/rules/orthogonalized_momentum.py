@@ -252,9 +252,7 @@ class OrthogonalizedMomentum(UpdateRule):
         step_size = peak * shrink * (2 * torch.tanh(log_step / 2)).exp()
         decay = self.base_decay * of_kind("decay") * (2 * torch.tanh(log_decay / 2)).exp()
         share = torch.where(is_matrix > 0, torch.tanh(adam), torch.ones_like(adam))
-        control = torch.stack(
-            [(1 - share.abs()) * _per_rms(polar), share * _per_rms(uu), decay, step_size], -1
-        )
+        control = torch.stack([(1 - share.abs()) * _per_rms(polar), share * _per_rms(uu), decay, step_size], -1)
         return control, torch.stack([rms_max, 2 * torch.tanh(log_mix / 2)], -1), shared
 
     def propose(
