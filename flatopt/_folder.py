@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ._dataclass_json import at_least, parse_json, read, shorten
+from ._extensions import extend
 from .rules import RULES, UpdateRule, Weights
 
 FORMAT_VERSION = 1
@@ -69,7 +70,12 @@ class Config:
             ValueError: if the rule is unknown or a hyper-parameter is not one of it, or not of its type.
         """
         if self.rule not in RULES:
-            raise ValueError(f"rule {shorten(self.rule)} is unknown; known rules: {', '.join(sorted(RULES))}")
+            extend({"RULES": RULES})
+        if self.rule not in RULES:
+            raise ValueError(
+                f"rule {shorten(self.rule)} is unknown; known are {', '.join(sorted(RULES))}, and what is put into "
+                "flatopt.rules.RULES by its name"
+            )
         return read(self.hyperparameters, RULES[self.rule], "hyperparameters", complete=True)
 
 

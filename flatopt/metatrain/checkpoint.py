@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .._folder import sync_folder, write_durably
 from ..rules import Weights
 from .config import MetaTrainConfig
 
@@ -33,6 +33,10 @@ WRITING = ".writing-"
 _GROUPS = ("weights", "average", "best", "optimizer", "estimator", "generator")
 _COUNTERS = ("update", "seconds", "num_dropped", "smoothed_loss", "best_validation", "progress", "sessions")
 _LOGGER = logging.getLogger(__name__)
+
+
+class UnknownConfigurationError(ValueError):
+    """A checkpoint is whole, but of a rule or an option that is not known here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +90,7 @@ def save(checkpoint: Checkpoint, folder: Path, *, keep: int = 2) -> Path:
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     if created:
-        _sync(folder.parent)
+        sync_folder(folder.parent)
     for leftover in folder.glob(f"{WRITING}*"):
         shutil.rmtree(leftover)
 
@@ -95,14 +99,14 @@ def save(checkpoint: Checkpoint, folder: Path, *, keep: int = 2) -> Path:
     writing.mkdir()
     manifest = {}
     for name, content in _serialize(checkpoint).items():
-        _write(writing / name, content)
+        write_durably(writing / name, content)
         manifest[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    _write(writing / "manifest.json", json.dumps(manifest, indent=2).encode())
-    _sync(writing)
+    write_durably(writing / "manifest.json", json.dumps(manifest, indent=2).encode())
+    sync_folder(writing)
     if final.exists():  # what latest() passed over, or this same update written twice
         shutil.rmtree(final)
     writing.rename(final)
-    _sync(folder)
+    sync_folder(folder)
 
     paths = list(_newest_first(folder))
     # Those of later updates are damaged, else the run would have gone on from them.
@@ -116,6 +120,7 @@ def load(path: Path) -> Checkpoint:
     """Read one checkpoint, onto the CPU.
 
     Raises:
+        UnknownConfigurationError: if its configuration cannot be used here.
         ValueError: if it is not whole; the message names the file.
     """
     manifest = _parse(path / "manifest.json", _read(path / "manifest.json"))
@@ -136,14 +141,25 @@ def load(path: Path) -> Checkpoint:
     values: dict[str, Any] = {key: record[key] for key in _COUNTERS}
     for group in _GROUPS:
         values[group] = {name: tensors[f"{group}/{name}"] for name in record["tensors"][group]}
-    return Checkpoint(config=MetaTrainConfig.from_json(json.dumps(record["config"])), **values)
+    try:
+        config = MetaTrainConfig.from_json(json.dumps(record["config"]))
+    except ValueError as error:
+        message = f"{path} is whole, but its configuration cannot be used here: {error}"
+        raise UnknownConfigurationError(f"{message} (what is not part of flatopt needs --import MODULE)") from None
+    return Checkpoint(config=config, **values)
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """Return the newest whole checkpoint in ``folder``, ``None`` where there is none; damaged ones are reported."""
+    """Return the newest whole checkpoint in ``folder``, ``None`` where there is none; damaged ones are reported.
+
+    Raises:
+        UnknownConfigurationError: if the configuration of that checkpoint cannot be used here.
+    """
     for path in _newest_first(folder):
         try:
             return load(path)
+        except UnknownConfigurationError:
+            raise
         except ValueError as error:
             _LOGGER.warning("passed over a checkpoint that is not whole: %s", error)
     return None
@@ -190,20 +206,3 @@ def _parse(path: Path, content: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} does not hold an object")
     return value
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

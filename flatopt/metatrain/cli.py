@@ -12,12 +12,25 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from .._extensions import extend
+from ..flatness import MEASURES
 from ..pretrained import push_to_hub
+from ..rules import RULES
 from .export import export_rule
+from .families import FAMILIES
 from .import_weights import FORMATS, import_weights
 from .recipes import RECIPES
 from .trainer import TrainingInterrupted, check_unused, load_run, train
+
+REGISTRIES: dict[str, dict[str, Any]] = {
+    "RULES": RULES,
+    "MEASURES": MEASURES,
+    "FAMILIES": FAMILIES,
+    "RECIPES": RECIPES,
+}
+"""What a module of ``--import`` may add to."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], None] = arguments.command
     arguments.line = shlex.join(["flatopt-train", *argv])
     try:
+        extend(REGISTRIES, arguments.imports)
         command(arguments)
     except (ValueError, OSError) as error:
         print(f"flatopt-train: {error}", file=sys.stderr)
@@ -44,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    imports = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _add_import(imports)
+    imported, argv = imports.parse_known_args(argv)  # anywhere in the line
+    arguments, rest = parser.parse_known_args(argv, imported)
     # argparse takes positional arguments in one piece: overrides that follow an option are left over.
     if rest and ("overrides" not in arguments or any(one.startswith("-") for one in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -55,6 +72,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flatopt-train", description="Learn the weights of an update rule.")
+    _add_import(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
@@ -91,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--private", action="store_true", default=None, help="make the repository, if made, private")
     push.add_argument("--pr", action="store_true", help="open a pull request instead of committing")
     return parser
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    text = "module whose RULES, MEASURES, FAMILIES and RECIPES are added to those of flatopt; may be repeated"
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE", help=text)
 
 
 def _list(arguments: argparse.Namespace) -> None:

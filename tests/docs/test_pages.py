@@ -96,7 +96,9 @@ def program(page: Path) -> str:
     """Return everything that a page runs, each block at the line where it stands."""
     lines = [""] * page.read_text(encoding="utf-8").count("\n")
     for first, language, text in blocks(page):
-        if language == "python":
+        if file := re.match(r"# (\w+\.py)\n", text):  # the block is that file
+            lines[first] = f"open({file[1]!r}, 'w').write({text!r})"
+        elif language == "python":
             lines[first : first + text.count("\n")] = text.splitlines()
         else:
             run = [INSTEAD.get(command, command) for command in commands(text)]

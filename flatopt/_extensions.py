@@ -1,0 +1,56 @@
+"""Rules, measures, families and recipes of one's own, known by name without a fork.
+
+A module declares them in dicts that are called as those of flatopt::
+
+    RULES = {"my-rule": MyRule}
+    RECIPES = {"my-recipe": my_recipe}
+
+It is named by ``flatopt-train --import my_module``, or by an entry point of an installed package, in which case nothing
+has to be said at all::
+
+    [project.entry-points.flatopt]
+    mine = "my_package.my_module"
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any
+
+GROUP = "flatopt"
+"""Group of the entry points."""
+
+
+def extend(registries: Mapping[str, dict[str, Any]], modules: Iterable[str] = ()) -> None:
+    """Add to registries what modules declare, those of installed packages included.
+
+    Args:
+        registries: dicts to add to, by the name of the dict in the module.
+        modules: names of modules to import, from the current folder or anywhere that Python looks.
+
+    Raises:
+        ValueError: if a module cannot be found, or declares a name that something else has already.
+    """
+    loaded = [_import(name) for name in modules] + [entry.load() for entry in entry_points(group=GROUP)]
+    for module in loaded:
+        for attribute, registry in registries.items():
+            for name, value in getattr(module, attribute, {}).items():
+                if attribute == "RULES" and value.name != name:  # what config.json will say
+                    raise ValueError(f"{module.__name__}: RULES[{name!r}] calls itself {value.name!r}")
+                if registry.setdefault(name, value) is not value:
+                    raise ValueError(f"{module.__name__}: there is something else called {name!r} in {attribute}")
+
+
+def _import(name: str) -> ModuleType:
+    here = os.getcwd()
+    if here not in sys.path:  # as `python -m` does; the folder of the command is of no use
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--import {name}: {error}") from error
