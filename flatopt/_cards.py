@@ -98,6 +98,19 @@ def address(card: str, repo_id: str) -> str:
     return re.sub(r'(FlatOpt\(model\.parameters\(\), pretrained=)"[^"\n]*"', rf'\1"{repo_id}"', card, count=1)
 
 
+def curve(values: Sequence[float], width: int = 40) -> str:
+    """Return a line of bars, the first and the last value among them: a figure that needs no file.
+
+    Example:
+        >>> curve([4.0, 3.0, 2.0, 1.0])
+        '█▆▃▁'
+    """
+    last = len(values) - 1
+    picked = [values[round(i * last / (width - 1))] for i in range(width)] if len(values) > width else list(values)
+    low, high = min(picked, default=0.0), max(picked, default=0.0)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low or 1.0))] for value in picked)
+
+
 def without_paths(command: str) -> str:
     """Return a command line with the name in place of every path, which is nobody else's business.
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import assert_same_state
 from torch import nn
 
-from flatopt import FlatOpt
+from flatopt import FlatOpt, list_pretrained, load_pretrained
 from flatopt.evaluate.reproduction import SETS
 from flatopt.metatrain import RECIPES, MetaTrainConfig
 from flatopt.pretrained import shipped_folder
@@ -39,10 +39,15 @@ def train(model: nn.Module, optimizer: FlatOpt, first: int, last: int) -> list[f
     return losses
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", [name for name in list_pretrained() if load_pretrained(name).training])
 def test_the_recipe_is_the_configuration_that_made_the_weights(name: str) -> None:
     text = (shipped_folder(name) / "training.json").read_text(encoding="utf-8")
     assert MetaTrainConfig.from_json(text) == RECIPES[name]()
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_says_how_it_was_made(name: str) -> None:
+    assert load_pretrained(name).training["recipe"] == name
 
 
 @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-from .._cards import rule_facts, without_paths, write_card
+from .._cards import curve, rule_facts, without_paths, write_card
 from .._version import __version__
 from ..pretrained import LearnedRule
 from .checkpoint import Checkpoint
 from .config import MetaTrainConfig
 
 
-def export_rule(checkpoint: Checkpoint) -> LearnedRule:
-    """Return the learned rule of a checkpoint, with card, metadata and the whole configuration."""
+def export_rule(checkpoint: Checkpoint, metrics: Path | None = None) -> LearnedRule:
+    """Return the learned rule of a checkpoint, with card, metadata and the whole configuration.
+
+    Args:
+        checkpoint: of a run of meta-training.
+        metrics: log of that run, for a curve of its loss.
+    """
     rule, weights = checkpoint.config.build_rule(), checkpoint.shipped_weights
     facts = {**rule_facts(rule, weights), **_facts(checkpoint)}
+    losses = _read_losses(metrics, checkpoint.update) if metrics is not None else []
+    if losses:
+        facts["Meta-loss, smoothed"] = f"{_number(losses[0])} `{curve(losses)}` {_number(checkpoint.smoothed_loss)}"
     card = write_card(
         checkpoint.config.recipe,
         purpose=_purpose(checkpoint.config),
@@ -87,6 +96,19 @@ def _describe_sessions(sessions: list[dict[str, Any]]) -> list[str]:
         lines += [f"  commit {session['commit'] or 'unknown (not a checkout)'}"]
         lines += [f"  Python {session['python']}, torch {session['torch']}"]
     return lines
+
+
+def _read_losses(metrics: Path, update: int) -> list[float]:
+    """Return the smoothed losses that were logged up to an update; none where nothing can be read."""
+    losses = []
+    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:  # half written
+            break
+        if record["update"] <= update and record.get("smoothed_loss") is not None:
+            losses.append(record["smoothed_loss"])
+    return losses
 
 
 def _number(value: float | None) -> str:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,6 +133,15 @@ def test_the_card_tells_how_the_weights_were_made(toy_run, tmp_path):
         "[training.json](training.json)",
     ):
         assert fact in card
+
+
+def test_the_card_draws_how_the_loss_fell(toy_run, tmp_path):
+    card = export(toy_run, tmp_path / "export").card
+    first, *_, last = [
+        json.loads(line)["smoothed_loss"] for line in (toy_run / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert first > last
+    assert re.search(rf"\| Meta-loss, smoothed \| {first:.4f} `█[▁-█]*▁` {last:.4f} \|", card)
 
 
 def test_what_is_exported_names_no_path_of_this_machine(tmp_path):
