@@ -28,6 +28,9 @@ ROOT = RESULTS.parents[1]
 MARK = "<!-- {} docs/results/{} -->"
 WRITTEN = "<!-- Written by docs/results/generate.py from {}: do not edit. -->\n"
 
+WIDE = "---\nhide-toc: true\n---\n\n"
+"""On pages of tables alone their width is worth more than the list of headings."""
+
 DIGITS = {
     "train_loss": 3,
     "accuracy": 2,
@@ -75,7 +78,8 @@ def outputs() -> dict[Path, str]:
     for source in sorted(RESULTS.glob("*.json")):
         content = json.loads(source.read_text("utf-8"))
         made = reproduction(content) if source.stem == "reproduction" else plain(source.stem, content)
-        files |= {name: WRITTEN.format(source.name) + "\n" + text for name, text in made.items()}
+        written = WRITTEN.format(source.name) + "\n"
+        files |= {name: (WIDE if text.startswith("# ") else "") + written + text for name, text in made.items()}
     readme = (ROOT / "README.md").read_text("utf-8")
     for name, text in files.items():
         begin, end = MARK.format("begin", name), MARK.format("end", name)
@@ -162,12 +166,12 @@ def find(differences: list[dict[str, Any]], regularized: str, seeds: object, mea
 def paired(differences: list[dict[str, Any]], pairs: Sequence[tuple[str, str]], key: str, seeds: int) -> dict[str, Any]:
     """Return the differences of one measure as pairs x optimizees."""
     own = [one for one in differences if one["measure"] == key and one["seeds"] == seeds]
-    optimizees = list(dict.fromkeys(one["optimizee"] for one in own))
+    optimizees = sorted(dict.fromkeys(one["optimizee"] for one in own), key=lambda name: name != "mean")
     cells = {(one["regularized"], one["optimizee"]): interval(one, DIGITS[key]) for one in own}
     return {
         "title": f"Paired differences: {TITLES[key]}",
-        "note": f"Regularized less plain, mean and 95 % interval over {seeds} seeds.",
-        "columns": ["set", *optimizees],
+        "note": f"Regularized less plain, mean and 95 % interval over {seeds} seeds. Images: Fashion-MNIST or digits.",
+        "columns": ["set", *(name.removesuffix(", Fashion-MNIST") for name in optimizees)],
         "rows": [[regularized, *(cells[regularized, name] for name in optimizees)] for regularized, _ in pairs],
     }
 
