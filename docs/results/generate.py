@@ -51,6 +51,7 @@ TITLES = {
     "local_entropy": "local entropy",
     "log_top_eigenvalue": "ln top eigenvalue",
 }
+SUMMARY = ("optimizer", "accuracy %", "-100 MSE", "mean rank", "at least the best tuned")
 COMMAND = "OMP_NUM_THREADS=1 flatopt-eval reproduction"
 RULES = {"l2o-dm": "L2O-DM", "rnnprop": "RNNProp", "l2o-scale": "L2O-Scale"}
 PENALTIES = {"hessian": "Hessian", "entropy": "entropy"}
@@ -89,15 +90,27 @@ def outputs() -> dict[Path, str]:
 
 
 def plain(stem: str, content: dict[str, Any]) -> dict[str, str]:
-    """Return one file of all tables of a run, and one of its summary where it has one."""
+    """Return one file of all tables of a run, and one of its summary where it has one.
+
+    What has not been measured yet is said in one line, in the place of both.
+    """
+    if "pending" in content:
+        text = f"*{content['pending']}*\n"
+        return {f"{stem}.md": text} | ({"quality-summary.md": text} if stem == "quality" else {})
     tables = content["tables"]
-    heading = f"# {content['title']}\n\n" if "title" in content else ""
+    heading = f"# {content['title']}\n\n{content['note']}\n\n" if "title" in content else ""
     text = "\n".join(map(section, tables))
     if len(tables) == 1:
         text = text.partition("\n\n")[2]  # the page has the heading
     made = {f"{stem}.md": heading + text}
-    summaries = [one for one in tables if one["name"] == "summary"]
-    return made | {f"{stem}-summary.md": table(one["columns"], one["rows"]) for one in summaries}
+    return made | {f"{stem}-summary.md": summary(one) for one in tables if one["title"] == "Means and counts"}
+
+
+def summary(one: dict[str, Any]) -> str:
+    """Return the few columns of the table of means that README and landing page show."""
+    chosen = [index for index, name in enumerate(one["columns"]) if name in SUMMARY]
+    pick = [[row[index] for index in chosen] for row in (one["columns"], *one["rows"])]
+    return table(pick[0], pick[1:])
 
 
 def reproduction(content: dict[str, Any]) -> dict[str, str]:
@@ -232,7 +245,7 @@ def unbroken(cell: str) -> str:
 def take(name: str, run: Path) -> None:
     """Read the tables that ``flatopt-eval`` wrote into ``run``, and copy its figures beside them."""
     old = RESULTS / f"{name}.json"
-    before = json.loads(old.read_text("utf-8"))["tables"] if old.is_file() else []
+    before = json.loads(old.read_text("utf-8")).get("tables", []) if old.is_file() else []
     commands = {one["name"]: one.get("command") for one in before}
     tables = []
     for part in re.split(r"^#+ ", (run / "table.md").read_text("utf-8"), flags=re.MULTILINE)[1:]:

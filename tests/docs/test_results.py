@@ -37,7 +37,7 @@ def test_tables_in_pages_and_readme_are_those_of_the_json() -> None:
 
 def test_every_marked_table_of_the_readme_exists() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    names = re.findall(r"<!-- begin docs/results/(\S+) -->\n\n?\|", readme)
+    names = re.findall(r"<!-- begin docs/results/(\S+) -->\n[|*]", readme)
     assert names == re.findall(r"<!-- begin docs/results/(\S+) -->", readme)
     assert all((RESULTS / name).is_file() for name in names)
 
