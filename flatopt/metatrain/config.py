@@ -132,6 +132,8 @@ class ObjectiveConfig:
     """Weight of the loss before the step, on the batch of the training split whose gradient the rule sees."""
     meta_weight: float = 1.0
     """Weight of the loss after the step, on a fresh batch of ``meta_split``."""
+    error_weight: float | None = None
+    """Weight of the error after the step on that batch, as it is: the fraction of wrong classes, or mean square."""
     meta_split: Literal["meta", "train"] = "meta"
     """Where that batch is from: ``meta``, never trained on, or ``train``, as published."""
     transform: Literal["none", "log"] = "none"

@@ -2,7 +2,7 @@ r"""The meta-objective: what one step of an inner run is judged by.
 
 .. math::
     J_t = w_t \big( \alpha\, \ell(f_\text{train}(x_t)) + \beta\, \ell(f_\text{meta}(x_{t+1}))
-        + \gamma\, s_t\, R(x_t) \big), \qquad w_t = w_0 + w_1 (t/T)^q
+        + \epsilon\, e_\text{meta}(x_{t+1}) + \gamma\, s_t\, R(x_t) \big), \qquad w_t = w_0 + w_1 (t/T)^q
 
 for a known horizon :math:`T`, and the mean of the same weights, :math:`w_0 + w_1/(q+1)`, at every step of a run whose
 horizon the rule is not told: such a run has to be good whenever it is stopped.  The meta-loss is the mean of
@@ -13,7 +13,8 @@ horizon the rule is not told: such a run has to be good whenever it is stopped. 
 .. math::
     \ell(F) = \ln \Big( \frac{F}{F_0 + 10^{-6}} + 10^{-6} \Big)
 
-with :math:`F_0` the loss at the start of the run, on its first batch.  :math:`R` is a measure of flatness of the loss
+with :math:`F_0` the loss at the start of the run, on its first batch; :math:`e` is the fraction of wrong classes, or
+the mean squared error.  :math:`R` is a measure of flatness of the loss
 on the training batch, at the parameters before the step, and :math:`s_t` is 1 where its schedule is on, else 0.
 Truncated backpropagation differentiates :math:`R` in :math:`x_t`; evolution strategies only evaluate it.
 

@@ -295,6 +295,9 @@ class Unroll:
         value = config.train_weight * transform_loss(config, train_loss, initial_loss)
         if config.meta_weight:
             value = value + config.meta_weight * transform_loss(config, meta_loss, initial_loss)
+        if config.error_weight:
+            error = clip_loss(vmap(self.distribution.error)(runs.problem, params, meta), config.clip)
+            value = value + config.error_weight * error
         value = value + config.flatness.coefficient * flatness
         objective = step_weight(config, step, runs.horizon, runs.num_steps) * value
         runs = runs._replace(params=params, states=states, shared=result.shared, step=step, initial_loss=initial_loss)

@@ -335,3 +335,20 @@ def test_step_weight_is_the_formula_and_its_mean_without_a_horizon():
 def test_losses_are_clipped_on_both_sides_and_not_a_number_is_bad():
     losses = torch.tensor([1.5, -1.5, 7.0, -7.0, math.inf, -math.inf, math.nan])
     assert clip_loss(losses, 6.0).tolist() == [1.5, -1.5, 6.0, -6.0, 6.0, 6.0, 6.0]
+
+
+def test_the_error_counts_by_its_weight_beside_the_loss():
+    generator = torch.Generator().manual_seed(0)
+    weights = stack_weights(4)
+    losses = {}
+    for error_weight in (None, 1.0, 3.0):
+        objective = ObjectiveConfig(error_weight=error_weight, base_weight=1.0, final_weight=0.0)
+        unroll = make_unroll(objective=objective)
+        runs = unroll.start(weights, 4, 1, generator.manual_seed(0))
+        runs, steps = unroll.run(weights, runs, 1, generator)
+        losses[error_weight] = steps.objective
+    error = losses[1.0] - losses[None]
+    batch = unroll.distribution.batch_size
+    torch.testing.assert_close((error * batch).round(), error * batch, atol=1e-3, rtol=0)  # counts of wrong classes
+    assert 0 < error.mean() < 1
+    torch.testing.assert_close(losses[3.0] - losses[None], 3 * error, atol=1e-4, rtol=0)
