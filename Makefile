@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The tools of an upload have dependencies of their own, which nothing else needs.
+UPLOAD := $(VENV)/upload
 
-.PHONY: demo test lint format types docs check clean
+.PHONY: demo test lint format types docs dist check clean
 .DEFAULT_GOAL := check
 
 $(STAMP): requirements-dev.txt pyproject.toml
@@ -33,7 +35,15 @@ types: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-check: lint types docs test
+dist: $(STAMP)  ## source archive and wheel in dist/, checked as before an upload
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+	test -x $(UPLOAD)/bin/twine || $(PYTHON) -m venv $(UPLOAD)
+	$(UPLOAD)/bin/python -m pip install --disable-pip-version-check -q twine==7.0.0 check-wheel-contents==0.6.3
+	$(UPLOAD)/bin/twine check --strict dist/*
+	$(UPLOAD)/bin/check-wheel-contents dist/*.whl
+
+check: lint types docs dist test
 
 clean:
 	rm -rf build dist demo-output docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

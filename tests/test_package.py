@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
@@ -147,6 +148,20 @@ def test_wheel_holds_the_package_and_the_weights(wheel: Path) -> None:
     expected |= {f"flatopt/_pretrained/{path.relative_to(ROOT / 'pretrained').as_posix()}" for path in shipped}
     assert expected <= names
     assert {name.split("/")[0] for name in names} == {"flatopt", f"{wheel.name.split('-py3')[0]}.dist-info"}
+
+
+def test_source_archive_holds_everything_that_git_tracks(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=240)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        held = {name.partition("/")[2] for name in opened.getnames()}
+    missing = {name for name in tracked.stdout.splitlines() if (ROOT / name).is_file()} - held
+    assert not missing
 
 
 def test_wheel_requires_exactly_three_distributions(wheel: Path) -> None:
