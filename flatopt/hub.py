@@ -207,15 +207,23 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
         if cause is None or isinstance(cause, errors.OfflineModeIsEnabled):
             raise FileNotFoundError(f"{where}: not complete in the cache, and the network is off") from error
         if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code in (401, 403):
-            raise PermissionError(f"{where}: access denied: {cause}") from error
-        raise ConnectionError(f"{where}: not complete in the cache, and the Hub does not answer: {cause}") from error
+            raise PermissionError(f"{where}: access denied: {_one_line(cause)}") from error
+        raise ConnectionError(
+            f"{where}: not complete in the cache, and the Hub does not answer: {_one_line(cause)}"
+        ) from error
     except errors.EntryNotFoundError as error:
-        raise FileNotFoundError(f"{where}: a file is missing: {error}") from error
+        raise FileNotFoundError(f"{where}: a file is missing: {_one_line(error)}") from error
     except errors.HfHubHTTPError as error:
-        kind = PermissionError if error.response.status_code in (401, 403) else ConnectionError
-        raise kind(f"{where}: {error}") from error
+        kinds = {400: ValueError, 401: PermissionError, 403: PermissionError, 422: ValueError}
+        kind = kinds.get(error.response.status_code, ConnectionError)
+        raise kind(f"{where}: {_one_line(error)}") from error
     except (OSError, ValueError):
         raise  # of the disk, or of an argument: clear as they are
     except Exception as error:
         # What is left are the transport errors of the HTTP library, which differs between versions of the client.
-        raise ConnectionError(f"{where}: the Hub does not answer: {error}") from error
+        raise ConnectionError(f"{where}: the Hub does not answer: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    """Return the message of the client, which may have several lines."""
+    return " ".join(str(error).split())

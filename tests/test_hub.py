@@ -85,6 +85,7 @@ class Client:
         assert kind.__name__ in reply.get("error", []), reply
         for word in words:
             assert word in reply["message"], reply
+        assert "\n" not in reply["message"]
 
     def close(self):
         self.process.stdin.close()
@@ -448,6 +449,14 @@ def test_the_line_after_a_push_loads_what_was_pushed_although_the_branch_moves(s
     client.value(f"list(push_to_hub({list_pretrained()[0]!r}, 'org/new'))")
     arguments = usage.removeprefix("flatopt.FlatOpt(model.parameters(), pretrained=")
     assert client.value(f"load({arguments}")[0] == sha_of(learned)
+
+
+def test_a_refused_tag_is_explained_by_the_server_in_one_line(server, client, tmp_path):
+    make_learned(1).save_pretrained(tmp_path / "rule")
+    server.before = lambda method, path: 400 if "/tag/" in path else None
+    client.refusal(
+        f"push_to_hub({str(tmp_path / 'rule')!r}, 'org/new', tag='a b')", ValueError, "'org/new'", "Bad request"
+    )
 
 
 def test_a_tag_names_the_commit_once(server, client, tmp_path):
