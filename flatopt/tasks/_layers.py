@@ -94,6 +94,17 @@ def group_norm(params: Params, name: str, inputs: Tensor, num_groups: int, eps: 
     return normalised.reshape(inputs.shape) * params[f"{name}.weight"] + params[f"{name}.bias"]
 
 
+def batch_norm(params: Params, name: str, inputs: Tensor, eps: float = 1e-5) -> Tensor:
+    """Normalise ``[..., C]`` over all axes but the last, then scale and shift; always by what this batch shows.
+
+    Reference: Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167
+    """
+    axes = tuple(range(inputs.dim() - 1))
+    centred = inputs - inputs.mean(axes)
+    scale = torch.rsqrt(centred.square().mean(axes) + eps)
+    return centred * scale * params[f"{name}.weight"] + params[f"{name}.bias"]
+
+
 def embed(params: Params, name: str, indices: Tensor) -> Tensor:
     """Return the rows of ``weight`` at int64 ``[...]``."""
     table = params[f"{name}.weight"]

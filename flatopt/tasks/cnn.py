@@ -13,7 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._layers import ACTIVATIONS, Activation, Init, check_choice, group_norm, init_affine, init_norm, linear, matmul
+from ._layers import (
+    ACTIVATIONS,
+    Activation,
+    Init,
+    batch_norm,
+    check_choice,
+    group_norm,
+    init_affine,
+    init_norm,
+    linear,
+    matmul,
+)
 from ._optimizee import Optimizee, Params
 
 
@@ -27,7 +38,7 @@ class CNN(Optimizee):
         in_channels: channels of the input.
         num_classes: number of outputs.
         downsample: ``"stride"`` for stride 2, or ``"pool"`` for stride 1 and 2x2 max pooling.
-        norm: ``"group"`` for GroupNorm after each convolution, or ``None``.
+        norm: ``"group"`` or ``"batch"`` for GroupNorm or BatchNorm after each convolution, or ``None``.
         num_groups: groups of GroupNorm; divides every entry of ``channels``.
         activation: ``"relu"``, ``"tanh"``, ``"sigmoid"`` or ``"gelu"``.
         initialization: ``"torch"`` (the default of ``nn.Conv2d``) or ``"he"``.
@@ -44,7 +55,7 @@ class CNN(Optimizee):
     in_channels: int = 1
     num_classes: int = 10
     downsample: Literal["stride", "pool"] = "stride"
-    norm: Literal["group"] | None = None
+    norm: Literal["group", "batch"] | None = None
     num_groups: int = 4
     activation: Activation = "relu"
     initialization: Init = "torch"
@@ -52,9 +63,9 @@ class CNN(Optimizee):
     def __post_init__(self) -> None:
         check_choice("activation", self.activation, tuple(ACTIVATIONS))
         check_choice("downsample", self.downsample, ("stride", "pool"))
-        check_choice("norm", self.norm, (None, "group"))
+        check_choice("norm", self.norm, (None, "group", "batch"))
         check_choice("initialization", self.initialization, ("torch", "he"))
-        if self.norm is not None and any(width % self.num_groups for width in self.channels):
+        if self.norm == "group" and any(width % self.num_groups for width in self.channels):
             raise ValueError(f"num_groups={self.num_groups} must divide all of channels={self.channels}")
 
     def init(self, generator: torch.Generator) -> Params:
@@ -76,7 +87,9 @@ class CNN(Optimizee):
         for index in range(len(self.channels)):
             stride = 2 if self.downsample == "stride" else 1
             hidden = conv3x3(hidden, params[f"convs.{index}.weight"], stride) + params[f"convs.{index}.bias"]
-            if self.norm is not None:
+            if self.norm == "batch":
+                hidden = batch_norm(params, f"norms.{index}", hidden)
+            elif self.norm == "group":
                 hidden = group_norm(params, f"norms.{index}", hidden, self.num_groups)
             hidden = ACTIVATIONS[self.activation](hidden)
             if self.downsample == "pool":

@@ -46,6 +46,8 @@ class Problems(NamedTuple):
     """Fraction of the training examples with a wrong label, ``[N]``."""
     noise_seed: Tensor
     """Seed of the wrong labels, int64 ``[N]``."""
+    batch_size: Tensor
+    """Different examples of a training batch, at most, int64 ``[N]``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,8 @@ class TaskDistribution:
         model: the optimizee.
         data: the examples.
         batch_size: examples per batch.
+        min_batch_size: a problem has training batches of ``batch_size`` examples or a half, a quarter, ... of them, not
+            fewer than this, each repeated, which leaves the mean as it is; ``None`` for ``batch_size`` always.
         num_train_range: bounds of the log-uniform size of the training set (examples or characters), which is a run
             of consecutive examples of the data from a random start.
         input_scale_range: bounds of the log-uniform factor on inputs that are not tokens.
@@ -90,6 +94,7 @@ class TaskDistribution:
     model: Optimizee
     data: Data = Images()
     batch_size: int = 64
+    min_batch_size: int | None = None
     num_train_range: tuple[int, int] = (500, 40_000)
     input_scale_range: tuple[float, float] = (0.5, 2.0)
     init_scale_range: tuple[float, float] = (1 / 3, 3.0)
@@ -105,6 +110,9 @@ class TaskDistribution:
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name} must be two increasing positive numbers, not {(low, high)}")
+        smallest = self.min_batch_size
+        if smallest is not None and not 1 <= smallest <= self.batch_size:
+            raise ValueError(f"min_batch_size must be from 1 to batch_size={self.batch_size}, not {smallest}")
         if not 0 <= self.label_noise_probability <= 1:
             raise ValueError(f"label_noise_probability must lie in [0, 1], not {self.label_noise_probability}")
         low, high = self.label_noise_range
@@ -152,6 +160,12 @@ class TaskDistribution:
             }
             params = {name: value / _like_rows(param_scales[name], value) for name, value in params.items()}
 
+        # Drawn last, and only if asked for: what is drawn without does not change.
+        batch_size = torch.full(shape, self.batch_size)
+        if self.min_batch_size is not None:
+            num_sizes = 1 + int(math.log2(self.batch_size / self.min_batch_size))
+            batch_size = batch_size >> torch.randint(num_sizes, shape, generator=generator)
+
         return Problems(
             params={name: value.to(device) for name, value in params.items()},
             param_scales={name: value.to(device) for name, value in param_scales.items()},
@@ -162,6 +176,7 @@ class TaskDistribution:
             label_permutation=(order if self.label_permutation else identity).to(device),
             label_noise=label_noise.to(device),
             noise_seed=noise_seed.to(device),
+            batch_size=batch_size.to(device),
         )
 
     def sample_batches(self, problems: Problems, num_batches: int, split: Split, generator: torch.Generator) -> Batch:
@@ -180,7 +195,11 @@ class TaskDistribution:
         num_problems, num_classes = len(problems.source), self.data.num_classes
         table = self.data.table(problems.source.device)
         drawn = torch.randint(LABEL_SEED_BOUND, (num_batches, num_problems, self.batch_size), generator=generator)
-        rows = self._rows(table, problems, split, drawn.to(problems.source.device))
+        drawn = drawn.to(problems.source.device)
+        if split == "train" and self.min_batch_size is not None:
+            different = torch.arange(self.batch_size, device=drawn.device) % problems.batch_size.view(-1, 1)
+            drawn = drawn.gather(-1, different.expand_as(drawn))
+        rows = self._rows(table, problems, split, drawn)
         inputs, targets = self.data.gather(table, rows)
         if inputs.is_floating_point():
             inputs.mul_(problems.input_scale.view(-1, *(1,) * (inputs.dim() - 2)))

@@ -14,7 +14,7 @@ from flatopt.metatrain.families import FAMILIES
 from flatopt.tasks import Batch, Problems, Text
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
-NUM_STEPS = 20
+NUM_STEPS = 32
 
 
 class Drawn(NamedTuple):

@@ -212,6 +212,27 @@ def test_reparametrisation_changes_units_and_not_the_function() -> None:
         torch.testing.assert_close(slopes[name], expected[name] * scale.view(4, *[1] * (expected[name].dim() - 1)))
 
 
+def test_small_training_batches_are_examples_repeated_and_have_the_loss_of_the_few() -> None:
+    family = dataclasses.replace(PLAIN, batch_size=32, min_batch_size=8)
+    problems = family.sample_problems(200, seeded())
+    assert {size: (problems.batch_size == size).sum() > 40 for size in (8, 16, 32)} == {8: True, 16: True, 32: True}
+    batch = Batch(*(part[0] for part in family.sample_batches(problems, 1, "train", seeded(1))))
+    losses = torch.func.vmap(family.loss)(problems, problems.params, batch)
+    for n in range(6):
+        size = int(problems.batch_size[n])
+        few = Batch(batch.inputs[n, :size], batch.targets[n, :size])
+        assert torch.equal(batch.inputs[n], few.inputs.repeat(32 // size, 1))
+        one = torch.utils._pytree.tree_map(lambda value, n=n: value[n], problems)
+        torch.testing.assert_close(losses[n], family.loss(one, one.params, few))
+    held_out = family.sample_batches(problems, 1, "meta", seeded(1)).inputs[0]
+    assert all(len(torch.unique(images, dim=0)) > 28 for images in held_out[:6])
+
+
+def test_batch_sizes_change_nothing_else_that_is_drawn() -> None:
+    plain, sized = (one.sample_problems(3, seeded()) for one in (DIGITS, dataclasses.replace(DIGITS, min_batch_size=8)))
+    torch.testing.assert_close(plain, sized._replace(batch_size=plain.batch_size), rtol=0, atol=0)
+
+
 def test_vmapped_loss_and_error_equal_a_loop() -> None:
     problems = DIGITS.sample_problems(3, seeded())
     batch = Batch(*(part[0] for part in DIGITS.sample_batches(problems, 1, "meta", seeded(1))))
@@ -261,6 +282,7 @@ def test_a_gpu_gets_the_same_problems_and_batches() -> None:
         ({"label_noise_probability": 1.5}, r"label_noise_probability must lie in \[0, 1\], not 1.5"),
         ({"input_scale_range": (2.0, 0.5)}, "input_scale_range must be two increasing positive numbers"),
         ({"num_train_range": (0, 5)}, "num_train_range"),
+        ({"min_batch_size": 65}, "min_batch_size must be from 1 to batch_size=64, not 65"),
         ({"label_noise_range": (0.2, 0.1)}, r"label_noise_range must be two increasing numbers in \[0, 1\]"),
     ],
 )

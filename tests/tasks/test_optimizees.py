@@ -23,7 +23,7 @@ from flatopt.tasks import (
     cross_entropy,
     mean_squared_error,
 )
-from flatopt.tasks._layers import group_norm, layer_norm
+from flatopt.tasks._layers import batch_norm, group_norm, layer_norm
 from flatopt.tasks.cnn import conv3x3, max_pool2x2
 from flatopt.tasks.transformer import attention
 
@@ -33,6 +33,7 @@ OPTIMIZEES: dict[str, Optimizee] = {
     "sigmoid-he-mlp": MLP(sizes=(16, 6, 10), activation="sigmoid", initialization="he"),
     "cnn": CNN(channels=(4, 8), image_size=4, activation="tanh"),
     "group-pool-cnn": CNN(channels=(4, 8), image_size=4, norm="group", num_groups=2, downsample="pool"),
+    "batch-norm-cnn": CNN(channels=(4, 8), image_size=4, norm="batch", activation="gelu"),
     "lstm": RecurrentNet(width=5, num_rows=4, row_size=4),
     "gru": RecurrentNet(width=5, num_rows=4, row_size=4, cell="gru"),
     "tanh-rnn": RecurrentNet(width=5, num_rows=4, row_size=4, cell="tanh"),
@@ -195,19 +196,27 @@ def test_norms_equal_torch(generator: torch.Generator) -> None:
     torch.testing.assert_close(layer_norm(params, "n", inputs), expected)
     expected = F.group_norm(inputs.permute(0, 3, 1, 2), 2, params["n.weight"], params["n.bias"]).permute(0, 2, 3, 1)
     torch.testing.assert_close(group_norm(params, "n", inputs, 2), expected)
+    channels_first = inputs.permute(0, 3, 1, 2)
+    expected = F.batch_norm(channels_first, None, None, params["n.weight"], params["n.bias"], training=True)
+    torch.testing.assert_close(batch_norm(params, "n", inputs), expected.permute(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize("downsample", ["stride", "pool"])
 @pytest.mark.parametrize("size", [7, 8])
-def test_cnn_equals_torch_layers(downsample: str, size: int, generator: torch.Generator) -> None:
-    optimizee = CNN(channels=(4, 6), image_size=size, in_channels=2, norm="group", num_groups=2, downsample=downsample)  # type: ignore[arg-type]
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_cnn_equals_torch_layers(downsample: str, size: int, norm: str, generator: torch.Generator) -> None:
+    optimizee = CNN(channels=(4, 6), image_size=size, in_channels=2, norm=norm, num_groups=2, downsample=downsample)  # type: ignore[arg-type]
     params = double(optimizee.init(generator))
     inputs = torch.randn(3, 2, size, size, generator=generator).double()
     hidden = inputs
     for index in range(2):
         weight, bias = params[f"convs.{index}.weight"], params[f"convs.{index}.bias"]
         hidden = F.conv2d(hidden, weight, bias, stride=2 if downsample == "stride" else 1, padding=1)
-        hidden = F.relu(F.group_norm(hidden, 2, params[f"norms.{index}.weight"], params[f"norms.{index}.bias"]))
+        scale, shift = params[f"norms.{index}.weight"], params[f"norms.{index}.bias"]
+        if norm == "group":
+            hidden = F.relu(F.group_norm(hidden, 2, scale, shift))
+        else:
+            hidden = F.relu(F.batch_norm(hidden, None, None, scale, shift, training=True))
         hidden = F.max_pool2d(hidden, 2) if downsample == "pool" else hidden
     expected = F.linear(hidden.permute(0, 2, 3, 1).flatten(1), params["head.weight"], params["head.bias"])
     torch.testing.assert_close(optimizee.predict(params, inputs), expected)
