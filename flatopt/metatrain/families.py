@@ -2,7 +2,7 @@
 
 Small enough for two CPU cores, and of all kinds that users have: tables and noisy regression, images and text; plain
 and normalised, shallow and deep, narrow and wide, dense, convolutional, recurrent and attending; to classify, to
-predict and to reconstruct; with batches of 8 to 256.  Labels are wrong in an eighth of the problems with images or
+predict and to reconstruct; with batches of 4 to 256.  Labels are wrong in an eighth of the problems with images or
 classes of a table.
 """
 
