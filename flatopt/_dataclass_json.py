@@ -55,7 +55,7 @@ def below(high: float) -> Bound:
 
 
 class _Mismatch(Exception):
-    """A value is not what its hint says; whoever knows the key makes the message."""
+    """A value is not what its hint says; the caller, who knows the key, makes the message."""
 
 
 def read(value: Any, hint: Any, where: str = "", *, complete: bool = False) -> Any:

@@ -83,7 +83,7 @@ class Config:
 
 
 def read_folder(folder: Path) -> Content:
-    """Read a folder; whether the weights are finite is left to whoever uses them.
+    """Read a folder; the caller checks whether the weights are finite.
 
     Raises:
         FileNotFoundError: if the folder or one of its two required files does not exist.

@@ -4,7 +4,7 @@ A branch of a Hub repository can move between two downloads.  So ``org/name@revi
 and every file comes from that commit.  A run can be repeated with ``revision=<commit>``, which needs no network once
 the files are in the cache.
 
-``huggingface_hub`` is imported inside functions: whoever uses local weights never loads it.
+``huggingface_hub`` is imported inside functions, so that using local weights never loads it.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class FlatOpt(Optimizer):
 
     A tensor takes part from its first gradient that is not zero; before that nothing moves it, weight decay included.
     A gradient with NaN, inf or values whose squares would overflow counts as no gradient: the tensor and its state
-    stay as they are, ``state[param]["num_skipped"]`` counts it, and one ``RuntimeWarning`` per optimizer tells it.
+    stay as they are, ``state[param]["num_skipped"]`` counts it, and one ``RuntimeWarning`` per optimizer reports it.
     Finding that out costs one synchronisation with the device per step, so a step cannot be captured in a CUDA graph.
 
     Args:
@@ -98,9 +98,9 @@ class FlatOpt(Optimizer):
         compile: compile the arithmetic on coordinates with ``torch.compile``: half a minute at the first step, once for
             all models, for steps up to twice as fast on large ones.  Falls back to eager execution, with a warning,
             where that is not possible.
-        state_dtype: ``torch.bfloat16`` keeps in it those accumulators of which the rule says that they may be
-            (``UpdateRule.compressible_state``: the recurrent states, most of the memory of ``l2o-dm`` and ``rnnprop``);
-            they are computed in ``float32`` and rounded once per step.  ``None`` keeps all in ``float32``.
+        state_dtype: ``torch.bfloat16`` keeps the accumulators in ``UpdateRule.compressible_state`` in half precision
+            (the recurrent states, most of the memory of ``l2o-dm`` and ``rnnprop``).  They are computed in ``float32``
+            and rounded once per step.  ``None`` keeps all in ``float32``.
         seed: decides the random initial learning rates of ``l2o-scale``, the same on every device and whatever the
             global generator does; other rules start from no random numbers.  The value of the first parameter group
             counts.

@@ -343,7 +343,7 @@ def _stack_losses(losses: Iterable[Iterable[Tensor]]) -> StepLosses:
 class _Trace:
     """A step as one flat graph of its tensors, recorded when it is first asked for with such shapes.
 
-    Recording takes seconds and rids a step of most of its Python and ``vmap`` overhead.  Compiling the graph takes a
+    Recording takes seconds and removes most of a step's Python and ``vmap`` overhead.  Compiling the graph takes a
     minute or two for each family of problems.
     """
 
