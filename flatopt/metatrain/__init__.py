@@ -1,5 +1,6 @@
 """Meta-training: learning the weights of a rule.  Nothing outside this folder imports it."""
 
+from ._stop import TrainingInterrupted
 from .config import (
     CurriculumConfig,
     EstimatorConfig,
@@ -11,7 +12,7 @@ from .config import (
     ValidationConfig,
 )
 from .recipes import RECIPES
-from .trainer import TrainingInterrupted, train
+from .trainer import train
 
 __all__ = [
     "RECIPES",

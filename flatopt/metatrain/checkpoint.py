@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,14 @@ class Checkpoint:
     def shipped_weights(self) -> Weights:
         """The weights to export: the best by validation, else the moving average, where there are such."""
         return self.best or self.average or self.weights
+
+    def copy(self) -> Checkpoint:
+        """Return the same values in tensors that an update does not change; it changes these three in place."""
+        weights, average, optimizer = (
+            {name: value.clone() for name, value in group.items()}
+            for group in (self.weights, self.average, self.optimizer)
+        )
+        return replace(self, weights=weights, average=average, optimizer=optimizer)
 
 
 def save(checkpoint: Checkpoint, folder: Path, *, keep: int = 2) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +19,12 @@ from .._extensions import extend
 from ..flatness import MEASURES
 from ..pretrained import push_to_hub
 from ..rules import RULES
+from ._stop import TrainingInterrupted
 from .export import export_rule
 from .families import FAMILIES
 from .import_weights import FORMATS, import_weights
 from .recipes import RECIPES
-from .trainer import TrainingInterrupted, check_unused, load_run, train
+from .trainer import check_unused, load_run, train
 
 REGISTRIES: dict[str, dict[str, Any]] = {
     "RULES": RULES,
@@ -51,8 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"flatopt-train: {error}", file=sys.stderr)
         return 2
     except TrainingInterrupted as interruption:
-        print(f"{interruption}; go on with: flatopt-train resume {arguments.out}", file=sys.stderr)
+        print(f"flatopt-train: {interruption}; go on with: flatopt-train resume {arguments.out}", file=sys.stderr)
         return 128 + interruption.signal_number
+    except KeyboardInterrupt:
+        print("flatopt-train: interrupted by SIGINT; nothing was lost", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -8,6 +8,7 @@ classes of a table.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 from ..tasks import (
@@ -113,3 +114,10 @@ FAMILIES: dict[str, TaskDistribution] = {
     ),
 }
 """Every family by the name that configurations use."""
+
+
+def check_families(names: Iterable[str]) -> None:
+    """Raise ``ValueError`` for a name that is not that of a family; the message lists the valid ones."""
+    for name in names:
+        if name not in FAMILIES:
+            raise ValueError(f"unknown task {name!r}: valid are {', '.join(FAMILIES)}")

@@ -152,6 +152,10 @@ class WithImitation(GradientEstimator):
     imitations: Sequence[GradientEstimator]
     probabilities: Sequence[float]
 
+    def prepare(self, weights: Weights) -> None:
+        """Prepare the estimator of the meta-objective; imitation has nothing to prepare."""
+        self.estimator.prepare(weights)
+
     def init(self, weights: Weights, generator: torch.Generator) -> EstimatorState:
         """Return the states of all parts."""
         state = dict(self.estimator.init(weights, generator))

@@ -11,49 +11,32 @@ whole checkpoint to the very bits that it would have reached uninterrupted (on t
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import platform
-import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..rules import Weights
+from ._log import Log, track
+from ._session import describe_session
+from ._stop import StopOnSignal, Stopped
 from .checkpoint import WRITING, Checkpoint, latest, save
 from .config import MetaTrainConfig
 from .curriculum import Progress, Verdict, decide, train_steps, validation_steps
 from .estimators import EstimatorState, GradientEstimator, MetaGradient, build_estimator, enter_stage
+from .families import check_families
 from .meta_optimizer import build_meta_optimizer
 
 SMOOTHING = 0.98
 """Decay of the moving average of the meta-loss that is shown and logged."""
 
-SECONDS_BETWEEN_LINES = 30.0
-"""Time between progress lines where standard error is not a terminal."""
-
 Validate = Callable[[Weights, int | None], Verdict]
 """``validate(weights, num_steps)``: the loss of weights; ``num_steps`` is ``None`` without a curriculum."""
-
-
-class TrainingInterrupted(Exception):
-    """A signal ended the run, after its current update and a checkpoint."""
-
-    def __init__(self, signal_number: int, update: int):
-        super().__init__(f"interrupted by {signal.Signals(signal_number).name} after update {update}")
-        self.signal_number = signal_number
-        self.update = update
 
 
 def train(
@@ -69,7 +52,7 @@ def train(
     """Run meta-training to its end, from the start or from the last whole checkpoint.
 
     Writes ``checkpoints/`` and ``metrics.jsonl`` (and ``tensorboard/`` if asked for) into ``out``.  The first SIGINT or
-    SIGTERM lets the current update finish and writes a checkpoint; the second ends the process at once.
+    SIGTERM takes the current update back and writes a checkpoint; the second ends the process at once.
 
     Args:
         config: everything that decides what is computed; on resuming, it must be that of the run.
@@ -99,21 +82,27 @@ def train(
     elif checkpoint.config.to_json() != config.to_json():
         raise ValueError(f"{out} holds a run of another configuration: resume it with its own")
     if estimator is None:
-        estimator = build_estimator(config, config.build_rule(), device)
-    if validate is None and config.validate_every:
-        # Imported here: the inner problems behind it need data.
-        from .validation import build_validation
+        check_families(task.name for task in config.tasks)
+    run = _Run(config, device, checkpoint)
+    print(_describe_run(run, device, out), file=sys.stderr)
+    with StopOnSignal() as stop:
+        if estimator is None:
+            estimator = build_estimator(config, config.build_rule(), device, track)
+        if validate is None and config.validate_every:
+            # Imported here: the inner problems behind it need data.
+            from .validation import build_validation
 
-        validate = build_validation(config, config.build_rule(), device)
-
-    run = _Run(config, device, estimator, _describe_session(device, command), checkpoint)
-    with _StopOnSignal() as stop:
+            validate = build_validation(config, config.build_rule(), device)
+        run.begin_session(describe_session(device, command))
         if checkpoint is None:
             save(run.checkpoint(), out / "checkpoints")
-        with _Log(config, out, run) as log:
-            _loop(config, out, run, log, stop, validate)
-        if stop.signal_number is not None and not run.is_done:
-            raise TrainingInterrupted(stop.signal_number, run.update)
+        try:
+            with stop.at_once():
+                run.prepare(estimator)
+        except Stopped:
+            raise stop.interruption(run.update) from None
+        with Log(config, out, run) as log:
+            _loop(out, run, log, stop, validate)
     return {name: weight.cpu() for name, weight in run.shipped_weights.items()}
 
 
@@ -165,13 +154,11 @@ class _Run:
         self,
         config: MetaTrainConfig,
         device: torch.device,
-        estimator: GradientEstimator,
-        session: dict[str, Any],
         checkpoint: Checkpoint | None,
     ):
         self.config = config
-        self.estimator = estimator
         self.generator = torch.Generator()
+        self.estimator_state: EstimatorState = {}
         if checkpoint is None:
             self.update, self.seconds, self.num_dropped = 0, 0.0, 0
             self.smoothed_loss: float | None = None
@@ -182,9 +169,7 @@ class _Run:
             self.weights = _move(config.build_rule().init_weights(self.generator), device)
             self.average = _move(self.weights, device) if config.ema_decay > 0 else {}
             self.optimizer = build_meta_optimizer(config.meta_optimizer, list(self.weights.values()))
-            self.estimator_state: EstimatorState = estimator.init(_copy(self.weights), self.generator)
-            self._enter_stage()
-            self.sessions = []
+            self.sessions: list[dict[str, Any]] = []
         else:
             self.update, self.seconds = checkpoint.update, checkpoint.seconds
             self.num_dropped, self.smoothed_loss = checkpoint.num_dropped, checkpoint.smoothed_loss
@@ -197,8 +182,19 @@ class _Run:
             self._load_optimizer(checkpoint.optimizer)
             self.estimator_state = _move(checkpoint.estimator, device)
             self.sessions = checkpoint.sessions
-        self.sessions = [*self.sessions, {**session, "first_update": self.update}]
         self._started = time.monotonic() - self.seconds
+
+    def begin_session(self, session: dict[str, Any]) -> None:
+        """Note where and how the run goes on from here."""
+        self.sessions = [*self.sessions, {**session, "first_update": self.update}]
+
+    def prepare(self, estimator: GradientEstimator) -> None:
+        """Do what takes long before the first update of a session: compile, and start the inner runs of a new run."""
+        self.estimator = estimator
+        estimator.prepare(_copy(self.weights))
+        if self.update == 0 and not self.estimator_state:
+            self.estimator_state = estimator.init(_copy(self.weights), self.generator)
+            self._enter_stage()
 
     @property
     def shipped_weights(self) -> Weights:
@@ -318,20 +314,20 @@ class _Run:
         )
 
 
-def _loop(
-    config: MetaTrainConfig,
-    out: Path,
-    run: _Run,
-    log: _Log,
-    stop: _StopOnSignal,
-    validate: Validate | None,
-) -> None:
-    """Update until the end or a signal; the last update of either is always saved."""
-    saved_update, saved_time = run.update, time.monotonic()
+def _loop(out: Path, run: _Run, log: Log, stop: StopOnSignal, validate: Validate | None) -> None:
+    """Update until the end or a signal, which takes an update back that it meets; the last one done is always saved."""
+    config, saved_update, saved_time = run.config, run.update, time.monotonic()
     while not run.is_done and stop.signal_number is None:
-        metrics = run.step()
-        if validate is not None and config.validate_every and run.update % config.validate_every == 0:
-            metrics |= run.validate(validate)
+        before = run.checkpoint().copy()
+        try:
+            with stop.at_once():
+                metrics = run.step()
+                if validate is not None and config.validate_every and run.update % config.validate_every == 0:
+                    metrics |= run.validate(validate)
+        except Stopped:
+            if before.update != saved_update:
+                save(before, out / "checkpoints")
+            raise stop.interruption(before.update) from None
         log.write(metrics)
         due = config.checkpoint_every and run.update % config.checkpoint_every == 0
         if due or time.monotonic() - saved_time >= config.checkpoint_every_seconds:
@@ -339,130 +335,18 @@ def _loop(
             saved_update, saved_time = run.update, time.monotonic()
     if saved_update != run.update:
         save(run.checkpoint(), out / "checkpoints")
+    if not run.is_done:
+        raise stop.interruption(run.update)
 
 
-class _StopOnSignal(AbstractContextManager["_StopOnSignal"]):
-    """Remembers the first SIGINT or SIGTERM, and leaves the second to the system.
-
-    Handlers exist in the main thread only; elsewhere nothing is caught.
-    """
-
-    def __init__(self) -> None:
-        self.signal_number: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopOnSignal:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._remember)
-        return self
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal_number = number
-        signal.signal(number, signal.SIG_DFL)
-        name = signal.Signals(number).name
-        # os.write: print() is not safe in a handler that may have interrupted a print().
-        os.write(2, f"\n{name}: finishing this update, then saving (again to end at once)\n".encode())
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
-class _Log(AbstractContextManager["_Log"]):
-    """Metrics to ``metrics.jsonl`` and TensorBoard, progress to standard error."""
-
-    def __init__(self, config: MetaTrainConfig, out: Path, run: _Run):
-        self._config = config
-        self._board = _open_tensorboard(out, run.update) if config.tensorboard else None
-        self._file = _open_metrics(out / "metrics.jsonl", run.update)
-        self._run = run
-        self._bar: Any = _open_bar(config.num_updates, run.update) if sys.stderr.isatty() else None
-        self._first_update, self._started = run.update, time.monotonic()
-        self._next_line = self._started
-
-    def write(self, metrics: dict[str, Any]) -> None:
-        update = metrics["update"]
-        if update % self._config.log_every == 0 or update == self._config.num_updates or "validation_loss" in metrics:
-            self._file.write(json.dumps({key: _finite(value) for key, value in metrics.items()}) + "\n")
-            self._file.flush()
-            if self._board is not None:
-                for key, value in metrics.items():
-                    if key != "update" and value is not None:
-                        self._board.add_scalar(key, value, update)
-        if self._bar is not None:
-            self._bar.update(1)
-            self._bar.set_postfix_str(f"meta-loss {_number(metrics['smoothed_loss'])}", refresh=False)
-        elif time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
-            self._print_line(metrics)
-
-    def _print_line(self, metrics: dict[str, Any]) -> None:
-        update, total = metrics["update"], self._config.num_updates
-        rate = (update - self._first_update) / max(1e-9, time.monotonic() - self._started)
-        left = timedelta(seconds=round((total - update) / rate))
-        loss = _number(metrics["smoothed_loss"])
-        print(f"update {update}/{total}  meta-loss {loss}  {rate:.2f} updates/s  ETA {left}", file=sys.stderr)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
-        if self._bar is not None:
-            self._bar.close()
-        run = self._run
-        summary = f"{run.update} of {self._config.num_updates} updates in {timedelta(seconds=round(run.seconds))}"
-        summary += f", meta-loss {_number(run.smoothed_loss)}"
-        if run.progress.finished:
-            summary += ", ended by validation"
-        if run.num_dropped:
-            summary += f", {run.num_dropped} meta-gradients were not finite and were dropped"
-        print(summary, file=sys.stderr)
-
-
-def _open_metrics(path: Path, update: int) -> Any:
-    """Open the metrics for appending, without what was logged after the checkpoint or half written."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["update"] <= update:
-                kept.append(line + "\n")
-        except ValueError:
-            break
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text("".join(kept))
-    aside.replace(path)
-    return path.open("a")
-
-
-def _open_tensorboard(out: Path, update: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("tensorboard=true needs the package: pip install tensorboard") from None
-    return SummaryWriter(str(out / "tensorboard"), purge_step=update + 1)
-
-
-def _open_bar(num_updates: int, update: int) -> Any:
-    """Return a tqdm bar, ``None`` where tqdm is not installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=num_updates, initial=update, unit="update", dynamic_ncols=True, smoothing=0.05)
-
-
-def _finite(value: Any) -> Any:
-    """Replace what JSON cannot say by null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"
+def _describe_run(run: _Run, device: torch.device, out: Path) -> str:
+    """Return the first line of a run."""
+    config, num_weights = run.config, sum(weight.numel() for weight in run.weights.values())
+    families = ", ".join(task.name for task in config.tasks)
+    updates = f"{run.update} of {config.num_updates} updates done" if run.update else f"{config.num_updates} updates"
+    return (
+        f"{config.recipe}: {num_weights:,} weights of {config.rule}, {updates}, {device}, in {out}; tasks: {families}"
+    )
 
 
 def _norm(meta: MetaGradient) -> Tensor:
@@ -488,43 +372,3 @@ def _check_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
-
-
-def _describe_session(device: torch.device, command: str) -> dict[str, Any]:
-    """Return where and how this session runs: what a reader needs to make the run again."""
-    hardware = f"{_processor()}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        hardware = f"{torch.cuda.get_device_name(device)}, {hardware}"
-    return {
-        "command": command,
-        "commit": _commit(),
-        "device": str(device),
-        "hardware": hardware,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """Return the commit of this checkout, with ``-dirty`` after changes; ``None`` for an installed package."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "..") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -148,6 +148,18 @@ class Unroll:
         )
         return _map(torch.Tensor.contiguous, runs)
 
+    def prepare(self, weights_N: Weights, num_pairs: int, copies: int) -> None:
+        """Take a first step of runs that are thrown away: what is recorded and compiled for it serves all others.
+
+        Args:
+            weights_N: weights of each run.
+            num_pairs: number of different problems.
+            copies: runs of each problem.
+        """
+        generator = torch.Generator().manual_seed(0)
+        runs = self.start(weights_N, num_pairs, copies, generator)
+        self.unroll(weights_N, runs, self.draw(runs, copies, generator, 1), copies)
+
     def run(self, weights_N: Weights, runs: Runs, copies: int, generator: torch.Generator) -> tuple[Runs, StepLosses]:
         """Run one truncation, drawing for at most ``MAX_DRAWN`` steps at a time.
 

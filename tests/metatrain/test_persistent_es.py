@@ -320,3 +320,26 @@ def test_state_does_not_share_storage_with_the_weights():
     before = {name: value.clone() for name, value in (state | meta.gradient | {"loss": meta.loss}).items()}
     weights["w"].zero_()
     assert_trees_equal(state | meta.gradient | {"loss": meta.loss}, before)
+
+
+def test_what_is_recorded_in_the_preparation_serves_all_updates():
+    shown = []
+
+    def track(names, doing):
+        for name in names:
+            shown.append((doing, name))
+            yield name
+
+    unrolls = [make_unroll(name, task=[("max_steps", 9)]) for name in ("linear", "mlp")]
+    estimator = PersistentES(unrolls=unrolls, std=0.05, track=track)
+    weights, generator = random_weights(), torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    estimator.prepare(weights)
+    assert torch.equal(generator.get_state(), before)
+    recorded = [dict(unroll._traced_step.graphs) for unroll in unrolls]
+    state = estimator.init(weights, generator)
+    for _ in range(4):
+        _, state = estimator.estimate(weights, state, generator)
+    assert [unroll._traced_step.graphs for unroll in unrolls] == recorded
+    assert [len(graphs) for graphs in recorded] == [1, 1]
+    assert shown == [(doing, name) for doing in ("preparing", "first inner runs") for name in ("linear", "mlp")]

@@ -261,21 +261,88 @@ def test_sigint_saves_the_current_update_and_exits(tmp_path, reference):
     assert_same_end(tmp_path, reference)
 
 
-def test_signal_handlers_are_put_back(tmp_path):
-    @dataclass(frozen=True)
-    class Interrupting(GradientEstimator):
-        def init(self, weights, generator):
-            return {}
+@dataclass(frozen=True, kw_only=True)
+class Interrupting(GradientEstimator):
+    """The toy estimator, until a signal in the middle of the preparation, of the first runs or of an update."""
 
-        def estimate(self, weights, state, generator):
+    where: str
+    log: list
+
+    def prepare(self, weights):
+        self._maybe("prepare")
+
+    def init(self, weights, generator):
+        torch.rand(1, generator=generator)  # what an interrupted call has drawn is drawn again
+        self._maybe("init")
+        return toy_estimator().init(weights, generator)
+
+    def estimate(self, weights, state, generator):
+        result = toy_estimator().estimate(weights, state, generator)
+        self.log.append(None)
+        self._maybe(f"update {len(self.log)}")
+        return result
+
+    def _maybe(self, where):
+        if where == self.where:
             signal.raise_signal(signal.SIGTERM)
-            return MetaGradient(weights, torch.tensor(0.0), {}), {}
 
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with pytest.raises(TrainingInterrupted, match="SIGTERM after update 1") as caught:
-        train(toy_config(), tmp_path, estimator=Interrupting())
-    assert (caught.value.signal_number, caught.value.update) == (signal.SIGTERM, 1)
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+@pytest.mark.parametrize(
+    ("where", "update"), [("prepare", 0), ("init", 0), ("update 1", 0), ("update 5", 4), ("update 30", 29)]
+)
+def test_a_signal_stops_at_once_wherever_it_comes_and_the_run_resumes_bit_for_bit(tmp_path, capsys, where, update):
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(TrainingInterrupted, match=f"SIGTERM after update {update}") as caught:
+        train(toy_config(), tmp_path / "cut", estimator=Interrupting(where=where, log=[]))
+    assert (caught.value.signal_number, caught.value.update) == (signal.SIGTERM, update)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert latest(tmp_path / "cut" / "checkpoints").update == update
+    assert "updates in" not in capsys.readouterr().err  # no summary of what did not end
+    whole = Interrupting(where="never", log=[])
+    train(toy_config(), tmp_path / "cut", estimator=whole, resume=True)
+    train(toy_config(), tmp_path / "whole", estimator=whole)
+    assert_same_end(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_signal_during_validation_takes_the_update_back(tmp_path):
+    config = toy_config(validate_every=3, num_updates=12)
+
+    def validate(weights, num_steps, interrupted=False):
+        if interrupted:
+            signal.raise_signal(signal.SIGINT)
+        return Verdict(float(sum(value.double().sum() for value in weights.values())))
+
+    calls = iter([False, True])
+    with pytest.raises(TrainingInterrupted, match="SIGINT after update 5"):
+        train(
+            config,
+            tmp_path / "cut",
+            estimator=toy_estimator(),
+            validate=lambda weights, num_steps: validate(weights, num_steps, next(calls)),
+        )
+    train(config, tmp_path / "cut", estimator=toy_estimator(), resume=True, validate=validate)
+    train(config, tmp_path / "whole", estimator=toy_estimator(), validate=validate)
+    assert_same_end(tmp_path / "cut", tmp_path / "whole")
+    assert_equal(
+        *(latest(tmp_path / name / "checkpoints").best for name in ("cut", "whole")),
+    )
+
+
+def test_the_first_line_and_the_first_checkpoint_come_before_the_preparation(tmp_path, capsys):
+    seen = []
+
+    @dataclass(frozen=True)
+    class Looking(Scripted):
+        gradient: object = None
+
+        def prepare(self, weights):
+            seen.append((capsys.readouterr().err, latest(tmp_path / "checkpoints").update))
+
+    gradient = Looking(gradient=lambda weights, call: {name: value * 0 for name, value in weights.items()})
+    train(toy_config(num_updates=1), tmp_path, estimator=gradient)
+    ((line, update),) = seen
+    assert line == f"toy: 3 weights of toy, 1 updates, cpu, in {tmp_path}; tasks: quadratics\n"
+    assert update == 0
 
 
 def test_checkpoints_by_time(tmp_path):
@@ -423,7 +490,7 @@ def test_a_terminal_gets_a_progress_bar_with_the_loss(tmp_path, capsys, monkeypa
 
 def test_elsewhere_a_line_now_and_then_tells_the_progress(tmp_path, capsys):
     train(toy_config(), tmp_path, estimator=toy_estimator())
-    lines = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.splitlines()[1:]
     assert len(lines) == 2
     assert lines[0].startswith("update 1/30  meta-loss ")
     assert "ETA" in lines[0]

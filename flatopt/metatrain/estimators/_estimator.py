@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,15 @@ EstimatorState = dict[str, Tensor]
 
 STAGE, STAGE_STEPS = "stage", "stage_steps"
 """Keys of the state that say which stage of a curriculum a run is in; absent without one."""
+
+
+Track = Callable[[Sequence[str], str], Iterable[str]]
+"""``track(names, doing)`` yields the names, and may show which one is being worked on."""
+
+
+def untracked(names: Sequence[str], doing: str) -> Iterable[str]:
+    """Show nothing."""
+    return names
 
 
 class MetaGradient(NamedTuple):
@@ -34,6 +44,13 @@ class GradientEstimator(ABC):
     Everything that changes from update to update is in the state or drawn from ``generator``, so that a run resumed
     from both goes on bit for bit.
     """
+
+    def prepare(self, weights: Weights) -> None:  # noqa: B027, nothing to do for most
+        """Do what takes long and decides nothing, such as compiling.  Called once per session, before all else.
+
+        Args:
+            weights: some weights, on the device to compute on.
+        """
 
     @abstractmethod
     def init(self, weights: Weights, generator: torch.Generator) -> EstimatorState:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...rules import UpdateRule, Weights
 from ...tasks import TaskDistribution
 from ..config import MetaTrainConfig, TaskConfig
-from ..families import FAMILIES
+from ..families import FAMILIES, check_families
 from ..unroll import Mode, StepLosses, Unroll, can_compile, flatten_tree, replace_runs, restore_draws, restore_runs
 from ._estimator import stage_steps
 from .truncated_backprop import Draws, Inner, InnerState
@@ -25,9 +25,7 @@ def build_unrolls(config: MetaTrainConfig, rule: UpdateRule, device: torch.devic
     Raises:
         ValueError: for an unknown family; the message lists the valid ones.
     """
-    for task in config.tasks:
-        if task.name not in FAMILIES:
-            raise ValueError(f"unknown task {task.name!r}: valid are {', '.join(FAMILIES)}")
+    check_families(task.name for task in config.tasks)
     mode: Mode = "compiled" if config.compile and can_compile(device) else "recorded"
     if config.compile and mode == "recorded":
         warnings.warn("no C++ compiler found: the inner step is recorded but not compiled", stacklevel=2)

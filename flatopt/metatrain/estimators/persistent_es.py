@@ -39,7 +39,7 @@ from torch import Tensor
 from ...rules import UpdateRule, Weights
 from ..config import MetaTrainConfig
 from ..unroll import Runs, Unroll, flatten_tree, merge_trees, replace_runs, restore_runs
-from ._estimator import EstimatorState, GradientEstimator, MetaGradient, stage_steps
+from ._estimator import EstimatorState, GradientEstimator, MetaGradient, Track, stage_steps, untracked
 from ._runs import build_unrolls, mean_losses
 
 
@@ -52,15 +52,19 @@ class PersistentES(GradientEstimator):
         std: standard deviation of the perturbations.
         families_per_update: how many families, in turn, one update runs; all by default.
         persistent: sum the perturbations over a run (unbiased), or not (truncated ES).
+        track: shows which family is being prepared.
     """
 
     unrolls: Sequence[Unroll]
     std: float
     families_per_update: int | None = None
     persistent: bool = True
+    track: Track = untracked
 
     @classmethod
-    def from_config(cls, config: MetaTrainConfig, rule: UpdateRule, device: torch.device) -> PersistentES:
+    def from_config(
+        cls, config: MetaTrainConfig, rule: UpdateRule, device: torch.device, track: Track = untracked
+    ) -> PersistentES:
         """Return the estimator of a configuration.
 
         Raises:
@@ -71,14 +75,24 @@ class PersistentES(GradientEstimator):
             std=config.estimator.std,
             families_per_update=config.estimator.families_per_update,
             persistent=config.estimator.name == "persistent-es",
+            track=track,
         )
+
+    def prepare(self, weights: Weights) -> None:
+        """Record, and compile if asked for, the step of every family."""
+        unrolls = {unroll.task.name: unroll for unroll in self.unrolls}
+        for name in self.track(list(unrolls), "preparing"):
+            num_pairs = unrolls[name].task.num_tasks
+            unrolls[name].prepare(_repeat(weights, 2 * num_pairs), num_pairs, 2)
 
     def init(self, weights: Weights, generator: torch.Generator) -> EstimatorState:
         """Start all runs, each already somewhere between its start and its horizon, trained there by ``weights``."""
         state: EstimatorState = {"turn": torch.zeros((), dtype=torch.int64)}
-        for unroll in self.unrolls:
+        unrolls = {unroll.task.name: unroll for unroll in self.unrolls}
+        for family in self.track(list(unrolls), "first inner runs"):
+            unroll = unrolls[family]
             num_pairs = unroll.task.num_tasks
-            repeated = {name: weight.repeat(2 * num_pairs, *(1,) * weight.dim()) for name, weight in weights.items()}
+            repeated = _repeat(weights, 2 * num_pairs)
             runs = unroll.start(repeated, num_pairs, 2, generator)
             start = torch.rand(num_pairs, generator=generator).repeat(2).to(runs.horizon)
             start = (start * runs.horizon / unroll.truncation_length).floor() * unroll.truncation_length
@@ -188,6 +202,11 @@ def _name_state(unroll: Unroll, runs: Runs, sums_P: Weights) -> EstimatorState:
     """Name the tensors of one family."""
     name = unroll.task.name
     return flatten_tree(runs, f"{name}/runs") | {f"{name}/sums/{key}": value for key, value in sums_P.items()}
+
+
+def _repeat(weights: Weights, num_runs: int) -> Weights:
+    """Return a copy of the weights for every run."""
+    return {name: weight.repeat(num_runs, *(1,) * weight.dim()) for name, weight in weights.items()}
 
 
 def _choose(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:

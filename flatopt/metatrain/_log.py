@@ -1,0 +1,145 @@
+"""What a run tells: ``metrics.jsonl``, TensorBoard, and progress on standard error."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from .config import MetaTrainConfig
+from .curriculum import Progress
+
+SECONDS_BETWEEN_LINES = 30.0
+"""Time between progress lines where standard error is not a terminal."""
+
+
+class Shown(Protocol):
+    """The part of a run that its last line tells."""
+
+    update: int
+    seconds: float
+    smoothed_loss: float | None
+    num_dropped: int
+    progress: Progress
+
+
+def track(names: Sequence[str], doing: str) -> Iterator[str]:
+    """Yield names, and show which one is being worked on: on a bar, or in lines where there is no terminal."""
+    bar = _open_bar(len(names), 0, "family", doing) if sys.stderr.isatty() else None
+    next_line = time.monotonic()
+    try:
+        for index, name in enumerate(names):
+            if bar is not None:
+                bar.set_postfix_str(name)
+            elif time.monotonic() >= next_line:
+                next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+                print(f"{doing}: {name} ({index + 1} of {len(names)})", file=sys.stderr)
+            yield name
+            if bar is not None:
+                bar.update(1)
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+class Log(AbstractContextManager["Log"]):
+    """Metrics to ``metrics.jsonl`` and TensorBoard, progress to standard error."""
+
+    def __init__(self, config: MetaTrainConfig, out: Path, run: Shown):
+        self._config = config
+        self._board = _open_tensorboard(out, run.update) if config.tensorboard else None
+        self._file = _open_metrics(out / "metrics.jsonl", run.update)
+        self._run = run
+        self._bar: Any = _open_bar(config.num_updates, run.update, "update") if sys.stderr.isatty() else None
+        self._first_update, self._started = run.update, time.monotonic()
+        self._next_line = self._started
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        update = metrics["update"]
+        if update % self._config.log_every == 0 or update == self._config.num_updates or "validation_loss" in metrics:
+            self._file.write(json.dumps({key: _finite(value) for key, value in metrics.items()}) + "\n")
+            self._file.flush()
+            if self._board is not None:
+                for key, value in metrics.items():
+                    if key != "update" and value is not None:
+                        self._board.add_scalar(key, value, update)
+        if self._bar is not None:
+            self._bar.update(1)
+            self._bar.set_postfix_str(f"meta-loss {_number(metrics['smoothed_loss'])}", refresh=False)
+        elif time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+            self._print_line(metrics)
+
+    def _print_line(self, metrics: dict[str, Any]) -> None:
+        update, total = metrics["update"], self._config.num_updates
+        rate = (update - self._first_update) / max(1e-9, time.monotonic() - self._started)
+        left = timedelta(seconds=round((total - update) / rate))
+        loss = _number(metrics["smoothed_loss"])
+        print(f"update {update}/{total}  meta-loss {loss}  {rate:.2f} updates/s  ETA {left}", file=sys.stderr)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._bar is not None:
+            self._bar.close()
+        if error is not None:
+            return
+        run = self._run
+        summary = f"{run.update} of {self._config.num_updates} updates in {timedelta(seconds=round(run.seconds))}"
+        summary += f", meta-loss {_number(run.smoothed_loss)}"
+        if run.progress.finished:
+            summary += ", ended by validation"
+        if run.num_dropped:
+            summary += f", {run.num_dropped} meta-gradients were not finite and were dropped"
+        print(summary, file=sys.stderr)
+
+
+def _open_metrics(path: Path, update: int) -> Any:
+    """Open the metrics for appending, without what was logged after the checkpoint or half written."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["update"] <= update:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text("".join(kept))
+    aside.replace(path)
+    return path.open("a")
+
+
+def _open_tensorboard(out: Path, update: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard=true needs the package: pip install tensorboard") from None
+    return SummaryWriter(str(out / "tensorboard"), purge_step=update + 1)
+
+
+def _open_bar(total: int, initial: int, unit: str, doing: str | None = None) -> Any:
+    """Return a tqdm bar, ``None`` where tqdm is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=total, initial=initial, unit=unit, desc=doing, dynamic_ncols=True, smoothing=0.05)
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON cannot say by null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"

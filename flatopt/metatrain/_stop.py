@@ -1,0 +1,74 @@
+"""Stopping a run by SIGINT or SIGTERM: at once where nothing is lost by it, else as soon as the caller looks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class TrainingInterrupted(Exception):
+    """A signal ended the run; everything up to ``update`` is in its last checkpoint."""
+
+    def __init__(self, signal_number: int, update: int):
+        super().__init__(f"interrupted by {signal.Signals(signal_number).name} after update {update}")
+        self.signal_number = signal_number
+        self.update = update
+
+
+class Stopped(BaseException):
+    """Raised by the first signal inside of :meth:`StopOnSignal.at_once`; no ``except Exception`` catches it."""
+
+
+class StopOnSignal(AbstractContextManager["StopOnSignal"]):
+    """Remembers the first SIGINT or SIGTERM, and leaves the second to the system.
+
+    Handlers exist in the main thread only; elsewhere nothing is caught.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._at_once = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        """Install the handlers."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Put the handlers back that were there before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal raise :class:`Stopped` inside of the block, in the middle of whatever it does."""
+        self._at_once = True
+        try:
+            if self.signal_number is not None:
+                raise Stopped
+            yield
+        finally:
+            self._at_once = False
+
+    def interruption(self, update: int) -> TrainingInterrupted:
+        """Return what tells a caller that a signal ended the run after ``update``."""
+        assert self.signal_number is not None
+        return TrainingInterrupted(self.signal_number, update)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = number
+        signal.signal(number, signal.SIG_DFL)
+        # os.write, to leave the line of a bar: print() is not safe in a handler that may have interrupted a print().
+        os.write(2, b"\n")
+        if self._at_once:
+            raise Stopped
