@@ -1,4 +1,7 @@
-"""Tables, figures, statistics, and a cache of finished runs; nothing here knows about optimizers."""
+"""Tables, figures and statistics; nothing here knows about optimizers.
+
+matplotlib and scipy are loaded when something is drawn and when an interval is computed.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from matplotlib.figure import Figure
-from scipy.special import stdtrit
+from ._cache import Record
 
-Record = dict[str, Any]
-"""One row of results: JSON values by name."""
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Table(NamedTuple):
@@ -67,6 +69,8 @@ def confidence_interval(values: Sequence[float], level: float = 0.95) -> Interva
     mean, std = mean_and_std(values)
     if len(values) < 2:
         return Interval(mean, math.nan, math.nan)
+    from scipy.special import stdtrit
+
     half = float(stdtrit(len(values) - 1, (1 + level) / 2)) * std / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
 
@@ -119,6 +123,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def write_report(report: Report, out: Path) -> str:
     """Write ``table.md``, ``results.json`` and the figures into a folder, and return the text of the tables."""
+    from matplotlib.figure import Figure
+
     out.mkdir(parents=True, exist_ok=True)
     table = markdown_table(report.header, report.rows)
     text = f"# {report.title}\n\n{table}\n" + (f"\n{report.note}\n" if report.note else "")
@@ -132,60 +138,6 @@ def write_report(report: Report, out: Path) -> str:
         draw(figure)
         figure.savefig(out / f"{name}.png", dpi=120)
     return text
-
-
-class RunCache:
-    """Finished runs in a JSONL file, so that a long evaluation stopped at any moment goes on where it was.
-
-    The file is only ever appended to, one line in one write, and read again before a run is computed: several
-    processes may share it.  Two of them that need the same run at the same time both compute it.
-
-    Args:
-        path: file to read and extend; made when missing.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._results: dict[str, Record] = {}
-        self._read_bytes = 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        content = path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            self._append(b"\n")  # a process killed while it wrote leaves half a line: that run is done again
-        self._read()
-
-    def get(self, key: Record, compute: Callable[[], Record]) -> Record:
-        """Return the stored result of ``key``; compute and store it the first time."""
-        name = _canonical(key)
-        if name not in self._results:
-            self._read()
-        if name not in self._results:
-            result = compute()
-            self._append(json.dumps({"key": key, "result": result}).encode() + b"\n")
-            self._results[name] = result
-        return self._results[name]
-
-    def _append(self, line: bytes) -> None:
-        with self.path.open("ab", buffering=0) as file:
-            file.write(line)
-
-    def _read(self) -> None:
-        """Take in what was appended since the last time, up to the last whole line."""
-        with self.path.open("rb") as file:
-            file.seek(self._read_bytes)
-            whole = file.read().rpartition(b"\n")[0]
-        for line in whole.split(b"\n"):
-            try:
-                entry = json.loads(line)
-            except ValueError:  # empty, or the half line of a process that was killed
-                continue
-            self._results[_canonical(entry["key"])] = entry["result"]
-        self._read_bytes += len(whole) + 1 if whole else 0
-
-
-def _canonical(key: Record) -> str:
-    return json.dumps(key, sort_keys=True)
 
 
 def _without_nonfinite(value: Any) -> Any:

@@ -7,7 +7,8 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from statistics import fmean
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,46 +16,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from flatopt.tasks import Batch, ImageSplits, accuracy, load_images
+from flatopt.tasks import Batch
 
-from ._report import Record, RunCache
-from .baselines import Contestant
+from ._cache import Record, RunCache
+from ._code import code_hash, describe
+from ._data import SOURCES, Splits, data_hash
+from .contestants import Contestant, Setting, neighbour
 from .curvature import MEASURES, Curvature
-
-NUM_TUNING_SEEDS = 2
-"""Seeds that choose a learning rate; the first seeds of the comparison, whose runs are then used again."""
 
 EVALUATION_BATCH = 250
 """Images evaluated at once: twice as fast on a CPU as 1000, whose activations do not fit its caches."""
 
+NUM_CURVE_POINTS = 40
+NUM_TEST_POINTS = 10
+NUM_TEST_POINT_EXAMPLES = 500
+"""A curve is this many means of the batch loss, and this many looks at part of the test split."""
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What every subcommand takes.
+MAX_EXTENSIONS = 3
+"""How often a grid grows by one learning rate when the best one stands at its edge."""
 
-    Args:
-        num_seeds: runs per cell of a table.
-        fast: toy sizes, to see a subcommand work; the numbers mean nothing.
-        pretrained: weights of FlatOpt: shipped name, folder or Hub id.
-        cache: file of finished runs.
-        split: ``"test"``, or ``"meta"`` to choose by; the optimizees of ``reproduction`` depend on it.
-        tasks: parts of the names of the benchmarks to run; all by default.
-        optimizers: names of the optimizers to run, without what follows a comma; all by default.
-        sets: learned weights to compare, names or folders (``reproduction`` only).
-        data: ``"fashion-mnist"`` or ``"mnist"`` (``reproduction`` only).
-        learned_only: leave the baselines out (``reproduction`` only).
-    """
-
-    num_seeds: int = 5
-    fast: bool = False
-    pretrained: str = "flat-v2"
-    cache: RunCache
-    split: str = "test"
-    tasks: tuple[str, ...] = ()
-    optimizers: tuple[str, ...] = ()
-    sets: tuple[str, ...] = ()
-    data: str = "fashion-mnist"
-    learned_only: bool = False
+LossFn = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +43,16 @@ class Benchmark:
     """A model and data to train it on.
 
     Args:
-        name: name in tables and in the cache.
-        source: data, a name of :func:`flatopt.tasks.load_images`.
-        size: images are ``size x size``.
+        name: name in tables; no part of what a run is known by in the cache.
+        source: data, a key of ``SOURCES``.
+        size: side of the images, number of features, or length of the text.
         num_train: examples to train on, ``None`` for all.
-        build: makes the model from the image size.
+        build: makes the model from ``size``.
         batch_size: examples per step.
         num_steps: length of the run.
-        standardize: see :func:`flatopt.tasks.load_images`.
+        kind: what the model is to do: name the class of its input, predict numbers, or give its input back.
+        label_noise: fraction of the training examples whose class is replaced by another.
+        num_eval: examples of each split that results are measured on, ``None`` for all.
     """
 
     name: str
@@ -79,7 +62,20 @@ class Benchmark:
     build: Callable[[int], nn.Module]
     batch_size: int = 64
     num_steps: int = 600
-    standardize: bool = True
+    kind: Literal["classification", "regression", "reconstruction"] = "classification"
+    label_noise: float = 0.0
+    num_eval: int | None = None
+
+    @property
+    def loss_fn(self) -> LossFn:
+        """The loss, which is also what the training minimises."""
+        return cross_entropy if self.kind == "classification" else F.mse_loss
+
+    def identity(self) -> Record:
+        """Return everything about the problem that decides the result of a run."""
+        fields = {name: value for name, value in asdict(self).items() if name not in ("name", "build")}
+        model = {"build": describe(self.build), "code": code_hash(self.build)}
+        return fields | model | {"data": data_hash(self.source, self.size)}
 
 
 class TrainedModel(NamedTuple):
@@ -91,11 +87,26 @@ class TrainedModel(NamedTuple):
     seconds: float
 
 
-def load_splits(benchmark: Benchmark, seed: int) -> ImageSplits:
-    """Return the data of a benchmark; which training images are used depends on ``seed``."""
-    splits = load_images(benchmark.source, benchmark.size, standardize=benchmark.standardize)
-    order = torch.randperm(len(splits.train.targets), generator=torch.Generator().manual_seed(seed))
-    return splits._replace(train=Batch(*(tensor[order[: benchmark.num_train]] for tensor in splits.train)))
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy of logits ``[..., classes]``."""
+    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+
+def load_splits(benchmark: Benchmark, seed: int) -> Splits:
+    """Return the data of a benchmark; which training examples are used, and their noise, depends on ``seed``."""
+    train, meta, test = SOURCES[benchmark.source](benchmark.size)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(train.targets), generator=generator)[: benchmark.num_train]
+    inputs, targets = (tensor[order] for tensor in train)
+    if benchmark.label_noise:
+        num_classes = int(train.targets.max()) + 1
+        wrong = torch.rand(targets.shape, generator=generator) < benchmark.label_noise
+        shifts = torch.randint(1, num_classes, targets.shape, generator=generator)
+        targets = torch.where(wrong, (targets + shifts) % num_classes, targets)
+    splits = Splits(Batch(inputs, targets), meta, test)
+    if benchmark.kind == "reconstruction":
+        return Splits(*(Batch(part.inputs, part.inputs.flatten(1)) for part in splits))
+    return splits
 
 
 def build_model(build: Callable[[int], nn.Module], size: int, seed: int) -> nn.Module:
@@ -113,10 +124,11 @@ def train(
     batch_size: int,
     num_steps: int,
     generator: torch.Generator,
+    loss_fn: LossFn = cross_entropy,
     cosine: bool = False,
     after_step: Callable[[int], None] | None = None,
 ) -> TrainedModel:
-    """Train a classifier on batches drawn without replacement, epoch after epoch.
+    """Train a model on batches drawn without replacement, epoch after epoch; leave it in evaluation mode.
 
     Stops at the first loss that is not finite.
 
@@ -127,11 +139,12 @@ def train(
         batch_size: examples per step.
         num_steps: number of steps.
         generator: source of the order of the examples.
+        loss_fn: mean loss of outputs and targets.
         cosine: take the learning rate to zero along a cosine.
         after_step: called with the number of steps taken, after each.
     """
     scheduler = CosineAnnealingLR(optimizer, T_max=num_steps) if cosine else None
-    model.train()
+    set_mode(model, optimizer, training=True)
     losses: list[float] = []
     order = torch.empty(0, dtype=torch.long)
     start = time.perf_counter()
@@ -139,7 +152,7 @@ def train(
         if len(order) < min(batch_size, len(data.targets)):
             order = torch.randperm(len(data.targets), generator=generator)
         chosen, order = order[:batch_size], order[batch_size:]
-        closure = _closure(model, optimizer, data.inputs[chosen], data.targets[chosen])
+        closure = _closure(model, optimizer, loss_fn, data.inputs[chosen], data.targets[chosen])
         losses.append(optimizer.step(closure))
         if scheduler is not None:
             scheduler.step()
@@ -147,100 +160,174 @@ def train(
             after_step(step + 1)
         if not math.isfinite(losses[-1]):
             break
-    return TrainedModel(model, losses, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    set_mode(model, optimizer, training=False)
+    return TrainedModel(model, losses, seconds)
 
 
-def _closure(model: nn.Module, optimizer: Optimizer, inputs: Tensor, targets: Tensor) -> Callable[[], float]:
+def _closure(
+    model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, inputs: Tensor, targets: Tensor
+) -> Callable[[], float]:
     def closure() -> float:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(inputs), targets)
+        loss = loss_fn(model(inputs), targets)
         loss.backward()
         return loss.item()
 
     return closure
 
 
+def set_mode(model: nn.Module, optimizer: Optimizer, *, training: bool) -> None:
+    """Switch the model, and an optimizer that has modes of its own, as the Schedule-Free ones do."""
+    model.train(training)
+    switch = getattr(optimizer, "train" if training else "eval", None)
+    if switch is not None:
+        switch()
+
+
 @torch.no_grad()
-def measure(model: nn.Module, data: Batch) -> tuple[float, float]:
-    """Return mean cross-entropy and accuracy of a model in evaluation mode; ``inf`` and 0 when it is broken."""
+def refresh_batch_norm(model: nn.Module, data: Batch, num_batches: int = 20, batch_size: int = 64) -> None:
+    """Measure the statistics of BatchNorm anew: those of training belong to other weights when these are averages."""
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return
+    model.train()
+    for inputs in data.inputs[: num_batches * batch_size].split(batch_size):
+        model(inputs)
     model.eval()
-    logits = torch.cat([model(inputs) for inputs in data.inputs.split(EVALUATION_BATCH)])
-    loss = float(F.cross_entropy(logits, data.targets))
+
+
+@torch.no_grad()
+def measure(model: nn.Module, data: Batch, loss_fn: LossFn = cross_entropy) -> tuple[float, float]:
+    """Return mean loss and score of a model in evaluation mode.
+
+    The score is the accuracy, or minus the loss for anything but cross-entropy.  A broken model has a loss of ``inf``,
+    and the score of constant predictions: 0, or -1 for standardised targets.
+    """
+    classifies = loss_fn is cross_entropy
+    model.eval()
+    outputs = torch.cat([model(inputs) for inputs in data.inputs.split(EVALUATION_BATCH)])
+    loss = float(loss_fn(outputs, data.targets))
     if not math.isfinite(loss):
-        return math.inf, 0.0
-    return loss, float(accuracy(logits, data.targets))
+        return math.inf, 0.0 if classifies else -1.0
+    return loss, float((outputs.argmax(-1) == data.targets).float().mean()) if classifies else -loss
 
 
-def train_benchmark(
-    benchmark: Benchmark, contestant: Contestant, lr: float, seed: int
-) -> tuple[TrainedModel, ImageSplits]:
-    """Train the model of a benchmark; data subset, initial weights and batches depend on ``seed`` only."""
+class FinishedRun(NamedTuple):
+    """A run with what it was made of."""
+
+    trained: TrainedModel
+    splits: Splits
+    test_curve: list[tuple[int, float]]
+    """Steps taken, and the score on part of the test split then."""
+
+
+def train_benchmark(benchmark: Benchmark, contestant: Contestant, setting: Setting, seed: int) -> FinishedRun:
+    """Train the model of a benchmark; data, initial weights and batches depend on ``seed`` only."""
     splits = load_splits(benchmark, seed)
     model = build_model(benchmark.build, benchmark.size, seed)
+    optimizer = contestant.build(model.parameters(), setting.lr, benchmark.num_steps, seed, **dict(setting.options))
+    part = Batch(*(tensor[:NUM_TEST_POINT_EXAMPLES] for tensor in splits.test))
+    every = max(1, benchmark.num_steps // NUM_TEST_POINTS)
+    test_curve: list[tuple[int, float]] = []
+
+    def look(step: int) -> None:
+        if step % every == 0:
+            set_mode(model, optimizer, training=False)
+            test_curve.append((step, measure(model, part, benchmark.loss_fn)[1]))
+            set_mode(model, optimizer, training=True)
+
     with warnings.catch_warnings():
         # A learning rate of the grid may diverge; FlatOpt warns about gradients that are not finite.
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("ignore", RuntimeWarning)
         trained = train(
             model,
-            contestant.build(model.parameters(), lr, benchmark.num_steps, seed),
+            optimizer,
             splits.train,
             batch_size=benchmark.batch_size,
             num_steps=benchmark.num_steps,
             generator=torch.Generator().manual_seed(seed),
-            cosine=contestant.cosine,
+            loss_fn=benchmark.loss_fn,
+            cosine=setting.cosine,
+            after_step=look,
         )
-    return trained, splits
+    if contestant.averages:
+        refresh_batch_norm(model, splits.train)
+    return FinishedRun(trained, splits, test_curve)
 
 
 def run(
     benchmark: Benchmark,
     contestant: Contestant,
-    lr: float,
+    setting: Setting,
     seed: int,
     cache: RunCache,
     curvature: Curvature | None = None,
 ) -> Record:
-    """Return losses and accuracies on all splits at the end of one run, from the cache when it is there.
+    """Return losses and scores on all splits at the end of one run, from the cache when it is there.
 
-    With ``curvature`` also what it measures on the training images; NaN where the loss is not finite.
+    With ``curvature`` also what it measures on the training examples; NaN where the loss is not finite.
     """
+    key = run_key(benchmark, contestant, setting, seed)
+    if curvature is not None:
+        key["curvature"] = asdict(curvature) | {"code": code_hash(Curvature, room="flatopt")}
+    return cache.get(key, lambda: results(benchmark, contestant, setting, seed, curvature))
 
-    def compute() -> Record:
-        trained, splits = train_benchmark(benchmark, contestant, lr, seed)
-        record: Record = {"seconds": trained.seconds}
-        for split, examples in splits._asdict().items():
-            record[f"{split}_loss"], record[f"{split}_accuracy"] = measure(trained.model, examples)
-        if curvature is not None:
-            finite = math.isfinite(record["train_loss"])
-            record |= curvature(trained.model, splits.train, seed) if finite else dict.fromkeys(MEASURES, math.nan)
+
+def results(
+    benchmark: Benchmark, contestant: Contestant, setting: Setting, seed: int, curvature: Curvature | None = None
+) -> Record:
+    """Train, and return what the tables and figures need."""
+    (model, losses, seconds), splits, test_curve = train_benchmark(benchmark, contestant, setting, seed)
+    window = max(1, benchmark.num_steps // NUM_CURVE_POINTS)
+    record: Record = {
+        "seconds": seconds,
+        "initial_loss": losses[0],
+        "curve": [fmean(losses[start : start + window]) for start in range(0, len(losses), window)],
+        "test_curve": test_curve,
+        "torch": torch.__version__,
+    }
+    for split, examples in splits._asdict().items():
+        part = Batch(*(tensor[: benchmark.num_eval] for tensor in examples))
+        record[f"{split}_loss"], record[f"{split}_score"] = measure(model, part, benchmark.loss_fn)
+    if curvature is None:
         return record
+    finite = math.isfinite(record["train_loss"])
+    nothing = dict.fromkeys(MEASURES, math.nan)
+    return record | (curvature(model, splits.train, seed, benchmark.loss_fn) if finite else nothing)
 
-    key = run_key(benchmark, contestant, lr, seed)
-    return cache.get(key if curvature is None else {"curvature": asdict(curvature)} | key, compute)
 
-
-def run_key(benchmark: Benchmark, contestant: Contestant, lr: float, seed: int) -> Record:
-    """Return what decides the result of a run."""
+def run_key(benchmark: Benchmark, contestant: Contestant, setting: Setting, seed: int) -> Record:
+    """Return everything that decides the result of a run: also the data, and the code of model, optimizer, training."""
     return {
-        "benchmark": benchmark.name,
-        "num_train": benchmark.num_train,
-        "batch_size": benchmark.batch_size,
-        "num_steps": benchmark.num_steps,
-        "optimizer": contestant.name,
-        "identity": contestant.identity,
-        "lr": lr,
+        "benchmark": benchmark.identity(),
+        "optimizer": contestant.identity(),
+        "setting": setting._asdict(),
         "seed": seed,
+        "code": code_hash(results),
     }
 
 
-def tuned_lr(benchmark: Benchmark, contestant: Contestant, num_seeds: int, cache: RunCache) -> float:
-    """Return the learning rate with the best mean accuracy on the ``meta`` split, never on ``test``."""
-    if len(contestant.lrs) == 1:
-        return contestant.lrs[0]
+def tuned(benchmark: Benchmark, contestant: Contestant, num_seeds: int, cache: RunCache) -> Setting:
+    """Return the setting with the best mean score on the ``meta`` split, never on ``test``; ties go to the lower loss.
 
-    def score(lr: float) -> tuple[float, float]:
-        runs = [run(benchmark, contestant, lr, seed, cache) for seed in range(min(num_seeds, NUM_TUNING_SEEDS))]
-        return sum(record["meta_accuracy"] for record in runs), -sum(record["meta_loss"] for record in runs)
-
-    return max(contestant.lrs, key=score)
+    Where the best learning rate stands at the edge of those tried with the same schedule and options, the next one
+    beyond is tried too.
+    """
+    pending = contestant.settings()
+    if len(pending) == 1:
+        return pending[0]
+    scores: dict[Setting, tuple[float, float]] = {}
+    for _ in range(1 + MAX_EXTENSIONS):
+        for setting in pending:
+            runs = [run(benchmark, contestant, setting, seed, cache) for seed in range(num_seeds)]
+            scores[setting] = (
+                sum(record["meta_score"] for record in runs),
+                -sum(record["meta_loss"] for record in runs),
+            )
+        best = max(scores, key=lambda setting: scores[setting])
+        around = [neighbour(best, up=up) for up in (False, True)] if contestant.extends else []
+        pending = [setting for setting in around if setting not in scores]
+        if not pending:
+            break
+    return best

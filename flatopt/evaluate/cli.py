@@ -4,97 +4,81 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
-from . import flatness_table, meta_speed, quality, reproduction, robustness, step_time
-from ._report import Report, RunCache, write_report
-from ._training import Options
+from ._cache import RunCache
+from ._evaluation import Evaluation, add_options, read_options
+from ._report import write_report
+from .flatness_table import Flatness
+from .meta_speed import MetaSpeed
+from .quality import Quality
+from .reproduction import Reproduction
+from .robustness import Robustness
+from .step_time import StepTime
 
-COMMANDS: dict[str, tuple[Callable[[Options], Report], str, int]] = {
-    "quality": (quality.report, "test accuracy and loss against tuned baselines", 5),
-    "flatness": (flatness_table.report, "flatness of the minima that each optimizer reaches", 5),
-    "step-time": (step_time.report, "time and memory of one step against AdamW", 5),
-    "meta-speed": (meta_speed.report, "throughput of the inner loop of meta-training", 5),
-    "reproduction": (reproduction.report, "regularized against plain learned optimizers, and tuned baselines", 5),
-    "robustness": (robustness.report, "divergence over widths, depths, batch sizes and architectures", 1),
+EVALUATIONS: dict[str, type[Evaluation]] = {
+    "quality": Quality,
+    "flatness": Flatness,
+    "step-time": StepTime,
+    "meta-speed": MetaSpeed,
+    "reproduction": Reproduction,
+    "robustness": Robustness,
 }
-"""What each subcommand runs, its help, and its default number of seeds."""
+"""The tables by the names of their subcommands."""
+
+EXTRA = "pip install 'flatopt[eval]'"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one subcommand and write ``table.md``, ``results.json`` and figures into the folder ``--out``.
 
-    Finished runs are kept in ``runs.jsonl`` there: the same command goes on after any stop.
+    Finished runs are kept in ``runs.sqlite3`` there: the same command goes on after any stop.
 
     Args:
         arguments: command line, ``sys.argv[1:]`` by default.
 
     Raises:
-        SystemExit: with code 2 for a request that cannot be carried out, after a line that says why.
+        SystemExit: with code 2 for a request that cannot be carried out, after a line that says why; with 130 after
+            Ctrl-C.
     """
     chosen = build_parser().parse_args(arguments)
-    report, _, _ = COMMANDS[chosen.command]
-    options = Options(
-        num_seeds=chosen.seeds,
-        fast=chosen.fast,
-        pretrained=getattr(chosen, "pretrained", Options.pretrained),
-        cache=RunCache((chosen.cache or chosen.out) / "runs.jsonl"),
-        split=getattr(chosen, "split", "test"),
-        tasks=tuple(getattr(chosen, "tasks", ())),
-        optimizers=tuple(getattr(chosen, "optimizers", ())),
-        sets=tuple(getattr(chosen, "sets", ())),
-        data=getattr(chosen, "data", Options.data),
-        learned_only=getattr(chosen, "learned_only", Options.learned_only),
-    )
+    evaluation = read_options(EVALUATIONS[chosen.command], chosen)
+    out = chosen.out or Path("runs/eval") / (chosen.command + ("-fast" if evaluation.fast else ""))
     try:
-        result = report(options)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"flatopt-eval: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    print(write_report(result, chosen.out))
+        cache = RunCache((chosen.cache or out) / "runs.sqlite3")
+        result = evaluation.report(cache)
+        if evaluation.fast:
+            result = result._replace(title=f"Toy sizes, not results: {result.title}")
+        print(write_report(result, out))
+    except KeyboardInterrupt:
+        _stop(130, f"stopped; the same command goes on from the finished runs in {cache.path}")
+    except ImportError as error:
+        missing = f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else str(error)
+        _stop(2, f"{missing}: {EXTRA}")
+    except (ValueError, OSError) as error:
+        _stop(2, str(error))
     figures = ", ".join(f"{name}.png" for name in ("figure", *result.more_figures))
-    print(f"Written to {chosen.out}: table.md, results.json, {figures}")
+    print(f"Written to {out}: table.md, results.json, {figures}")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="flatopt-eval", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"flatopt {version('flatopt')}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (_, summary, num_seeds) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument("--out", type=Path, default=Path("runs/eval") / name, help="folder of results")
+    for name, evaluation in EVALUATIONS.items():
+        command = commands.add_parser(name, help=evaluation.summary, description=evaluation.summary)
+        command.add_argument("--out", type=Path, help=f"folder of results (default: runs/eval/{name}, -fast added)")
         command.add_argument("--cache", type=Path, help="folder of finished runs, if not --out (to share tuning)")
-        command.add_argument("--seeds", type=_positive, default=num_seeds, help="runs per cell (default: %(default)s)")
-        if name in ("quality", "reproduction"):
-            text = "split of the table; in reproduction, meta has optimizees of its own"
-            command.add_argument("--split", choices=("test", "meta"), default="test", help=text)
-        if name in ("quality", "flatness", "reproduction"):
-            command.add_argument("--tasks", nargs="+", default=(), help="parts of the names of the tasks to run")
-        if name in ("quality", "flatness"):
-            text = "names of the optimizers to run, for example: FlatOpt 'untrained core' Adam"
-            command.add_argument("--optimizers", nargs="+", default=(), metavar="NAME", help=text)
-        command.add_argument("--fast", action="store_true", help="toy sizes: shows that it works, in seconds")
-        if name == "reproduction":
-            command.add_argument(
-                "--sets",
-                nargs="+",
-                default=(),
-                metavar="NAME_OR_FOLDER",
-                help="learned weights, of each rule the plain ones first (default: the nine sets of the paper)",
-            )
-            command.add_argument("--data", choices=("fashion-mnist", "mnist"), default="fashion-mnist", help="images")
-            command.add_argument("--learned-only", action="store_true", help="leave the baselines out")
-        else:
-            command.add_argument("--pretrained", default="flat-v2", help="weights of FlatOpt: name, folder or Hub id")
+        add_options(command, evaluation)
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+def _stop(code: int, line: str) -> None:
+    print(f"flatopt-eval: {' '.join(line.split())}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

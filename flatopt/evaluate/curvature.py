@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from flatopt.flatness import flatness_of, local_entropy, module_loss
 from flatopt.tasks import Batch
 
-from ._report import Record
+from ._cache import Record
 
 MEASURES = ("loss", "gradient_norm", "top_eigenvalue", "hutchinson_trace", "sam_gap", "local_entropy")
 """What :class:`Curvature` returns, by name."""
@@ -45,19 +46,19 @@ class Curvature:
     num_probes: int = 4
     num_lanczos: int = 6
 
-    def __call__(self, model: nn.Module, train: Batch, seed: int) -> Record:
+    def __call__(
+        self, model: nn.Module, train: Batch, seed: int, loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    ) -> Record:
         """Return the measures of a model in evaluation mode; the probes depend on ``seed`` only."""
         parts = [tensor[: self.num_examples].split(BATCH_SIZE) for tensor in train]
         data = [Batch(*part) for part in zip(*parts, strict=True)]
         generator = torch.Generator().manual_seed(seed)
-        record: Record = flatness_of(
-            model.eval(), F.cross_entropy, data, num_matvecs=self.num_matvecs, generator=generator
-        )
+        record: Record = flatness_of(model.eval(), loss_fn, data, num_matvecs=self.num_matvecs, generator=generator)
         if self.gamma is None:
             return record
-        loss_fn, params = module_loss(model, F.cross_entropy, data)
+        mean_loss, params = module_loss(model, loss_fn, data)
         entropy = local_entropy(
-            loss_fn,
+            mean_loss,
             params,
             gamma=self.gamma,
             num_steps=1,  # the value needs no chain

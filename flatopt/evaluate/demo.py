@@ -9,21 +9,24 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
-from tqdm import tqdm
 
 from flatopt import flatness
 from flatopt.optimizer import FlatOpt
 from flatopt.tasks import Batch, ImageSplits, load_images
 
-from ._report import Record, Report, mean_pm_std, write_report
+from ._cache import Record
+from ._report import Report, mean_pm_std, write_report
 from ._training import build_model, measure, train
+from .contestants import default_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BATCH_SIZE = 64
 
@@ -57,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of table and figure")
     parser.add_argument("--seeds", type=int, default=5, help="runs per optimizer (default: 5)")
     parser.add_argument("--steps", type=int, default=600, help="steps per run (default: 600)")
-    parser.add_argument("--pretrained", default="flat-v2", help="weights of FlatOpt: name, folder or Hub id")
+    parser.add_argument("--pretrained", default=default_name(), help="weights of FlatOpt: name, folder or Hub id")
     chosen = parser.parse_args(arguments)
     optimizers: dict[str, Build] = {
         "torch.optim.Adam(lr=1e-3)": lambda params: Adam(params, lr=1e-3),
@@ -93,6 +96,8 @@ def report(optimizers: dict[str, Build], num_seeds: int, num_steps: int) -> Repo
 
 def run(name: str, build: Build, data: ImageSplits, seed: int, steps: int) -> Record:
     """Train one model, with a progress bar, and return what the table and the figure need."""
+    from tqdm import tqdm
+
     model = build_model(lambda _: DigitsCNN(), 8, seed)
     with tqdm(total=steps, desc=f"{name}, seed {seed}", unit="step") as progress:
         trained = train(

@@ -3,60 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
-from tqdm import tqdm
-
-from ._report import Record, Report, mean_pm_std
-from ._training import Options, run, tuned_lr
+from ._cache import Record, RunCache
+from ._cells import num_tuning_seeds
+from ._evaluation import progress
+from ._report import Report, mean_pm_std
+from ._training import run, tuned
 from .curvature import Curvature
-from .quality import entrants
+from .quality import Quality
 
-TASKS = ("MLP 8x8, 1k (seen)", "deep MLP 8x8, 4k", "CNN 14x14, 4k", "digits CNN")
-"""Names of the benchmarks measured: smooth enough in size that a few hundred Hessian products are quick."""
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-MEASURES = ("top_eigenvalue", "hutchinson_trace", "sam_gap", "gradient_norm", "loss", "test_loss", "test_accuracy")
+MEASURES = ("top_eigenvalue", "hutchinson_trace", "sam_gap", "gradient_norm", "loss", "test_loss", "test_score")
 
 
-def report(options: Options) -> Report:
-    """Measure the minima that each contestant reaches, with the learning rates of the quality comparison."""
-    benchmarks, contestants = entrants(options)
-    chosen = benchmarks if options.fast else [benchmark for benchmark in benchmarks if benchmark.name in TASKS]
-    if not chosen:
-        raise ValueError(f"flatness is measured on {', '.join(TASKS)} only, not on {', '.join(options.tasks)}")
-    curvature = Curvature(num_matvecs=5 if options.fast else 100)
-    records = []
-    pairs = [(benchmark, contestant) for benchmark in chosen for contestant in contestants]
-    for benchmark, contestant in tqdm(pairs, desc="flatness", unit="cell"):
-        lr = tuned_lr(benchmark, contestant, options.num_seeds, options.cache)
-        runs = [run(benchmark, contestant, lr, seed, options.cache, curvature) for seed in range(options.num_seeds)]
-        record: Record = {"task": benchmark.name, "optimizer": contestant.name, "lr": lr}
-        records.append(record | {key: [result[key] for result in runs] for key in MEASURES})
-    return Report(
-        title="Flatness of the minima",
-        header=[
-            "task",
-            "optimizer",
-            "top eigenvalue",
-            "trace",
-            "SAM gap",
-            "train loss",
-            "test loss",
-            "test accuracy %",
-        ],
-        rows=[_row(record) for record in records],
-        records=records,
-        draw=lambda figure: _draw(figure, records),
-        note=f"Mean ± standard deviation over {options.num_seeds} seeds. Hessian of the mean cross-entropy on "
-        f"{curvature.num_examples} training images, at the end of training. SAM gap: rise of that loss, 0.05 up "
-        "the gradient.",
-    )
+@dataclass(frozen=True, kw_only=True)
+class Flatness(Quality):
+    """The minima that each contestant reaches, with the settings of the quality table."""
+
+    summary = "flatness of the minima that each optimizer reaches"
+
+    def report(self, cache: RunCache) -> Report:
+        """Measure the minima."""
+        curvature = Curvature(num_matvecs=5 if self.fast else 100)
+        records = []
+        for benchmark, contestant in progress(self.work(), "flatness"):
+            setting = tuned(benchmark, contestant, num_tuning_seeds(benchmark, self.seeds), cache)
+            runs = [run(benchmark, contestant, setting, seed, cache, curvature) for seed in range(self.seeds)]
+            record: Record = {"task": benchmark.name, "optimizer": contestant.name, "setting": str(setting)}
+            records.append(record | {key: [result[key] for result in runs] for key in MEASURES})
+        return Report(
+            title="Flatness of the minima",
+            header=[
+                "task",
+                "optimizer",
+                "top eigenvalue",
+                "trace",
+                "SAM gap",
+                "train loss",
+                "test loss",
+                "test accuracy %",
+            ],
+            rows=[_row(record) for record in records],
+            records=records,
+            draw=lambda figure: _draw(figure, records),
+            note=f"Mean ± standard deviation over {self.seeds} seeds. Hessian of the mean loss on "
+            f"{curvature.num_examples} training examples, at the end of training. SAM gap: rise of that loss, 0.05 up "
+            "the gradient.",
+        )
 
 
 def _row(record: Record) -> list[str]:
-    measures = [mean_pm_std(record[key], digits=3) for key in MEASURES if key not in ("gradient_norm", "test_accuracy")]
-    return [record["task"], record["optimizer"], *measures, mean_pm_std(record["test_accuracy"], scale=100)]
+    measures = [mean_pm_std(record[key], digits=3) for key in MEASURES if key not in ("gradient_norm", "test_score")]
+    return [record["task"], record["optimizer"], *measures, mean_pm_std(record["test_score"], scale=100)]
 
 
 def _draw(figure: Figure, records: Sequence[Record]) -> None:

@@ -1,13 +1,16 @@
 """Networks to be optimized, as ordinary ``torch.nn`` modules: they are what a user of the optimizer has.
 
-All take images ``[batch, size, size]`` and return logits ``[batch, 10]``; sequence models read an image row by row.
+Most take images ``[batch, size, size]`` and return logits ``[batch, 10]``; ``transformer`` and ``lstm`` read an image
+row by row.  ``dense`` takes rows of a table, ``decoder`` and ``text_gru`` take characters.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 NUM_CLASSES = 10
@@ -27,13 +30,17 @@ def mlp(
     return nn.Sequential(*layers, nn.Linear(num_inputs, NUM_CLASSES))
 
 
-def cnn(size: int, *, width: int = 16, depth: int = 2, normalise: bool = False) -> nn.Sequential:
-    """Build ``depth`` 3x3 convolutions, the first two with pooling, with BatchNorm after each when ``normalise``."""
+def cnn(size: int, *, width: int = 16, depth: int = 2, normalise: bool = False, num_groups: int = 0) -> nn.Sequential:
+    """Build ``depth`` 3x3 convolutions, the first two with pooling.
+
+    After each BatchNorm when ``normalise``, or GroupNorm when there are ``num_groups``.
+    """
     layers: list[nn.Module] = [Channel()]
     num_channels = 1
     for index in range(depth):
         layers += [nn.Conv2d(num_channels, width, 3, padding=1)]
         layers += [nn.BatchNorm2d(width)] if normalise else []
+        layers += [nn.GroupNorm(num_groups, width)] if num_groups else []
         layers += [nn.ReLU()]
         layers += [nn.MaxPool2d(2)] if index < 2 else []
         num_channels = width
@@ -127,6 +134,67 @@ def lstm(size: int, *, width: int = 32, depth: int = 1, normalise: bool = False)
     return nn.Sequential(*layers, LastRow(), nn.Linear(width, NUM_CLASSES))
 
 
+def dense(
+    size: int, *, width: int, num_outputs: int, depth: int = 2, activation: type[nn.Module] = nn.ReLU
+) -> nn.Sequential:
+    """Build a multi-layer perceptron for rows of a table, ``[batch, size]``."""
+    widths = [size, *[width] * depth]
+    layers: list[nn.Module] = []
+    for num_inputs, num_units in pairwise(widths):
+        layers += [nn.Linear(num_inputs, num_units), activation()]
+    return nn.Sequential(*layers, nn.Linear(width, num_outputs))
+
+
+def autoencoder(size: int, *, width: int = 96, code: int = 16) -> nn.Sequential:
+    """Build a dense autoencoder of images; returns ``[batch, size * size]``."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(size * size, width),
+        nn.GELU(),
+        nn.Linear(width, code),
+        nn.Linear(code, width),
+        nn.GELU(),
+        nn.Linear(width, size * size),
+    )
+
+
+def pre_norm_mlp(size: int, *, width: int = 64, depth: int = 6) -> nn.Sequential:
+    """Build a residual perceptron with LayerNorm before each branch of two layers."""
+    branches = [
+        Residual(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)))
+        for _ in range(depth)
+    ]
+    ends = nn.LayerNorm(width), nn.Linear(width, NUM_CLASSES)
+    return nn.Sequential(nn.Flatten(), nn.Linear(size * size, width), *branches, *ends)
+
+
+def vit(size: int, *, patch: int = 7, width: int = 48, depth: int = 2) -> nn.Sequential:
+    """Build a vision transformer: patches, learned positions, pre-norm layers, the mean over patches."""
+    num_patches = (size // patch) ** 2
+    stem = [Channel(), nn.Conv2d(1, width, patch, stride=patch), nn.Flatten(2), Transpose()]
+    layers = [part for _ in range(depth) for part in _transformer_layer(width)]
+    ends = [nn.LayerNorm(width), MeanOverRows(), nn.Linear(width, NUM_CLASSES)]
+    return nn.Sequential(*stem, Positions(num_patches, width), *layers, *ends)
+
+
+def decoder(size: int, *, num_tokens: int = 96, width: int = 48, depth: int = 2) -> nn.Sequential:
+    """Build a causal transformer that predicts the next of each of ``size`` tokens."""
+    layers = [part for _ in range(depth) for part in _transformer_layer(width, causal=True)]
+    ends = [nn.LayerNorm(width), nn.Linear(width, num_tokens)]
+    return nn.Sequential(nn.Embedding(num_tokens, width), Positions(size, width), *layers, *ends)
+
+
+def text_gru(size: int, *, num_tokens: int = 96, width: int = 64) -> nn.Sequential:
+    """Build a GRU that predicts the next of each token."""
+    return nn.Sequential(nn.Embedding(num_tokens, width), Gated(width, width), nn.Linear(width, num_tokens))
+
+
+def _transformer_layer(width: int, *, causal: bool = False) -> list[nn.Module]:
+    feed_forward = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+    branches = SelfAttention(width, causal=causal), feed_forward
+    return [Residual(nn.Sequential(nn.LayerNorm(width), branch)) for branch in branches]
+
+
 class Residual(nn.Module):
     """Add a branch to its input."""
 
@@ -145,6 +213,14 @@ class Channel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return ``[batch, 1, size, size]`` of ``[batch, size, size]``."""
         return images.unsqueeze(1)
+
+
+class Transpose(nn.Module):
+    """Exchange the last two axes."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return ``[batch, b, a]`` of ``[batch, a, b]``."""
+        return inputs.transpose(1, 2)
 
 
 class LastRow(nn.Module):
@@ -178,13 +254,18 @@ class Positions(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention of a sequence, one head per 16 channels."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, causal: bool = False) -> None:
         super().__init__()
+        self.causal = causal
         self.attention = nn.MultiheadAttention(width, max(1, width // 16), batch_first=True)
 
     def forward(self, sequence: Tensor) -> Tensor:
         """Return ``[batch, length, width]`` of the same shape."""
-        return self.attention(sequence, sequence, sequence, need_weights=False)[0]
+        mask = None
+        if self.causal:
+            length = sequence.shape[1]
+            mask = torch.ones(length, length, dtype=torch.bool, device=sequence.device).triu(1)
+        return self.attention(sequence, sequence, sequence, attn_mask=mask, need_weights=False)[0]
 
 
 class Recurrent(nn.Module):
@@ -193,6 +274,18 @@ class Recurrent(nn.Module):
     def __init__(self, num_inputs: int, width: int) -> None:
         super().__init__()
         self.cell = nn.LSTM(num_inputs, width, batch_first=True)
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        """Return the hidden states ``[batch, length, width]``."""
+        return self.cell(sequence)[0]
+
+
+class Gated(nn.Module):
+    """One GRU layer, without its final state."""
+
+    def __init__(self, num_inputs: int, width: int) -> None:
+        super().__init__()
+        self.cell = nn.GRU(num_inputs, width, batch_first=True)
 
     def forward(self, sequence: Tensor) -> Tensor:
         """Return the hidden states ``[batch, length, width]``."""

@@ -1,105 +1,210 @@
-"""How well models generalise after training: FlatOpt with nothing tuned against tuned baselines."""
+"""How well models generalise after training: FlatOpt with nothing tuned against tuned families of baselines."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Literal
 
-from matplotlib.figure import Figure
-from tqdm import tqdm
+from . import _figures, _standings
+from ._cache import Record, RunCache
+from ._cells import Work, compute_cells
+from ._evaluation import Evaluation, matching, option
+from ._report import Interval, Report, Table, confidence_interval, mean_pm_std
+from ._training import Benchmark
+from .benchmarks import BENCHMARKS, FAST_STEPS, FAST_TASKS, FAST_TRAIN, META_BENCHMARKS
+from .contestants import REFERENCE, Contestant, baselines, learned_contestants
 
-from ._report import Record, Report, mean_pm_std
-from ._training import Benchmark, Options, run, tuned_lr
-from .baselines import BASELINES, Contestant, learned_contestants
-from .benchmarks import BENCHMARKS, FAST_BENCHMARKS, META_BENCHMARKS
+CLASSIFICATION, REGRESSION = ("classification",), ("regression", "reconstruction")
 
 
-def report(options: Options) -> Report:
-    """Compare test accuracy and loss of all contestants on all benchmarks.
+@dataclass(frozen=True, kw_only=True)
+class Quality(Evaluation):
+    """Test scores of FlatOpt and of tuned families.
 
-    A baseline's learning rate is chosen per benchmark on the ``meta`` split; the table shows the ``test`` split.  With
-    ``split="meta"`` it shows the meta-validation tasks on the ``meta`` split: a table to choose weights by.
+    A setting of a family is chosen per task on the ``meta`` split; the tables show the ``test`` split.  With
+    ``split="meta"`` they show other tasks on the ``meta`` split, to choose weights by.
     """
-    benchmarks, contestants = entrants(options)
-    records = []
-    pairs = [(benchmark, contestant) for benchmark in benchmarks for contestant in contestants]
-    for benchmark, contestant in tqdm(pairs, desc="quality", unit="cell"):
-        records.append(compare(benchmark, contestant, options))
-    return Report(
-        title=f"Accuracy % (loss) on the {options.split} split",
-        header=["task", *(contestant.name for contestant in contestants)],
-        rows=_rows(
-            records, [benchmark.name for benchmark in benchmarks], [contestant.name for contestant in contestants]
+
+    summary = "test accuracy and loss against tuned baselines"
+
+    tasks: tuple[str, ...] = option((), "parts of the names of the tasks to run (default: all)")
+    optimizers: tuple[str, ...] = option((), "parts of the names of the optimizers to run (default: all)")
+    pretrained: str = option("", "weights of FlatOpt: name, folder or Hub id (default: those of FlatOpt)")
+    learned: bool = option(True, "run FlatOpt and its untrained core, or the baselines alone")
+    split: Literal["test", "meta"] = option("test", "split of the tables; meta has tasks of its own")
+    jobs: int = option(1, "processes side by side, of one thread each", at_least=1)
+    cached_only: bool = option(False, "train nothing: show what is finished")
+
+    def report(self, cache: RunCache) -> Report:
+        """Fill the table task by task, and compare."""
+        work = self.work()
+        records = compute_cells(
+            work, self.seeds, self.split, RunCache(cache.path, cached_only=self.cached_only), self.jobs
+        )
+        if not records:
+            raise ValueError(f"no cell is finished in {cache.path}")
+        records = sorted(records, key=lambda record: [one.name for one in self.benchmarks()].index(record["task"]))
+        return Report(
+            title=f"Quality: scores on the {self.split} split",
+            header=["task", *_standings.names(records, "optimizer")],
+            rows=_grid(_standings.by_cell(records), records, "score", 2),
+            records=records,
+            note=_note(self.seeds),
+            more_tables=_more_tables(records, self.seeds),
+            draw=lambda figure: _figures.draw_ranks(figure, records),
+            more_figures={
+                "profile": lambda figure: _figures.draw_profile(figure, records),
+                "curves": lambda figure: _figures.draw_curves(figure, records),
+                "differences": lambda figure: _figures.draw_differences(figure, records),
+            },
+        )
+
+    def work(self) -> list[Work]:
+        """Return the cells in the order in which they are computed: an optimizer on all tasks, then the next one."""
+        return [(benchmark, contestant) for contestant in self.contestants() for benchmark in self.benchmarks()]
+
+    def benchmarks(self) -> list[Benchmark]:
+        """Return the tasks; toy sizes when ``fast``."""
+        every = META_BENCHMARKS if self.split == "meta" else BENCHMARKS
+        parts = self.tasks or (FAST_TASKS if self.fast and self.split == "test" else ())
+        chosen = matching([one.name for one in every], parts, "task")
+        kept = [one for one in every if one.name in chosen]
+        return [replace(one, num_steps=FAST_STEPS, num_train=FAST_TRAIN) for one in kept] if self.fast else kept
+
+    def contestants(self) -> list[Contestant]:
+        """Return the reference, the learned ones and the other families; two learning rates each when ``fast``."""
+        reference, *others = baselines()
+        every = [reference, *(learned_contestants(self.pretrained) if self.learned else []), *others]
+        chosen = matching([one.name for one in every], self.optimizers, "optimizer")
+        kept = [one for one in every if one.name in chosen]
+        if self.fast:
+            return [replace(one, lrs=one.lrs[2:4] or one.lrs, options=one.options[:1], extends=False) for one in kept]
+        return kept
+
+
+def _grid(cells: _standings.Cells, records: Sequence[Record], key: str, digits: int) -> list[list[str]]:
+    """Lay out one measure as tasks x optimizers."""
+    tasks, optimizers = _standings.names(records, "task"), _standings.names(records, "optimizer")
+    return [[task, *(_cell(cells, task, name, key, digits) for name in optimizers)] for task in tasks]
+
+
+def _more_tables(records: Sequence[Record], num_seeds: int) -> list[Table]:
+    """Lay out all tables but that of the scores."""
+    cells = _standings.by_cell(records)
+    tasks, optimizers = _standings.names(records, "task"), _standings.names(records, "optimizer")
+    tuned = [name for name in optimizers if any(r["tuned"] for r in records if r["optimizer"] == name)]
+    settings = [[task, *(_setting(cells, task, name) for name in tuned)] for task in tasks]
+    sensitivities = [[task, *_sensitivities(cells, task, optimizers)] for task in tasks]
+    tables = [
+        Table("Means and counts", _SUMMARY_HEADER, [_summary(cells, name, optimizers) for name in optimizers]),
+        Table("Loss", ["task", *optimizers], _grid(cells, records, "loss", 3)),
+        Table("Settings that were chosen", ["task", *tuned], settings),
+        Table(
+            "What a third of the learning rate, and three times, do to the score", ["task", *optimizers], sensitivities
         ),
-        records=records,
-        draw=lambda figure: _draw(figure, records),
-        note=f"Mean ± standard deviation over {options.num_seeds} seeds (mean loss in brackets). Baselines: "
-        "cosine schedule, learning rate chosen per task on a split that is not the test split. FlatOpt: nothing tuned.",
+    ]
+    learned = [name for name in optimizers if name not in tuned]
+    if learned and REFERENCE in optimizers:
+        tables.insert(1, _difference_table(cells, learned, num_seeds))
+        tables.append(_speed_table(cells, learned))
+    return tables
+
+
+def _note(num_seeds: int) -> str:
+    return (
+        f"Mean ± standard deviation over {num_seeds} seeds. Accuracy in %; for regression and the autoencoder -100 MSE "
+        "of standardised targets. FlatOpt and the untrained core: nothing tuned. All others: learning rate, schedule "
+        "(cosine or constant) and weight decay chosen per task on the meta split, by one run each, by three where "
+        "that split has fewer than 1,000 examples; the best tuned family of a task is the one that is best on the "
+        "split shown."
     )
 
 
-def entrants(options: Options) -> tuple[Sequence[Benchmark], Sequence[Contestant]]:
-    """Return what is compared; two learning rates and toy benchmarks when ``fast``.
-
-    Raises:
-        ValueError: if no benchmark or no optimizer has a name that was asked for; the message lists them.
-    """
-    contestants = [*learned_contestants(options.pretrained), *BASELINES]
-    names = list(dict.fromkeys(contestant.name.partition(",")[0] for contestant in contestants))
-    if unknown := [name for name in options.optimizers if name not in names]:
-        raise ValueError(f"unknown optimizer {unknown[0]!r}: there are {', '.join(names)}")
-    contestants = [one for one in contestants if one.name.partition(",")[0] in (options.optimizers or names)]
-    if options.fast:
-        return FAST_BENCHMARKS, [replace(one, lrs=one.lrs[2:4] or one.lrs) for one in contestants]
-    benchmarks = META_BENCHMARKS if options.split == "meta" else BENCHMARKS
-    chosen = [one for one in benchmarks if not options.tasks or any(part in one.name for part in options.tasks)]
-    if not chosen:
-        raise ValueError(f"no benchmark has {options.tasks} in its name: there are {[one.name for one in benchmarks]}")
-    return chosen, contestants
+_SUMMARY_HEADER = [
+    "optimizer", "accuracy %", "-100 MSE", f"accuracy less {REFERENCE}: over tasks", "over seeds", "mean rank", "wins",
+    f"at least {REFERENCE}", "at least the best tuned", "a third of lr", "3 lr", "diverged",
+]  # fmt: skip
 
 
-def compare(benchmark: Benchmark, contestant: Contestant, options: Options) -> Record:
-    """Return the results of one cell of the table, all seeds."""
-    lr = tuned_lr(benchmark, contestant, options.num_seeds, options.cache)
-    runs = [run(benchmark, contestant, lr, seed, options.cache) for seed in range(options.num_seeds)]
-    record: Record = {"task": benchmark.name, "optimizer": contestant.name, "lr": lr}
-    keys = {"train_loss": "train_loss", "loss": f"{options.split}_loss", "accuracy": f"{options.split}_accuracy"}
-    for name, key in (keys | {"seconds": "seconds"}).items():
-        record[name] = [result[key] for result in runs]
-    return record
-
-
-def _rows(records: Sequence[Record], tasks: Sequence[str], optimizers: Sequence[str]) -> list[list[str]]:
-    """Lay the records out as tasks x optimizers, with the means over all tasks at the end."""
-    cells = {(record["task"], record["optimizer"]): record for record in records}
-    rows = [[task, *(_cell(cells[task, optimizer]) for optimizer in optimizers)] for task in tasks]
+def _summary(cells: _standings.Cells, name: str, optimizers: Sequence[str]) -> list[str]:
+    """Return one optimizer's row of the table of means."""
+    ranked = [one for one in optimizers if one != REFERENCE] if name != REFERENCE else optimizers
+    own = [cell for (_, optimizer), cell in cells.items() if optimizer == name]
     means = []
-    for optimizer in optimizers:
-        accuracy = fmean(fmean(cells[task, optimizer]["accuracy"]) for task in tasks)
-        loss = fmean(fmean(cells[task, optimizer]["loss"]) for task in tasks)
-        means.append(f"{100 * accuracy:.2f} ({loss:.3f})")
-    return [*rows, ["mean", *means]]
+    for kinds in (CLASSIFICATION, REGRESSION):
+        scores = [_standings.mean_score(cells, task, name) for task in _standings.shared_tasks(cells, [name], kinds)]
+        means.append(f"{fmean(scores):.2f} ({len(scores)})" if scores else "–")
+    shared = _standings.shared_tasks(cells, [name, REFERENCE], CLASSIFICATION)
+    intervals = [
+        _format(measure(cells, shared, name, REFERENCE)) if shared else "–"
+        for measure in (_standings.interval_over_tasks, _standings.interval_over_seeds)
+    ]
+    lower, higher = zip(*map(_standings.sensitivity, own), strict=True)
+    return [
+        name,
+        *means,
+        *intervals,
+        f"{_standings.mean_ranks(cells, ranked)[name]:.2f}",
+        str(_standings.wins(cells, ranked)[name]),
+        "{} of {}".format(*_standings.at_least(cells, name, REFERENCE)),
+        "{} of {}".format(*_standings.at_least_best_tuned(cells, name)),
+        f"{fmean(lower):+.2f}",
+        f"{fmean(higher):+.2f}",
+        str(sum(cell["num_diverged"] for cell in own)),
+    ]
 
 
-def _cell(record: Record) -> str:
-    return f"{mean_pm_std(record['accuracy'], scale=100)} ({fmean(record['loss']):.3f})"
+def _difference_table(cells: _standings.Cells, learned: Sequence[str], num_seeds: int) -> Table:
+    """Return what each learned optimizer is ahead by, task by task."""
+    rows = []
+    for task in _standings.shared_tasks(cells, [REFERENCE]):
+        best = _standings.best_tuned(cells, task) or REFERENCE
+        row = [task]
+        for name in learned:
+            row += [_difference(cells, task, name, other) for other in (REFERENCE, best)]
+        rows.append([*row, best])
+    header = ["task", *(f"{name} less {other}" for name in learned for other in (REFERENCE, "the best tuned"))]
+    return Table(f"Differences of the score, 95 % interval over {num_seeds} seeds", [*header, "best tuned"], rows)
 
 
-def _draw(figure: Figure, records: Sequence[Record]) -> None:
-    """Draw, per task, accuracy relative to the mean of all optimizers, seeds as dots and means as bars."""
-    axes = figure.subplots()
-    tasks = list(dict.fromkeys(record["task"] for record in records))
-    optimizers = list(dict.fromkeys(record["optimizer"] for record in records))
-    centre = {task: fmean(fmean(r["accuracy"]) for r in records if r["task"] == task) for task in tasks}
-    for record in records:
-        index = optimizers.index(record["optimizer"])
-        where = tasks.index(record["task"]) + (index - (len(optimizers) - 1) / 2) * 0.13
-        values = [100 * (value - centre[record["task"]]) for value in record["accuracy"]]
-        label = record["optimizer"] if record["task"] == tasks[0] else None
-        axes.plot([where] * len(values), values, ".", color=f"C{index}", alpha=0.5, markersize=4)
-        axes.plot([where], [fmean(values)], "_", color=f"C{index}", markersize=9, markeredgewidth=2.5, label=label)
-    axes.axhline(0, color="0.8", zorder=0)
-    axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right", fontsize=8)
-    axes.set_ylabel("accuracy, points above the task's mean")
-    axes.legend(fontsize=8, ncols=3)
+def _speed_table(cells: _standings.Cells, learned: Sequence[str]) -> Table:
+    """Return after which part of the run each learned optimizer has the training loss that the reference ends with."""
+    rows = []
+    for task in _standings.shared_tasks(cells, [REFERENCE]):
+        row = [task]
+        for name in learned:
+            found = (task, name) in cells
+            share = _standings.steps_to_reach(cells[task, name], cells[task, REFERENCE]) if found else math.nan
+            row.append(f"{100 * share:.0f} %" if math.isfinite(share) else "never" if found else "–")
+        rows.append(row)
+    return Table(f"Steps to the final training loss of {REFERENCE}, of its steps", ["task", *learned], rows)
+
+
+def _difference(cells: _standings.Cells, task: str, name: str, other: str) -> str:
+    if (task, name) not in cells:
+        return "–"
+    return _format(confidence_interval(_standings.differences(cells, task, name, other)))
+
+
+def _format(interval: Interval) -> str:
+    """Format an interval; its ends are left out where there are none."""
+    if math.isnan(interval.low):
+        return f"{interval.mean:+.2f}"
+    return f"{interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+
+
+def _cell(cells: _standings.Cells, task: str, name: str, key: str, digits: int) -> str:
+    return mean_pm_std(cells[task, name][key], digits) if (task, name) in cells else "–"
+
+
+def _setting(cells: _standings.Cells, task: str, name: str) -> str:
+    return str(cells[task, name]["setting"]) if (task, name) in cells else "–"
+
+
+def _sensitivities(cells: _standings.Cells, task: str, optimizers: Sequence[str]) -> list[str]:
+    """Return a row: what a third, and three times, the learning rate does to the score."""
+    found = [_standings.sensitivity(cells[task, name]) if (task, name) in cells else None for name in optimizers]
+    return ["–" if one is None else f"{one[0]:+.1f}, {one[1]:+.1f}" for one in found]

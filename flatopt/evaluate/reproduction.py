@@ -17,30 +17,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from torch import nn
-from tqdm import tqdm
 
 from flatopt.pretrained import LearnedRule, list_pretrained, load_pretrained
 
 from . import models
-from ._report import Interval, Record, Report, Table, confidence_interval, mean_and_std, mean_pm_std
-from ._training import Benchmark, Options, run, tuned_lr
-from .baselines import BASELINES, Contestant, learned_contestant
+from ._cache import Record, RunCache
+from ._evaluation import Evaluation, option, progress
+from ._report import Interval, Report, Table, confidence_interval, mean_and_std, mean_pm_std
+from ._training import Benchmark, run, tuned
+from .contestants import Contestant, baselines, learned_contestant
 from .curvature import Curvature
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SETS = tuple(
     rule + regularizer for rule in ("l2o-dm", "rnnprop", "l2o-scale") for regularizer in ("", "-hessian", "-entropy")
 )
 """The sets of the reproduction; of each rule the plain one comes first."""
+
+NUM_TUNING_SEEDS = 2
+"""Seeds that choose a learning rate; the first seeds of the comparison, whose runs are then used again."""
 
 BASELINE_NAMES = ("Adam", "SGD momentum", "SAM")
 
@@ -68,7 +73,7 @@ class Measure(NamedTuple):
 
 MEASURES: dict[str, Measure] = {
     "train_loss": Measure("train loss", lambda run, _: run["train_loss"]),
-    "accuracy": Measure("accuracy %", lambda run, split: run[f"{split}_accuracy"], digits=2, scale=100),
+    "accuracy": Measure("accuracy %", lambda run, split: run[f"{split}_score"], digits=2, scale=100),
     "loss": Measure("loss", lambda run, split: run[f"{split}_loss"]),
     "gap": Measure("gap", lambda run, split: run[f"{split}_loss"] - run["train_loss"]),
     "top_eigenvalue": Measure("top eigenvalue", lambda run, _: run["top_eigenvalue"], digits=2),
@@ -89,41 +94,77 @@ class Pair(NamedTuple):
     regularized: str
 
 
-def report(options: Options) -> Report:
-    """Train every optimizee with every contestant, and compare the sets of each rule."""
-    if options.fast:
-        options = replace(options, num_seeds=min(options.num_seeds, FAST_SEEDS))
-    learned = load_sets(options.sets or SETS)
-    benchmarks, contestants = entrants(options, learned)
-    cells = [(benchmark, contestant) for benchmark in benchmarks for contestant in contestants]
-    progress = tqdm(cells, desc="reproduction", unit="cell")
-    records = [compare(benchmark, contestant, options) for benchmark, contestant in progress]
-    pairs = pairs_of(learned)
-    comparisons = compare_pairs(records, pairs)
-    variants = _variants(learned)
-    return Report(
-        title=f"Unseen optimizees: results on the {options.split} split",
-        header=["optimizee", "optimizer", "lr", *(MEASURES[key].name for key in MEASURES if key not in _MEANS_ONLY)],
-        rows=[_row(record) for record in records],
-        records=[*records, *comparisons],
-        draw=lambda figure: _draw_minima(figure, records, variants),
-        note=f"Mean ± standard deviation over {options.num_seeds} seeds, which decide training images, initial "
-        "weights, batches and the optimizer's own random numbers. Loss and accuracy: of the "
-        f"{options.split} split, train loss: of all training images, gap: their difference. Curvature: Hessian of the "
-        f"mean cross-entropy on {_curvature(options).num_examples} training images at the end. Local entropy: Laplace, "
-        f"gamma = {_curvature(options).gamma:g}, less that of a loss of zero; nan where H + gamma I is not positive "
-        "definite. Learned sets: nothing tuned. Baselines: "
-        "cosine schedule, learning rate chosen per optimizee on the meta split.",
-        more_tables=[
-            Table(
-                "Means over the optimizees",
-                ["optimizer", *(MEASURES[key].name for key in _SUMMARISED)],
-                [_mean_row(records, contestant.name) for contestant in contestants],
-            ),
-            *(_paired_table(comparisons, key, options.num_seeds) for key in COMPARED),
-        ],
-        more_figures={"paired": lambda figure: _draw_pairs(figure, comparisons)} if pairs else {},
-    )
+@dataclass(frozen=True, kw_only=True)
+class Reproduction(Evaluation):
+    """Regularized against plain learned optimizers on optimizees that they have not seen."""
+
+    summary = "regularized against plain learned optimizers, and tuned baselines"
+
+    split: Literal["test", "meta"] = option("test", "split of the table; meta has optimizees of its own")
+    tasks: tuple[str, ...] = option((), "parts of the names of the optimizees to run (default: all)")
+    sets: tuple[str, ...] = option((), "learned weights, of each rule the plain ones first (default: the nine sets)")
+    data: Literal["fashion-mnist", "mnist"] = option("fashion-mnist", "images")
+    learned_only: bool = option(False, "leave the baselines out")
+
+    def report(self, cache: RunCache) -> Report:
+        """Train every optimizee with every contestant, and compare the sets of each rule."""
+        num_seeds = min(self.seeds, FAST_SEEDS) if self.fast else self.seeds
+        curvature = FAST_CURVATURE if self.fast else CURVATURE
+        learned = load_sets(self.sets or SETS)
+        benchmarks, contestants = self.entrants(learned)
+        cells = [(benchmark, contestant) for benchmark in benchmarks for contestant in contestants]
+        records = [compare(*one, num_seeds, self.split, curvature, cache) for one in progress(cells, "reproduction")]
+        pairs = pairs_of(learned)
+        comparisons = compare_pairs(records, pairs)
+        variants = _variants(learned)
+        return Report(
+            title=f"Unseen optimizees: results on the {self.split} split",
+            header=[
+                "optimizee",
+                "optimizer",
+                "lr",
+                *(MEASURES[key].name for key in MEASURES if key not in _MEANS_ONLY),
+            ],
+            rows=[_row(record) for record in records],
+            records=[*records, *comparisons],
+            draw=lambda figure: _draw_minima(figure, records, variants),
+            note=f"Mean ± standard deviation over {num_seeds} seeds, which decide training images, initial "
+            "weights, batches and the optimizer's own random numbers. Loss and accuracy: of the "
+            f"{self.split} split, train loss: of all training images, gap: their difference. Curvature: Hessian of the "
+            f"mean cross-entropy on {curvature.num_examples} training images at the end. Local entropy: Laplace, "
+            f"gamma = {curvature.gamma:g}, less that of a loss of zero; nan where H + gamma I is not positive "
+            "definite. Learned sets: nothing tuned. Baselines: "
+            "cosine schedule, learning rate chosen per optimizee on the meta split.",
+            more_tables=[
+                Table(
+                    "Means over the optimizees",
+                    ["optimizer", *(MEASURES[key].name for key in _SUMMARISED)],
+                    [_mean_row(records, contestant.name) for contestant in contestants],
+                ),
+                *(_paired_table(comparisons, key, num_seeds) for key in COMPARED),
+            ],
+            more_figures={"paired": lambda figure: _draw_pairs(figure, comparisons)} if pairs else {},
+        )
+
+    def entrants(self, learned: dict[str, LearnedRule]) -> tuple[Sequence[Benchmark], Sequence[Contestant]]:
+        """Return what is compared; a tenth of the steps and two learning rates when ``fast``.
+
+        On the ``meta`` split the optimizees are others than those of the results, by which neither coefficients nor
+        sets may be chosen.
+
+        Raises:
+            ValueError: if no optimizee has any of ``self.tasks`` in its name.
+        """
+        benchmarks = optimizees(self.data) if self.split == "test" else selection_optimizees(self.data)
+        chosen = [one for one in benchmarks if not self.tasks or any(part in one.name for part in self.tasks)]
+        if not chosen:
+            raise ValueError(f"no optimizee has {self.tasks} in its name: there are {[one.name for one in benchmarks]}")
+        families = [] if self.learned_only else [with_cosine(one) for one in baselines() if one.name in BASELINE_NAMES]
+        if self.fast:
+            chosen = [replace(one, num_steps=one.num_steps // 10) for one in chosen]
+            families = [replace(one, lrs=one.lrs[2:4]) for one in families]
+        sets = [learned_contestant(name, rule, horizon_known=True) for name, rule in learned.items()]
+        return chosen, [*sets, *families]
 
 
 _MEANS_ONLY = ("log_top_eigenvalue",)
@@ -153,27 +194,6 @@ def pairs_of(learned: dict[str, LearnedRule]) -> list[Pair]:
     for name, rule in learned.items():
         first.setdefault(rule.rule.name, name)
     return [Pair(first[rule.rule.name], name) for name, rule in learned.items() if first[rule.rule.name] != name]
-
-
-def entrants(options: Options, learned: dict[str, LearnedRule]) -> tuple[Sequence[Benchmark], Sequence[Contestant]]:
-    """Return what is compared; a tenth of the steps and two learning rates when ``fast``.
-
-    On the ``meta`` split the optimizees are others than those of the results, by which neither coefficients nor sets
-    may be chosen.
-
-    Raises:
-        ValueError: if no optimizee has any of ``options.tasks`` in its name.
-    """
-    benchmarks = optimizees(options.data) if options.split == "test" else selection_optimizees(options.data)
-    chosen = [one for one in benchmarks if not options.tasks or any(part in one.name for part in options.tasks)]
-    if not chosen:
-        raise ValueError(f"no optimizee has {options.tasks} in its name: there are {[one.name for one in benchmarks]}")
-    baselines = [] if options.learned_only else [one for one in BASELINES if one.name in BASELINE_NAMES]
-    if options.fast:
-        chosen = [replace(one, num_steps=one.num_steps // 10) for one in chosen]
-        baselines = [replace(one, lrs=one.lrs[3:5]) for one in baselines]
-    sets = [learned_contestant(name, rule, horizon_known=True) for name, rule in learned.items()]
-    return chosen, [*sets, *baselines]
 
 
 def optimizees(data: str) -> list[Benchmark]:
@@ -217,23 +237,28 @@ def _problem(
     """Return a problem that starts as published: pixels in ``[0, 1]``, layers from ``N(0, 0.01^2)``, batches of 128."""
     return Benchmark(
         name=name if source == "digits" else f"{name}, {DATA_NAMES[source]}",
-        source=source,
+        source=f"{source} in [0, 1]",
         size=size,
         num_train=num_train,
         build=partial(models.small_start, build=build),
         batch_size=128,
         num_steps=num_steps,
-        standardize=False,
     )
 
 
-def compare(benchmark: Benchmark, contestant: Contestant, options: Options) -> Record:
+def with_cosine(contestant: Contestant) -> Contestant:
+    """Return a family whose only schedule is the cosine, on a grid that stays as it is."""
+    return replace(contestant, cosines=(True,), extends=False)
+
+
+def compare(
+    benchmark: Benchmark, contestant: Contestant, num_seeds: int, split: str, curvature: Curvature, cache: RunCache
+) -> Record:
     """Return the results of one optimizer on one optimizee, all seeds."""
-    lr = tuned_lr(benchmark, contestant, options.num_seeds, options.cache)
-    curvature = _curvature(options)
-    runs = [run(benchmark, contestant, lr, seed, options.cache, curvature) for seed in range(options.num_seeds)]
-    record: Record = {"optimizee": benchmark.name, "optimizer": contestant.name, "lr": lr}
-    record |= {key: [measure.value(result, options.split) for result in runs] for key, measure in MEASURES.items()}
+    setting = tuned(benchmark, contestant, min(num_seeds, NUM_TUNING_SEEDS), cache)
+    runs = [run(benchmark, contestant, setting, seed, cache, curvature) for seed in range(num_seeds)]
+    record: Record = {"optimizee": benchmark.name, "optimizer": contestant.name, "lr": setting.lr}
+    record |= {key: [measure.value(result, split) for result in runs] for key, measure in MEASURES.items()}
     return record | {"seconds": [result["seconds"] for result in runs]}
 
 
@@ -258,10 +283,6 @@ def compare_pairs(records: Sequence[Record], pairs: Sequence[Pair]) -> list[Reco
                 about: Record = {"optimizee": name, "measure": key, "differences": values}
                 comparisons.append(pair._asdict() | about | confidence_interval(values)._asdict())
     return comparisons
-
-
-def _curvature(options: Options) -> Curvature:
-    return FAST_CURVATURE if options.fast else CURVATURE
 
 
 def _log(value: float) -> float:
@@ -325,16 +346,18 @@ def _draw_minima(figure: Figure, records: Sequence[Record], variants: dict[str, 
 
     Colours are rules, markers are their sets; baselines are grey.
     """
+    from matplotlib.lines import Line2D
+
     names = list(dict.fromkeys(record["optimizee"] for record in records))
     optimizers = list(dict.fromkeys(record["optimizer"] for record in records))
-    baselines = [optimizer for optimizer in optimizers if optimizer not in variants]
+    others = [optimizer for optimizer in optimizers if optimizer not in variants]
     num_columns = min(3, len(names))
     num_rows = -(-len(names) // num_columns)
     figure.set_size_inches(4 * num_columns, 3.3 * num_rows + 0.8)
 
     def style(optimizer: str) -> dict[str, Any]:
-        if optimizer in baselines:
-            return {"color": "0.35", "marker": "DPX*"[baselines.index(optimizer) % 4]}
+        if optimizer in others:
+            return {"color": "0.35", "marker": "DPX*"[others.index(optimizer) % 4]}
         rule, variant = variants[optimizer]
         return {"color": f"C{rule % 10}", "marker": "os^vp<>hd"[variant % 9]}
 
@@ -367,6 +390,8 @@ def _draw_minima(figure: Figure, records: Sequence[Record], variants: dict[str, 
 
 def _draw_pairs(figure: Figure, comparisons: Sequence[Record]) -> None:
     """Draw the intervals of the paired differences: the mean over optimizees large, each of them small above it."""
+    from matplotlib.lines import Line2D
+
     labels = list(dict.fromkeys(map(_label, comparisons)))
     names = [name for name in dict.fromkeys(record["optimizee"] for record in comparisons) if name != MEAN]
     colours = {name: f"C{index % 10}" for index, name in enumerate(names)} | {MEAN: "k"}

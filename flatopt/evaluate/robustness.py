@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, product
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from matplotlib.figure import Figure
 from torch import nn
-from tqdm import tqdm
 
 from . import models
-from ._report import Record, Report
-from ._training import Benchmark, Options, run_key, train_benchmark
-from .baselines import BASELINES, Contestant, learned_contestants
+from ._cache import Record, RunCache
+from ._evaluation import Evaluation, option, progress
+from ._report import Report
+from ._training import Benchmark, run_key, train_benchmark
+from .contestants import Contestant, Setting, baselines, learned_contestants
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "MLP": models.mlp,
@@ -56,41 +60,50 @@ class Cell(NamedTuple):
     normalise: bool
 
 
-def report(options: Options) -> Report:
-    """Count on how many cells each optimizer diverges."""
-    adam = BASELINES[0]
-    contestants = [*learned_contestants(options.pretrained)[:2], adam]
-    cells = FAST_CELLS if options.fast else covering_cells(grid())
-    records: list[Record] = []
-    for cell in tqdm(cells, desc="robustness", unit="cell"):
-        for contestant in contestants:
-            lrs = ADAM_LRS if contestant is adam else contestant.lrs
-            outcomes = [
-                [_outcome(cell, contestant, lr, seed, options) for lr in lrs] for seed in range(options.num_seeds)
-            ]
-            record: Record = {**cell._asdict(), "optimizer": contestant.name, "lrs": lrs, "outcomes": outcomes}
-            records.append(record | {"diverged": any(all(map(_diverged, tried)) for tried in outcomes)})
-    names = [contestant.name for contestant in contestants]
-    only = [
-        (cell, name)
-        for cell in cells
-        for name in names[:-1]
-        if _of(records, cell, name)["diverged"] and not _of(records, cell, adam.name)["diverged"]
-    ]
-    found = "; ".join(f"{name}: {_describe(cell)}" for cell, name in only) or "none"
-    return Report(
-        title=f"Runs that diverge, of {len(cells)} configurations",
-        header=["configurations", "number", *names],
-        rows=_rows(records, cells, names),
-        records=records,
-        draw=lambda figure: _draw(figure, records, cells, names),
-        note="Diverged: the training loss at the end is not finite or above the initial one by more than "
-        f"{100 * TOLERANCE:.0f} %, for any of {options.num_seeds} seeds. Adam with cosine: for all of the "
-        f"learning rates {', '.join(map(str, ADAM_LRS))}. FlatOpt: nothing tuned. "
-        f"The configurations meet every pair of values of the {len(grid())} whose steps are estimated to take at most "
-        f"{MAX_COST:.0f} s; {MIN_STEPS} to {NUM_STEPS} steps each.\n\n"
-        f"FlatOpt diverged where tuned Adam did not: {found}.",
-    )
+@dataclass(frozen=True, kw_only=True)
+class Robustness(Evaluation):
+    """Where training diverges."""
+
+    summary = "divergence over widths, depths, batch sizes and architectures"
+
+    seeds: int = option(1, "runs per cell", at_least=1)
+    pretrained: str = option("", "weights of FlatOpt: name, folder or Hub id (default: those of FlatOpt)")
+
+    def report(self, cache: RunCache) -> Report:
+        """Count on how many cells each optimizer diverges."""
+        adam = baselines()[0]
+        contestants = [*learned_contestants(self.pretrained)[:2], adam]
+        cells = FAST_CELLS if self.fast else covering_cells(grid())
+        records: list[Record] = []
+        for cell in progress(cells, "robustness"):
+            for contestant in contestants:
+                lrs = ADAM_LRS if contestant is adam else contestant.lrs
+                outcomes = [
+                    [_outcome(cell, contestant, lr, seed, self.fast, cache) for lr in lrs] for seed in range(self.seeds)
+                ]
+                record: Record = {**cell._asdict(), "optimizer": contestant.name, "lrs": lrs, "outcomes": outcomes}
+                records.append(record | {"diverged": any(all(map(_diverged, tried)) for tried in outcomes)})
+        names = [contestant.name for contestant in contestants]
+        only = [
+            (cell, name)
+            for cell in cells
+            for name in names[:-1]
+            if _of(records, cell, name)["diverged"] and not _of(records, cell, adam.name)["diverged"]
+        ]
+        found = "; ".join(f"{name}: {_describe(cell)}" for cell, name in only) or "none"
+        return Report(
+            title=f"Runs that diverge, of {len(cells)} configurations",
+            header=["configurations", "number", *names],
+            rows=_rows(records, cells, names),
+            records=records,
+            draw=lambda figure: _draw(figure, records, cells, names),
+            note="Diverged: the training loss at the end is not finite or above the initial one by more than "
+            f"{100 * TOLERANCE:.0f} %, for any of {self.seeds} seeds. Adam with cosine: for all of the "
+            f"learning rates {', '.join(map(str, ADAM_LRS))}. FlatOpt: nothing tuned. "
+            f"The configurations meet every pair of values of the {len(grid())} whose steps are estimated to take at "
+            f"most {MAX_COST:.0f} s; {MIN_STEPS} to {NUM_STEPS} steps each.\n\n"
+            f"FlatOpt diverged where tuned Adam did not: {found}.",
+        )
 
 
 def grid() -> list[Cell]:
@@ -127,9 +140,9 @@ def _pairs(cell: Cell) -> set[tuple[tuple[str, object], ...]]:
     return set(combinations(cell._asdict().items(), 2))
 
 
-def _outcome(cell: Cell, contestant: Contestant, lr: float, seed: int, options: Options) -> Record:
+def _outcome(cell: Cell, contestant: Contestant, lr: float, seed: int, fast: bool, cache: RunCache) -> Record:
     """Return the mean training loss over the first and over the last steps of one run."""
-    steps = 10 if options.fast else max(MIN_STEPS, min(NUM_STEPS, int(SECONDS_PER_RUN / seconds_per_step(cell))))
+    steps = 10 if fast else max(MIN_STEPS, min(NUM_STEPS, int(SECONDS_PER_RUN / seconds_per_step(cell))))
     benchmark = Benchmark(
         name=f"robustness {_describe(cell)}",
         source="digits",
@@ -141,12 +154,13 @@ def _outcome(cell: Cell, contestant: Contestant, lr: float, seed: int, options: 
     )
 
     def compute() -> Record:
-        losses = train_benchmark(benchmark, contestant, lr, seed)[0].losses
+        losses = train_benchmark(benchmark, contestant, setting, seed).trained.losses
         last = losses[-_window(cell.batch_size) :]
         finite = len(losses) == steps and all(map(math.isfinite, losses))
         return {"initial": losses[0], "final": sum(last) / len(last) if finite else math.inf}
 
-    return options.cache.get(run_key(benchmark, contestant, lr, seed), compute)
+    setting = Setting(lr, cosine=contestant.cosines[0])
+    return cache.get({"robustness": True} | run_key(benchmark, contestant, setting, seed), compute)
 
 
 def _window(batch_size: int) -> int:

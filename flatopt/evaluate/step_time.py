@@ -6,22 +6,28 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 from flatopt.optimizer import FlatOpt
 
 from . import models
-from ._report import Record, Report
-from ._training import Options, build_model
+from ._cache import Record, RunCache
+from ._evaluation import Evaluation, option, progress
+from ._report import Report
+from ._training import build_model
+from .contestants import default_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MODELS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
     "MLP 64-32-10": (8, partial(models.mlp, width=32)),
@@ -35,37 +41,46 @@ MODELS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
 BATCH_SIZE = 64
 
 
-def report(options: Options) -> Report:
-    """Measure the step of FlatOpt, by default and with ``compile=True``, against ``torch.optim.AdamW`` by default."""
-    kinds: dict[str, Callable[[Iterator[nn.Parameter]], Optimizer]] = {
-        "AdamW": partial(AdamW, lr=1e-4),
-        "FlatOpt": partial(FlatOpt, pretrained=options.pretrained),
-    }
-    if not options.fast and shutil.which("g++"):
-        kinds["compiled"] = partial(FlatOpt, pretrained=options.pretrained, compile=True)
-    chosen = dict(list(MODELS.items())[:1]) if options.fast else MODELS
-    num_rounds = 2 if options.fast else 3 * options.num_seeds
-    records = [
-        _measure(name, size, build, kinds, num_rounds)
-        for name, (size, build) in tqdm(chosen.items(), desc="step-time", unit="model")
-    ]
-    return Report(
-        title="Time and memory of one optimizer step on the CPU",
-        header=[
-            "model",
-            "parameters",
-            *(f"{kind} ms" for kind in kinds),
-            *(f"{what}, {kind}" for kind in list(kinds)[1:] for what in ("ratio", "ratio with gradients")),
-            *(f"{what} {kind}" for what in ("state", "peak") for kind in kinds),
-        ],
-        rows=[_row(record, list(kinds)) for record in records],
-        records=records,
-        draw=lambda figure: _draw(figure, records, list(kinds)),
-        note=f"Median over {num_rounds} rounds, in turn, {torch.get_num_threads()} thread(s), torch "
-        f"{torch.__version__}. Compiled: FlatOpt(compile=True). Ratios are to AdamW. With gradients: forward and "
-        f"backward pass at batch size {BATCH_SIZE} added to both. State: floats per parameter kept between steps. "
-        "Peak: floats per parameter allocated within a step, beyond the state.",
-    )
+@dataclass(frozen=True, kw_only=True)
+class StepTime(Evaluation):
+    """Time and memory of one step."""
+
+    summary = "time and memory of one step against AdamW"
+
+    pretrained: str = option("", "weights of FlatOpt: name, folder or Hub id (default: those of FlatOpt)")
+
+    def report(self, cache: RunCache) -> Report:
+        """Measure the step of FlatOpt, by default and with ``compile=True``, against ``torch.optim.AdamW``."""
+        pretrained = self.pretrained or default_name()
+        kinds: dict[str, Callable[[Iterator[nn.Parameter]], Optimizer]] = {
+            "AdamW": partial(AdamW, lr=1e-4),
+            "FlatOpt": partial(FlatOpt, pretrained=pretrained),
+        }
+        if not self.fast and shutil.which("g++"):
+            kinds["compiled"] = partial(FlatOpt, pretrained=pretrained, compile=True)
+        chosen = dict(list(MODELS.items())[:1]) if self.fast else MODELS
+        num_rounds = 2 if self.fast else 3 * self.seeds
+        records = [
+            _measure(name, size, build, kinds, num_rounds)
+            for name, (size, build) in progress(chosen.items(), "step-time")
+        ]
+        return Report(
+            title="Time and memory of one optimizer step on the CPU",
+            header=[
+                "model",
+                "parameters",
+                *(f"{kind} ms" for kind in kinds),
+                *(f"{what}, {kind}" for kind in list(kinds)[1:] for what in ("ratio", "ratio with gradients")),
+                *(f"{what} {kind}" for what in ("state", "peak") for kind in kinds),
+            ],
+            rows=[_row(record, list(kinds)) for record in records],
+            records=records,
+            draw=lambda figure: _draw(figure, records, list(kinds)),
+            note=f"Median over {num_rounds} rounds, in turn, {torch.get_num_threads()} thread(s), torch "
+            f"{torch.__version__}. Compiled: FlatOpt(compile=True). Ratios are to AdamW. With gradients: forward and "
+            f"backward pass at batch size {BATCH_SIZE} added to both. State: floats per parameter kept between steps. "
+            "Peak: floats per parameter allocated within a step, beyond the state.",
+        )
 
 
 def _measure(

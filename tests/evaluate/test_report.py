@@ -11,7 +11,6 @@ import torch
 
 from flatopt.evaluate._report import (
     Report,
-    RunCache,
     Table,
     confidence_interval,
     markdown_table,
@@ -51,50 +50,6 @@ def test_report_is_written_as_table_json_and_figure(tmp_path: Path) -> None:
     assert "# Title" in text and "| 1 |" in text and "note" in text
     assert json.loads((tmp_path / "new/folder/results.json").read_text()) == [{"a": 1.0, "b": [None, 2.0]}]
     assert (tmp_path / "new/folder/figure.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_cache_computes_once_and_survives_a_new_process(tmp_path: Path) -> None:
-    calls = []
-
-    def compute() -> dict[str, float]:
-        calls.append(1)
-        return {"loss": math.inf}
-
-    for _ in range(3):
-        cache = RunCache(tmp_path / "runs.jsonl")
-        assert cache.get({"lr": 0.1, "seed": 0}, compute) == {"loss": math.inf}
-        assert cache.get({"seed": 0, "lr": 0.1}, compute) == {"loss": math.inf}
-    assert len(calls) == 1
-
-
-@pytest.mark.parametrize(("cut", "lost"), [(1, []), (5, [2]), (30, [2])])
-def test_cache_redoes_a_run_cut_by_a_kill_and_keeps_the_others(tmp_path: Path, cut: int, lost: list[int]) -> None:
-    path = tmp_path / "runs.jsonl"
-    for seed in range(3):
-        RunCache(path).get({"seed": seed}, lambda seed=seed: {"value": seed})
-    path.write_bytes(path.read_bytes()[:-cut])
-    for expected in (lost, []):
-        cache = RunCache(path)
-        recomputed: list[int] = []
-        for seed in range(3):
-
-            def compute(seed: int = seed, recomputed: list[int] = recomputed) -> dict[str, int]:
-                recomputed.append(seed)
-                return {"value": seed}
-
-            assert cache.get({"seed": seed}, compute) == {"value": seed}
-        assert recomputed == expected
-
-
-def test_two_processes_share_a_cache_and_lose_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "runs.jsonl"
-    one, other = RunCache(path), RunCache(path)
-    for seed in range(6):
-        (one, other)[seed % 2].get({"seed": seed}, lambda seed=seed: {"value": seed})
-    for cache in (one, other, RunCache(path)):
-        for seed in range(6):
-            assert cache.get({"seed": seed}, lambda: pytest.fail("computed again")) == {"value": seed}
-    assert len(path.read_text().splitlines()) == 6
 
 
 def test_interval_is_students_by_hand_and_by_scipy() -> None:

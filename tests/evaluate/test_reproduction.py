@@ -15,18 +15,21 @@ from torch import nn
 
 from flatopt import LearnedRule
 from flatopt.evaluate import models, reproduction
-from flatopt.evaluate._report import RunCache
-from flatopt.evaluate._training import Benchmark, Options, build_model, run
+from flatopt.evaluate._cache import RunCache
+from flatopt.evaluate._training import Benchmark, build_model, run
 from flatopt.evaluate.cli import main
+from flatopt.evaluate.contestants import Setting, baselines
 from flatopt.evaluate.curvature import MEASURES, Curvature
 from flatopt.evaluate.reproduction import (
     Pair,
+    Reproduction,
     compare_pairs,
     load_sets,
     optimizees,
     pairs_of,
     selection_optimizees,
 )
+from flatopt.pretrained import load_folder, weights_sha256
 from flatopt.rules import L2ODM, Adam, L2OScale, UpdateRule
 from flatopt.tasks import Batch
 
@@ -37,7 +40,7 @@ TOY = Curvature(num_examples=20, num_matvecs=3, gamma=10.0, num_probes=1, num_la
 
 def toy_optimizees(data: str) -> list[Benchmark]:
     build = partial(models.small_start, build=partial(models.mlp, width=4))
-    shape = {"source": "digits", "size": 8, "num_train": 100, "build": build, "standardize": False}
+    shape = {"source": "digits in [0, 1]", "size": 8, "num_train": 100, "build": build}
     return [Benchmark(name=f"{name} {data}", num_steps=10, **shape) for name in ("one", "two")]  # type: ignore[arg-type]
 
 
@@ -54,10 +57,10 @@ def sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_missing_sets_are_all_named_in_one_error(tmp_path: Path) -> None:
-    options = Options(cache=RunCache(tmp_path / "runs.jsonl"), sets=("no-such-set", "flat-v2", "nor-this"))
+    cache = RunCache(tmp_path / "runs.sqlite3")
     with pytest.raises(ValueError, match="no learned weights are called no-such-set, nor-this: there are .*--sets"):
-        reproduction.report(options)
-    assert not (tmp_path / "runs.jsonl").read_text()
+        Reproduction(sets=("no-such-set", "flat-v2", "nor-this")).report(cache)
+    assert not cache.items()
 
 
 def test_the_first_set_of_a_rule_is_the_plain_one_of_all_others(sets: list[str]) -> None:
@@ -146,15 +149,13 @@ def test_command_writes_tables_figures_and_goes_on_where_it_was(
     assert len(meta) == 2 * 4
     assert {row["optimizee"] for row in meta} == {f"{name} fashion-mnist to choose by" for name in ("one", "two")}
     assert not {row["optimizee"] for row in meta} & {row["optimizee"] for row in cells}
-    cache = RunCache(out / "runs.jsonl")
+    weights = weights_sha256(load_folder(sets[0]).weights)
     accuracies = {
-        (entry["benchmark"], entry["optimizer"], entry["seed"]): result["meta_accuracy"]
-        for entry, result in ((json.loads(key), result) for key, result in cache._results.items())
-        if "curvature" in entry
+        entry["seed"]: result["meta_score"]
+        for entry, result in RunCache(out / "runs.sqlite3").items()
+        if "curvature" in entry and entry["optimizer"].get("weights") == weights
     }
-    assert [meta[0]["accuracy"][seed] for seed in (0, 1)] == [
-        accuracies["one fashion-mnist to choose by", sets[0], seed] for seed in (0, 1)
-    ]
+    assert [meta[0]["accuracy"][seed] for seed in (0, 1)] == [accuracies[0], accuracies[1]]
     assert "results on the meta split" in (out / "table.md").read_text(encoding="utf-8")
 
 
@@ -166,7 +167,7 @@ def test_unknown_tasks_are_refused(sets: list[str], tmp_path: Path, capsys: pyte
 
 
 def test_random_numbers_of_the_optimizer_follow_the_seed(sets: list[str]) -> None:
-    (contestant,) = reproduction.entrants(Options(cache=None), load_sets(sets[2:3]))[1][:1]  # type: ignore[arg-type]
+    contestant = Reproduction().entrants(load_sets(sets[2:3]))[1][0]
     states = []
     for seed in (0, 0, 1):
         param = nn.Parameter(torch.ones(3))
@@ -242,9 +243,9 @@ def test_local_entropy_is_that_of_the_explicit_hessian() -> None:
 
 def test_a_diverged_run_has_no_curvature(tmp_path: Path) -> None:
     problem = toy_optimizees("")[0]
-    contestant = reproduction.BASELINES[2]
+    contestant = baselines()[3]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flatopt.evaluate._training.measure", lambda *_: (math.inf, 0.0))
-        result = run(problem, contestant, 0.1, 0, RunCache(tmp_path / "runs.jsonl"), TOY)
+        result = run(problem, contestant, Setting(0.1), 0, RunCache(tmp_path / "runs.sqlite3"), TOY)
     assert all(math.isnan(result[key]) for key in MEASURES)
     assert math.isnan(reproduction.MEASURES["gap"].value(result, "test"))

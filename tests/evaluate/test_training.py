@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,9 +12,20 @@ from torch import nn
 from torch.optim import SGD
 
 from flatopt.evaluate import models
-from flatopt.evaluate._report import RunCache
-from flatopt.evaluate._training import Benchmark, build_model, load_splits, measure, run, train, tuned_lr
-from flatopt.evaluate.baselines import Contestant
+from flatopt.evaluate._cache import RunCache
+from flatopt.evaluate._training import (
+    Benchmark,
+    build_model,
+    load_splits,
+    measure,
+    refresh_batch_norm,
+    run,
+    run_key,
+    train,
+    tuned,
+)
+from flatopt.evaluate.benchmarks import BENCHMARKS, META_BENCHMARKS
+from flatopt.evaluate.contestants import Contestant, Setting, schedule_free
 from flatopt.tasks import Batch
 
 pytest.importorskip("sklearn")
@@ -21,7 +34,11 @@ TOY = Benchmark(name="toy", source="digits", size=8, num_train=100, build=partia
 
 
 def contestant(*lrs: float) -> Contestant:
-    return Contestant(name="SGD", build=lambda params, lr, *_: SGD(params, lr), lrs=lrs, cosine=True)
+    return Contestant(name="SGD", build=sgd, lrs=lrs, cosines=(True,))
+
+
+def sgd(params: Iterable[torch.Tensor], lr: float, num_steps: int, seed: int) -> SGD:
+    return SGD(params, lr)
 
 
 def test_initial_weights_depend_on_the_seed_and_leave_the_global_generator_alone() -> None:
@@ -66,20 +83,146 @@ def test_training_images_are_a_subset_chosen_by_the_seed_and_test_images_are_fix
     assert torch.equal(one.test.inputs, two.test.inputs)
 
 
-def test_learning_rate_is_chosen_on_the_meta_split_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_is_chosen_on_the_meta_split_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = {
-        0.1: {"meta_accuracy": 0.5, "meta_loss": 1.0, "test_accuracy": 0.9},
-        0.2: {"meta_accuracy": 0.6, "meta_loss": 2.0, "test_accuracy": 0.1},
-        0.3: {"meta_accuracy": 0.6, "meta_loss": 3.0, "test_accuracy": 0.9},
+        0.1: {"meta_score": 0.5, "meta_loss": 1.0, "test_score": 0.9},
+        0.3: {"meta_score": 0.6, "meta_loss": 2.0, "test_score": 0.1},
+        1.0: {"meta_score": 0.6, "meta_loss": 3.0, "test_score": 0.9},
     }
-    monkeypatch.setattr("flatopt.evaluate._training.run", lambda benchmark, who, lr, seed, cache: results[lr])
-    assert tuned_lr(TOY, contestant(*results), 2, RunCache(tmp_path / "runs.jsonl")) == 0.2
+    monkeypatch.setattr(
+        "flatopt.evaluate._training.run", lambda benchmark, who, setting, seed, cache: results[setting.lr]
+    )
+    assert tuned(TOY, contestant(*results), 2, RunCache(tmp_path / "runs.sqlite3")) == Setting(0.3, True)
+
+
+@pytest.mark.parametrize(("best", "chosen"), [(1e-4, 1e-4), (10.0, 1e-1)])
+def test_a_grid_goes_on_where_the_best_stands_at_its_edge_but_not_for_ever(
+    best: float, chosen: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(benchmark: Benchmark, who: Contestant, setting: Setting, seed: int, cache: RunCache) -> dict[str, float]:
+        return {"meta_score": -abs(math.log(setting.lr / best)), "meta_loss": 1.0}
+
+    monkeypatch.setattr("flatopt.evaluate._training.run", score)
+    grid, cache = contestant(1e-3, 3e-3), RunCache(tmp_path / "runs.sqlite3")
+    assert tuned(TOY, replace(grid, extends=True), 1, cache).lr == chosen
+    assert tuned(TOY, grid, 1, cache).lr == (1e-3 if best < 1e-3 else 3e-3)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
-    first = run(TOY, contestant(0.1), 0.1, 0, RunCache(tmp_path / "runs.jsonl"))
-    assert run(TOY, contestant(0.1), 0.1, 0, RunCache(tmp_path / "runs.jsonl")) == first  # seconds included
-    assert set(first) == {"seconds"} | {f"{s}_{m}" for s in ("train", "meta", "test") for m in ("loss", "accuracy")}
+    first = run(TOY, contestant(0.1), Setting(0.1), 0, RunCache(tmp_path / "runs.sqlite3"))
+    assert run(TOY, contestant(0.1), Setting(0.1), 0, RunCache(tmp_path / "runs.sqlite3")) == first
+    assert {f"{s}_{m}" for s in ("train", "meta", "test") for m in ("loss", "score")} < set(first)
+
+
+def test_a_run_is_the_loop_that_anyone_would_write(tmp_path: Path) -> None:
+    benchmark = replace(TOY, batch_size=50, num_steps=4, num_eval=60)
+    record = run(benchmark, contestant(0.1), Setting(0.1, cosine=True), 3, RunCache(tmp_path / "runs.sqlite3"))
+    train_split, meta, test = load_splits(benchmark, 3)
+    model = build_model(benchmark.build, 8, 3)
+    generator = torch.Generator().manual_seed(3)
+    losses = []
+    for step in range(4):
+        if step % 2 == 0:
+            first, second = torch.randperm(100, generator=generator).split(50)
+        chosen = (first, second)[step % 2]
+        loss = nn.functional.cross_entropy(model(train_split.inputs[chosen]), train_split.targets[chosen])
+        losses.append(loss.item())
+        lr = 0.1 * (1 + math.cos(math.pi * step / 4)) / 2
+        for param, grad in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            param.data -= lr * grad
+    logits = model(test.inputs[:60])
+    assert record["initial_loss"] == pytest.approx(losses[0]) and record["curve"] == pytest.approx(losses, rel=1e-5)
+    assert record["test_loss"] == pytest.approx(nn.functional.cross_entropy(logits, test.targets[:60]).item(), rel=1e-5)
+    assert record["test_score"] == pytest.approx((logits.argmax(1) == test.targets[:60]).float().mean().item())
+    assert record["test_curve"][-1][0] == 4
+    assert record["meta_score"] == pytest.approx(
+        (model(meta.inputs[:60]).argmax(1) == meta.targets[:60]).float().mean().item()
+    )
+
+
+def test_labels_are_wrong_in_training_alone_and_as_often_as_asked_for() -> None:
+    clean = replace(TOY, num_train=None)
+    noisy = load_splits(replace(clean, label_noise=0.1), 0)
+    right = load_splits(clean, 0)
+    assert torch.equal(noisy.train.inputs, right.train.inputs)
+    assert (noisy.train.targets != right.train.targets).float().mean().item() == pytest.approx(0.1, abs=0.03)
+    assert torch.equal(noisy.meta.targets, right.meta.targets) and torch.equal(noisy.test.targets, right.test.targets)
+
+
+def test_a_schedule_free_model_is_measured_at_the_average_of_its_weights() -> None:
+    pytest.importorskip("schedulefree")
+    splits = load_splits(TOY, 0)
+    model = build_model(TOY.build, 8, 0)
+    optimizer = schedule_free(model.parameters(), 0.01, 20, 0)
+    train(model, optimizer, splits.train, batch_size=50, num_steps=20, generator=torch.Generator())
+    (state, weight) = next((optimizer.state[p], p) for p in model.parameters())
+    averaged = weight.detach().clone()
+    optimizer.train()  # back to y = (1 - beta) z + beta x
+    assert torch.allclose(weight, 0.1 * state["z"] + 0.9 * averaged, atol=1e-6)
+    assert not torch.allclose(weight, averaged, atol=1e-6)
+
+
+def test_batch_norm_statistics_are_those_of_the_weights_that_are_measured() -> None:
+    splits = load_splits(TOY, 0)
+    model = build_model(partial(models.cnn, width=4, normalise=True), 8, 0)
+    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    norm.running_mean.fill_(5.0)  # type: ignore[union-attr]
+    refresh_batch_norm(model, splits.train, num_batches=200, batch_size=1)
+    expected = model[1](splits.train.inputs.unsqueeze(1)).mean((0, 2, 3))
+    assert not model.training
+    torch.testing.assert_close(norm.running_mean, expected, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("benchmark", [*BENCHMARKS, *META_BENCHMARKS], ids=lambda benchmark: benchmark.name)
+def test_every_benchmark_has_a_loss_and_every_parameter_a_gradient(benchmark: Benchmark) -> None:
+    try:
+        train_split, meta, test = load_splits(benchmark, 0)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    model = build_model(benchmark.build, benchmark.size, 0)
+    loss = benchmark.loss_fn(model(train_split.inputs[:8]), train_split.targets[:8])
+    loss.backward()
+    assert all(param.grad is not None and param.grad.isfinite().all() for param in model.parameters())
+    assert benchmark.num_train is None or len(train_split.targets) == benchmark.num_train
+    assert len(meta.targets) > 50 and len(test.targets) > 100
+
+
+def test_the_decoder_does_not_see_what_it_predicts() -> None:
+    model = build_model(models.decoder, 8, 0).eval()
+    tokens = torch.arange(8).unsqueeze(0)
+    changed = tokens.clone()
+    changed[0, 5] = 90
+    one, two = model(tokens), model(changed)
+    torch.testing.assert_close(one[0, :5], two[0, :5])
+    assert not torch.allclose(one[0, 5:], two[0, 5:])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"build": partial(models.mlp, width=5)},
+        {"build": partial(models.cnn, width=4)},
+        {"build": partial(models.small_start, build=partial(models.mlp, width=4))},
+        {"source": "digits in [0, 1]"},
+        {"num_train": 99},
+        {"batch_size": 32},
+        {"num_steps": 6},
+        {"label_noise": 0.1},
+        {"num_eval": 50},
+    ],
+    ids=str,
+)
+def test_what_changes_a_benchmark_under_its_old_name_changes_the_key(change: dict[str, object]) -> None:
+    changed = replace(TOY, **change)  # type: ignore[arg-type]
+    assert run_key(changed, contestant(), Setting(0.1), 0) != run_key(TOY, contestant(), Setting(0.1), 0)
+
+
+def test_a_new_name_keeps_the_key_and_every_setting_has_its_own() -> None:
+    renamed = replace(TOY, name="another")
+    assert run_key(renamed, contestant(), Setting(0.1), 0) == run_key(TOY, contestant(), Setting(0.1), 0)
+    settings = [Setting(0.1), Setting(0.2), Setting(0.1, True), Setting(0.1, True, (("weight_decay", 1.0),))]
+    keys = [str(run_key(TOY, contestant(), setting, seed)) for setting in settings for seed in (0, 1)]
+    assert len(set(keys)) == len(keys)
 
 
 @pytest.mark.parametrize(

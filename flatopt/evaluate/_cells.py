@@ -1,0 +1,112 @@
+"""The cells of the quality table: one task, one optimizer, tuned, all seeds; computed side by side if asked for."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from ._cache import NotComputed, Record, RunCache
+from ._data import SOURCES
+from ._evaluation import progress
+from ._training import Benchmark, run, tuned
+from .contestants import Contestant, neighbour
+
+SMALL_SPLIT, TUNING_SEEDS_OF_SMALL = 1000, 3
+"""Settings are chosen by one run each, by three where the ``meta`` split has fewer examples than this."""
+
+Work = tuple[Benchmark, Contestant]
+
+
+def num_tuning_seeds(benchmark: Benchmark, num_seeds: int) -> int:
+    """Return by how many of the seeds of the comparison settings are chosen."""
+    small = len(SOURCES[benchmark.source](benchmark.size).meta.targets) < SMALL_SPLIT
+    return min(num_seeds, TUNING_SEEDS_OF_SMALL if small else 1)
+
+
+def cell(benchmark: Benchmark, contestant: Contestant, num_seeds: int, split: str, cache: RunCache) -> Record:
+    """Return the results of one cell: scores in points (accuracy in %, or -100 MSE), one value per seed.
+
+    Raises:
+        NotComputed: a run is missing from a cache that computes nothing.
+    """
+    num_tuning = num_tuning_seeds(benchmark, num_seeds)
+    setting = tuned(benchmark, contestant, num_tuning, cache)
+    runs = [run(benchmark, contestant, setting, seed, cache) for seed in range(num_seeds)]
+    around = {
+        name: [
+            100 * run(benchmark, contestant, neighbour(setting, up=up), seed, cache)[f"{split}_score"]
+            for seed in range(num_tuning)
+        ]
+        for name, up in (("score_at_third", False), ("score_at_triple", True))
+    }
+    return {
+        "task": benchmark.name,
+        "kind": benchmark.kind,
+        "num_steps": benchmark.num_steps,
+        "optimizer": contestant.name,
+        "tuned": len(contestant.settings()) > 1,
+        "lr": setting.lr,
+        "setting": str(setting),
+        "score": [100 * one[f"{split}_score"] for one in runs],
+        "loss": [one[f"{split}_loss"] for one in runs],
+        "train_loss": [one["train_loss"] for one in runs],
+        "seconds": [one["seconds"] for one in runs],
+        "num_diverged": sum(map(diverged, runs)),
+        "curve": _mean_curve([one["curve"] for one in runs]),
+        "test_curve": [
+            (points[0][0], 100 * fmean(point[1] for point in points))
+            for points in zip(*(one["test_curve"] for one in runs), strict=False)
+        ],
+        **around,
+    }
+
+
+def diverged(one: Record) -> bool:
+    """Return whether a run ended with a training loss that is not finite or above the initial one."""
+    return not one["train_loss"] <= one["initial_loss"]
+
+
+def _mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
+    return [fmean(values) for values in zip(*curves, strict=False)]
+
+
+def compute_cells(work: Sequence[Work], num_seeds: int, split: str, cache: RunCache, jobs: int) -> list[Record]:
+    """Return the cells in the order of ``work``, on ``jobs`` processes with a thread each.
+
+    A cache that computes nothing gives the cells whose runs are all there.
+    """
+    if cache.cached_only:
+        return [found for one in work if (found := _cached(one, num_seeds, split, cache)) is not None]
+    tasks = [(*one, num_seeds, split, cache.path) for one in work]
+    if jobs == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return [_compute(task) for task in progress(tasks, "cells")]
+        finally:
+            torch.set_num_threads(threads)
+    with multiprocessing.get_context("spawn").Pool(jobs, _prepare_worker) as pool:
+        return list(progress(pool.imap(_compute, tasks), "cells", total=len(tasks)))
+
+
+def _cached(one: Work, num_seeds: int, split: str, cache: RunCache) -> Record | None:
+    try:
+        return cell(*one, num_seeds, split, cache)
+    except NotComputed:
+        return None
+
+
+def _compute(task: tuple[Benchmark, Contestant, int, str, Path]) -> Record:
+    benchmark, contestant, num_seeds, split, path = task
+    return cell(benchmark, contestant, num_seeds, split, RunCache(path))
+
+
+def _prepare_worker() -> None:
+    """Leave Ctrl-C to the parent, which ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

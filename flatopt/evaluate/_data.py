@@ -1,0 +1,131 @@
+"""The data of the comparisons, in three splits: images, tables, text.
+
+Nothing here depends on the seed of a run: which training examples are used is decided by
+:func:`flatopt.evaluate._training.load_splits`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flatopt.tasks import Batch, load_images, load_text
+
+TEXT_BYTES = 8_000_000
+
+
+class Splits(NamedTuple):
+    """Three disjoint sets of examples: to train on, to choose settings by, to report."""
+
+    train: Batch
+    meta: Batch
+    test: Batch
+
+
+def images(size: int, *, name: str, standardize: bool = True) -> Splits:
+    """Return images ``[n, size, size]`` with their labels."""
+    return Splits(*load_images(name, size, standardize=standardize))
+
+
+@lru_cache(maxsize=4)
+def text(size: int) -> Splits:
+    """Return stretches of ``size`` characters of Python source, each with the next characters as targets.
+
+    They come from files behind those that :func:`flatopt.tasks.load_text` reads by default.
+    """
+    splits = []
+    for whole, skipped in zip(load_text(TEXT_BYTES), load_text(), strict=True):
+        windows = whole[len(skipped) :].unfold(0, size + 1, size)
+        splits.append(Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous()))
+    return Splits(*splits)
+
+
+@lru_cache(maxsize=4)
+def classes(size: int, *, num_train: int = 800, num_classes: int = 5) -> Splits:
+    """Return generated tabular classification, half of the ``size`` features informative, 5 % wrong labels."""
+    from sklearn.datasets import make_classification
+
+    sizes = [num_train, 1000, 2000]
+    inputs, targets = make_classification(
+        sum(sizes),
+        size,
+        n_informative=size // 2,
+        n_redundant=size // 4,
+        n_classes=num_classes,
+        flip_y=0.05,
+        random_state=0,
+    )
+    return _table(torch.from_numpy(inputs), torch.from_numpy(targets), sizes)
+
+
+@lru_cache(maxsize=4)
+def breast_cancer(size: int) -> Splits:
+    """Return the Wisconsin data of scikit-learn: 569 rows, 30 features, two classes."""
+    from sklearn.datasets import load_breast_cancer
+
+    inputs, targets = map(torch.from_numpy, load_breast_cancer(return_X_y=True))
+    return _table(inputs, targets, [250, 119, 200])
+
+
+@lru_cache(maxsize=4)
+def friedman(size: int, *, num_train: int = 400, noise: float = 2.0) -> Splits:
+    """Return Friedman's first regression problem, noise of standard deviation 2 on targets of 5, in all splits."""
+    from sklearn.datasets import make_friedman1
+
+    sizes = [num_train, 500, 2000]
+    inputs, targets = make_friedman1(sum(sizes), size, noise=noise, random_state=0)
+    return _table(torch.from_numpy(inputs), torch.from_numpy(targets), sizes)
+
+
+@lru_cache(maxsize=4)
+def diabetes(size: int) -> Splits:
+    """Return the diabetes data of scikit-learn: 442 rows, 10 features, a regression target."""
+    from sklearn.datasets import load_diabetes
+
+    inputs, targets = map(torch.from_numpy, load_diabetes(return_X_y=True))
+    return _table(inputs, targets, [200, 92, 150])
+
+
+SOURCES: dict[str, Callable[[int], Splits]] = {
+    "digits": partial(images, name="digits"),
+    "fashion-mnist": partial(images, name="fashion-mnist"),
+    "mnist": partial(images, name="mnist"),
+    "digits in [0, 1]": partial(images, name="digits", standardize=False),
+    "fashion-mnist in [0, 1]": partial(images, name="fashion-mnist", standardize=False),
+    "mnist in [0, 1]": partial(images, name="mnist", standardize=False),
+    "text": text,
+    "classes": classes,
+    "breast cancer": breast_cancer,
+    "friedman": friedman,
+    "diabetes": diabetes,
+}
+"""Loaders by name; they take the side of the images, the number of features or the length of the text."""
+
+
+@lru_cache(maxsize=64)
+def data_hash(source: str, size: int) -> str:
+    """Return a hash of all examples of a source."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in SOURCES[source](size):
+        for tensor in part:
+            digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _table(inputs: Tensor, targets: Tensor, sizes: list[int]) -> Splits:
+    """Shuffle and split rows; standardise features, and targets that are not labels, by the training rows."""
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    inputs, targets = inputs[order], targets[order]
+    std, mean = torch.std_mean(inputs[: sizes[0]], 0)
+    inputs = ((inputs - mean) / std).float()
+    if targets.is_floating_point():
+        std, mean = torch.std_mean(targets[: sizes[0]], 0)
+        targets = ((targets - mean) / std).float().unsqueeze(1)
+    else:
+        targets = targets.long()
+    return Splits(*map(Batch, inputs.split(sizes), targets.split(sizes)))

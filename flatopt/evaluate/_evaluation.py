@@ -1,0 +1,97 @@
+"""What a table is: a dataclass whose fields are its options, and the command line made from them."""
+
+from __future__ import annotations
+
+import argparse
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from ._cache import RunCache
+from ._report import Report
+
+T = TypeVar("T")
+
+
+def option(default: T, help_text: str, *, at_least: int | None = None) -> T:
+    """Declare an option of a table: a dataclass field with the text that ``--help`` shows."""
+    value: T = field(default=default, metadata={"help": help_text, "at_least": at_least})
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(ABC):
+    """A table of measured results.  Each field is an option of its subcommand of ``flatopt-eval``."""
+
+    summary: ClassVar[str]
+    """Help of the subcommand, one line."""
+
+    seeds: int = option(5, "runs per cell", at_least=1)
+    fast: bool = option(False, "toy sizes, in seconds: shows that it works, the numbers mean nothing")
+
+    @abstractmethod
+    def report(self, cache: RunCache) -> Report:
+        """Compute what is not in the cache, and return the tables and figures."""
+
+
+def add_options(parser: argparse.ArgumentParser, evaluation: type[Evaluation]) -> None:
+    """Add an option for every field: flags, choices, numbers, texts and lists of texts."""
+    hints = get_type_hints(evaluation)
+    for one in fields(evaluation):
+        name, hint, text = "--" + one.name.replace("_", "-"), hints[one.name], one.metadata["help"]
+        if hint is bool and not one.default:
+            parser.add_argument(name, action="store_true", help=text)
+        elif hint is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=True, help=text)
+        elif hint is int:
+            kind = _number(one.metadata["at_least"])
+            parser.add_argument(name, type=kind, default=one.default, help=f"{text} (default: %(default)s)")
+        elif get_origin(hint) is Literal:
+            parser.add_argument(name, choices=get_args(hint), default=one.default, help=text)
+        elif get_origin(hint) is tuple:
+            parser.add_argument(name, nargs="+", default=one.default, metavar="NAME", help=text)
+        else:
+            parser.add_argument(name, default=one.default, help=text)
+
+
+def read_options(evaluation: type[Evaluation], chosen: argparse.Namespace) -> Evaluation:
+    """Make the table that the command line asked for."""
+    values: dict[str, Any] = {one.name: getattr(chosen, one.name) for one in fields(evaluation)}
+    for name, value in values.items():
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return evaluation(**values)
+
+
+def _number(at_least: int | None) -> Any:
+    def number(text: str) -> int:
+        value = int(text)
+        if at_least is not None and value < at_least:
+            raise argparse.ArgumentTypeError(f"must be at least {at_least}, not {value}")
+        return value
+
+    return number
+
+
+def progress(items: Sequence[T] | Iterable[T], name: str, total: int | None = None) -> Iterable[T]:
+    """Show a bar on a terminal, and nothing elsewhere."""
+    from tqdm import tqdm
+
+    bar: Iterable[T] = tqdm(items, desc=name, total=total, disable=None)
+    return bar
+
+
+def matching(names: Sequence[str], parts: Sequence[str], what: str) -> list[str]:
+    """Return the names that have one of the parts in them, all when there is no part.
+
+    Raises:
+        ValueError: for a part that is in no name; lists the names.
+
+    Example:
+        >>> matching(["digits MLP", "digits CNN"], ["CNN"], "task")
+        ['digits CNN']
+    """
+    for part in parts:
+        if not any(part in name for name in names):
+            raise ValueError(f"no {what} has {part!r} in its name: there are {', '.join(names)}")
+    return [name for name in names if not parts or any(part in name for part in parts)]

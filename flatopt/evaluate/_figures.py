@@ -1,0 +1,126 @@
+"""The figures of the quality table; matplotlib comes in by the figure that is drawn on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from . import _standings
+from ._cache import Record
+from ._report import confidence_interval
+from .contestants import REFERENCE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CURVE_TASKS = ("MLP 28x28", "CNN", "row LSTM", "text transformer")
+"""Parts of the names of the tasks whose curves are drawn; the first ones of the table if none is there."""
+
+CURVE_OPTIMIZERS = ("FlatOpt", "FlatOpt, horizon unknown", REFERENCE, "SGD momentum", "Muon")
+
+
+def draw_ranks(figure: Figure, records: Sequence[Record]) -> None:
+    """Draw the rank on each task as a dot, and the mean rank as a bar, best first."""
+    cells = _standings.by_cell(records)
+    optimizers = _standings.names(records, "optimizer")
+    tasks = _standings.shared_tasks(cells, optimizers) or _standings.names(records, "task")
+    ranks = {
+        name: [
+            1 + sum(_score(cells, task, other) > _score(cells, task, name) for other in optimizers) for task in tasks
+        ]
+        for name in optimizers
+    }
+    order = sorted(optimizers, key=lambda name: fmean(ranks[name]), reverse=True)
+    axes = figure.subplots()
+    for height, name in enumerate(order):
+        spread = [height + 0.5 * (index / max(1, len(tasks) - 1) - 0.5) for index in range(len(tasks))]
+        axes.plot(ranks[name], spread, ".", color=_colour(name, optimizers), alpha=0.6)
+        axes.plot(
+            [fmean(ranks[name])] * 2, [height - 0.35, height + 0.35], color=_colour(name, optimizers), linewidth=4
+        )
+    axes.set_yticks(range(len(order)), order)
+    axes.set_xlabel(f"rank on each of {len(tasks)} tasks (dots) and their mean (bars); 1 is the best")
+
+
+def draw_profile(figure: Figure, records: Sequence[Record]) -> None:
+    """Draw the performance profile: on which share of the tasks the error is at most so many times the best one."""
+    cells, optimizers = _standings.by_cell(records), _standings.names(records, "optimizer")
+    ratios = [1 + 0.01 * step for step in range(51)]
+    axes = figure.subplots()
+    for name in optimizers:
+        style = "-" if name.startswith(("FlatOpt", "untrained")) else "--"
+        axes.step(
+            ratios,
+            _standings.profile(cells, name, ratios),
+            style,
+            where="post",
+            label=name,
+            color=_colour(name, optimizers),
+        )
+    axes.set(xlabel="error / smallest error of the task", ylabel="share of the tasks", ylim=(0, 1.02))
+    axes.legend(fontsize=7)
+
+
+def draw_curves(figure: Figure, records: Sequence[Record]) -> None:
+    """Draw training loss and test score along the run, for a few tasks."""
+    cells, names = _standings.by_cell(records), _standings.names(records, "optimizer")
+    every = _standings.names(records, "task")
+    tasks = [task for task in every if task.startswith(CURVE_TASKS)][:4] or every[:4]
+    figure.set_size_inches(3.6 * len(tasks), 6.5)
+    panels = figure.subplots(2, len(tasks), squeeze=False)
+    for column, task in enumerate(tasks):
+        for name in [name for name in CURVE_OPTIMIZERS if (task, name) in cells] or names[:3]:
+            record, colour = cells[task, name], _colour(name, names)
+            share = record["num_steps"] / max(1, len(record["curve"]))
+            steps = [share * (index + 0.5) for index in range(len(record["curve"]))]
+            panels[0, column].plot(steps, record["curve"], color=colour, label=name)
+            panels[1, column].plot(*zip(*record["test_curve"], strict=True), color=colour, label=name)
+        panels[0, column].set(title=task, yscale="log")
+        panels[1, column].set(xlabel="step")
+    panels[0, 0].set_ylabel("training loss")
+    panels[1, 0].set_ylabel("test score")
+    panels[1, 0].legend(fontsize=7)
+
+
+def draw_differences(figure: Figure, records: Sequence[Record]) -> None:
+    """Draw the score of the learned optimizers less that of the reference, with intervals over seeds."""
+    cells = _standings.by_cell(records)
+    learned = [name for name in _standings.names(records, "optimizer") if name.startswith(("FlatOpt", "untrained"))]
+    tasks = _standings.shared_tasks(cells, [REFERENCE])
+    figure.set_size_inches(9, 1.5 + 0.35 * len(tasks))
+    axes = figure.subplots()
+    for index, name in enumerate(learned):
+        for row, task in enumerate(tasks):
+            if (task, name) not in cells:
+                continue
+            mean, low, high = confidence_interval(_standings.differences(cells, task, name, REFERENCE))
+            height = row + 0.16 * (index - (len(learned) - 1) / 2)
+            bars = [[mean - low], [high - mean]] if low == low else None
+            axes.errorbar(
+                mean,
+                height,
+                xerr=bars,
+                color=f"C{index}",
+                marker="o",
+                markersize=4,
+                linewidth=1,
+                label=name if row == 0 else None,
+            )
+    axes.axvline(0, color="0.5", linewidth=1)
+    axes.set_xscale("symlog", linthresh=2)
+    axes.set_yticks(range(len(tasks)), tasks, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"score less that of tuned {REFERENCE}, points")
+    if learned and tasks:
+        axes.legend(fontsize=8)
+
+
+def _score(cells: _standings.Cells, task: str, name: str) -> float:
+    return _standings.mean_score(cells, task, name) if (task, name) in cells else float("-inf")
+
+
+def _colour(name: str, optimizers: Sequence[str]) -> str:
+    return (
+        f"C{optimizers.index(name)}" if optimizers.index(name) < 10 else f"{0.2 + 0.12 * (optimizers.index(name) % 5)}"
+    )
