@@ -81,12 +81,39 @@ def outputs() -> dict[Path, str]:
         made = reproduction(content) if source.stem == "reproduction" else plain(source.stem, content)
         written = WRITTEN.format(source.name) + "\n"
         files |= {name: (WIDE if text.startswith("# ") else "") + written + text for name, text in made.items()}
+    files["gallery.md"] = WRITTEN.format("the figures beside it") + "\n" + gallery()
     readme = (ROOT / "README.md").read_text("utf-8")
     for name, text in files.items():
         begin, end = MARK.format("begin", name), MARK.format("end", name)
         body = text.partition("-->\n")[2].strip()
         readme = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{body}\n{end}", readme, flags=re.DOTALL)  # noqa: B023
     return {RESULTS / name: text for name, text in files.items()} | {ROOT / "README.md": readme}
+
+
+def gallery() -> str:
+    """Return the page of all figures, each under the command that draws it."""
+    figures = sorted(path.name for path in RESULTS.iterdir() if path.suffix in (".png", ".svg"))
+    parts = []
+    for name in sorted(figures, key=lambda name: list(FIGURES).index(name) if name in FIGURES else len(FIGURES)):
+        stem = name.partition(".")[0]
+        command, text = FIGURES.get(name, (f"flatopt-eval {stem.partition('-')[0]}", stem.replace("-", " ")))
+        parts.append(f"## `{command}`\n\n```{{figure}} {name}\n:alt: {text}\n\n{text}\n```\n")
+    return "# Gallery\n\nFigures that the commands draw.\n\n" + "\n".join(parts)
+
+
+FIGURES = {
+    "demo.png": (
+        "make demo",
+        "A small convolutional network on handwritten digits: training loss, and the minima reached.",
+    ),
+    "quality.png": ("flatopt-eval quality", "Mean ranks over the tasks."),
+    "spectrum.png": (
+        "flatness.plot_spectral_density",
+        "Eigenvalues of the Hessian at the end of 400 steps on digits, one seed (`docs/experiments/spectrum.py`).",
+    ),
+    "reproduction.svg": ("python docs/results/draw.py", "Regularized less plain sets: means with 95 % intervals."),
+}
+"""Command and caption of the figures, in the order of the gallery; others follow under their names."""
 
 
 def plain(stem: str, content: dict[str, Any]) -> dict[str, str]:

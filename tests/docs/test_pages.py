@@ -59,6 +59,7 @@ INSTEAD: dict[str, str | None] = {
 """What runs in place of a command: a fast form of it, or nothing."""
 
 NEEDS = {
+    "flatness.md": ("matplotlib",),
     "replace-adam.md": ("sklearn",),
     "lightning.md": ("lightning",),
     "hf-trainer.md": ("transformers", "accelerate"),
