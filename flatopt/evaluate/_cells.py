@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -21,6 +21,9 @@ SMALL_SPLIT, TUNING_SEEDS_OF_SMALL = 1000, 3
 
 Work = tuple[Benchmark, Contestant]
 
+Compute = Callable[[Benchmark, Contestant, RunCache], Record]
+"""Makes one cell; it goes to other processes, so it is a function of a module or a partial of one."""
+
 
 def num_tuning_seeds(benchmark: Benchmark, num_seeds: int) -> int:
     """Return by how many of the seeds of the comparison settings are chosen."""
@@ -28,7 +31,7 @@ def num_tuning_seeds(benchmark: Benchmark, num_seeds: int) -> int:
     return min(num_seeds, TUNING_SEEDS_OF_SMALL if small else 1)
 
 
-def cell(benchmark: Benchmark, contestant: Contestant, num_seeds: int, split: str, cache: RunCache) -> Record:
+def cell(benchmark: Benchmark, contestant: Contestant, cache: RunCache, *, num_seeds: int, split: str) -> Record:
     """Return the results of one cell: scores in points (accuracy in %, or -100 MSE), one value per seed.
 
     Raises:
@@ -75,35 +78,45 @@ def _mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
     return [fmean(values) for values in zip(*curves, strict=False)]
 
 
-def compute_cells(work: Sequence[Work], num_seeds: int, split: str, cache: RunCache, jobs: int) -> list[Record]:
+def compute_cells(work: Sequence[Work], compute: Compute, cache: RunCache, jobs: int) -> list[Record]:
     """Return the cells in the order of ``work``, on ``jobs`` processes with a thread each.
 
     A cache that computes nothing gives the cells whose runs are all there.
+
+    Raises:
+        ValueError: that is none.
     """
     if cache.cached_only:
-        return [found for one in work if (found := _cached(one, num_seeds, split, cache)) is not None]
-    tasks = [(*one, num_seeds, split, cache.path) for one in work]
+        found = [record for one in work if (record := _cached(one, compute, cache)) is not None]
+        if not found:
+            raise ValueError(f"nothing that was asked for is finished in {cache.path}")
+        return found
+    tasks = [(*one, compute, cache.path) for one in work]
     if jobs == 1:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return [_compute(task) for task in progress(tasks, "cells")]
+            return [_compute(task) for task in progress(tasks, _name)]
         finally:
             torch.set_num_threads(threads)
     with multiprocessing.get_context("spawn").Pool(jobs, _prepare_worker) as pool:
         return list(progress(pool.imap(_compute, tasks), "cells", total=len(tasks)))
 
 
-def _cached(one: Work, num_seeds: int, split: str, cache: RunCache) -> Record | None:
+def _name(task: tuple[Benchmark, Contestant, Compute, Path]) -> str:
+    return f"{task[0].name}, {task[1].name}"
+
+
+def _cached(one: Work, compute: Compute, cache: RunCache) -> Record | None:
     try:
-        return cell(*one, num_seeds, split, cache)
+        return compute(*one, cache)
     except NotComputed:
         return None
 
 
-def _compute(task: tuple[Benchmark, Contestant, int, str, Path]) -> Record:
-    benchmark, contestant, num_seeds, split, path = task
-    return cell(benchmark, contestant, num_seeds, split, RunCache(path))
+def _compute(task: tuple[Benchmark, Contestant, Compute, Path]) -> Record:
+    benchmark, contestant, compute, path = task
+    return compute(benchmark, contestant, RunCache(path))
 
 
 def _prepare_worker() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -73,12 +73,21 @@ def _number(at_least: int | None) -> Any:
     return number
 
 
-def progress(items: Sequence[T] | Iterable[T], name: str, total: int | None = None) -> Iterable[T]:
-    """Show a bar on a terminal, and nothing elsewhere."""
+def progress(items: Iterable[T], name: str | Callable[[T], str], total: int | None = None) -> Iterator[T]:
+    """Show a bar on a terminal, and nothing elsewhere.
+
+    Args:
+        items: what is done, one after the other.
+        name: text before the bar, or what makes it of the item that is being done.
+        total: number of items, if they have no length.
+    """
     from tqdm import tqdm
 
-    bar: Iterable[T] = tqdm(items, desc=name, total=total, disable=None)
-    return bar
+    with tqdm(items, desc=None if callable(name) else name, total=total, disable=None) as bar:
+        for item in bar:
+            if callable(name):
+                bar.set_description(name(item))
+            yield item
 
 
 def matching(names: Sequence[str], parts: Sequence[str], what: str) -> list[str]:

@@ -59,7 +59,7 @@ def draw_profile(figure: Figure, records: Sequence[Record]) -> None:
             color=_colour(name, optimizers),
         )
     axes.set(xlabel="error / smallest error of the task", ylabel="share of the tasks", ylim=(0, 1.02))
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=8, loc="outside right center")
 
 
 def draw_curves(figure: Figure, records: Sequence[Record]) -> None:
@@ -121,6 +121,7 @@ def _score(cells: _standings.Cells, task: str, name: str) -> float:
 
 
 def _colour(name: str, optimizers: Sequence[str]) -> str:
-    return (
-        f"C{optimizers.index(name)}" if optimizers.index(name) < 10 else f"{0.2 + 0.12 * (optimizers.index(name) % 5)}"
-    )
+    return _COLOURS[optimizers.index(name) % len(_COLOURS)]
+
+
+_COLOURS = (*(f"C{index}" for index in range(10)), "black", "navy", "darkgreen")

@@ -2,79 +2,181 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from . import _standings
 from ._cache import Record, RunCache
-from ._cells import num_tuning_seeds
-from ._evaluation import progress
-from ._report import Report, mean_pm_std
-from ._training import run, tuned
+from ._cells import compute_cells, num_tuning_seeds
+from ._evaluation import option
+from ._report import Report, Table, confidence_interval, mean_pm_std
+from ._training import Benchmark, run, tuned
+from .contestants import REFERENCE, Contestant
 from .curvature import Curvature
 from .quality import Quality
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MEASURES = ("top_eigenvalue", "hutchinson_trace", "sam_gap", "gradient_norm", "loss", "test_loss", "test_score")
+
+class Measure(NamedTuple):
+    """A measure of flatness in the tables."""
+
+    title: str
+    digits: int
+    flatter: int
+    """-1 where smaller values are flatter, 1 where larger ones are."""
+
+
+MEASURES = {
+    "top_eigenvalue": Measure("Top eigenvalue", 2, -1),
+    "hutchinson_trace": Measure("Trace", 1, -1),
+    "sam_gap": Measure("SAM gap", 4, -1),
+    "local_entropy": Measure("Local entropy", 2, 1),
+}
+
+CURVATURE = Curvature(num_examples=400, num_matvecs=15, gamma=10.0, num_probes=2)
+TEXT_EXAMPLES = 100
+"""A stretch of text is a sequence of examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flatness(Quality):
-    """The minima that each contestant reaches, with the settings of the quality table."""
+    """The minima that each optimizer reaches, with the settings of the quality table."""
 
     summary = "flatness of the minima that each optimizer reaches"
 
+    seeds: int = option(3, "runs per cell; give the cache of a quality table to use its settings", at_least=1)
+
     def report(self, cache: RunCache) -> Report:
-        """Measure the minima."""
-        curvature = Curvature(num_matvecs=5 if self.fast else 100)
-        records = []
-        for benchmark, contestant in progress(self.work(), "flatness"):
-            setting = tuned(benchmark, contestant, num_tuning_seeds(benchmark, self.seeds), cache)
-            runs = [run(benchmark, contestant, setting, seed, cache, curvature) for seed in range(self.seeds)]
-            record: Record = {"task": benchmark.name, "optimizer": contestant.name, "setting": str(setting)}
-            records.append(record | {key: [result[key] for result in runs] for key in MEASURES})
+        """Train with the settings that were chosen, measure the minima, and compare them with the reference's."""
+        curvature = replace(CURVATURE, num_examples=50, num_matvecs=5) if self.fast else CURVATURE
+        compute = partial(flatness_cell, num_seeds=self.seeds, split=self.split, curvature=curvature)
+        records = compute_cells(self.work(), compute, self.readable(cache), self.jobs)
+        order = [benchmark.name for benchmark in self.benchmarks()]
+        records.sort(key=lambda record: order.index(record["task"]))
+        cells = _standings.by_cell(records)
+        tasks, optimizers = _standings.names(records, "task"), _standings.names(records, "optimizer")
         return Report(
             title="Flatness of the minima",
-            header=[
-                "task",
-                "optimizer",
-                "top eigenvalue",
-                "trace",
-                "SAM gap",
-                "train loss",
-                "test loss",
-                "test accuracy %",
-            ],
-            rows=[_row(record) for record in records],
+            header=["optimizer", "score", "ln top eigenvalue", *(f"{one.title}: flatter" for one in MEASURES.values())],
+            rows=[_summary(cells, name) for name in optimizers],
             records=records,
             draw=lambda figure: _draw(figure, records),
-            note=f"Mean ± standard deviation over {self.seeds} seeds. Hessian of the mean loss on "
-            f"{curvature.num_examples} training examples, at the end of training. SAM gap: rise of that loss, 0.05 up "
-            "the gradient.",
+            note=f"Score: accuracy in %, or -100 MSE, mean over tasks. Flatter: on how many tasks the mean over "
+            f"{self.seeds} seeds is flatter than that of tuned {REFERENCE}. Hessian of the mean loss on "
+            f"{curvature.num_examples} training examples ({TEXT_EXAMPLES} of text) at the end of training. SAM gap: "
+            "rise of that loss, 0.05 up the gradient. Local entropy: Laplace, gamma = "
+            f"{curvature.gamma:g}, less that of a loss of zero; nan where H + gamma I is not positive definite.",
+            more_tables=[
+                _correlations(records),
+                *(
+                    Table(one.title, ["task", *optimizers], _grid(cells, tasks, optimizers, key, one.digits))
+                    for key, one in MEASURES.items()
+                ),
+            ],
         )
 
 
-def _row(record: Record) -> list[str]:
-    measures = [mean_pm_std(record[key], digits=3) for key in MEASURES if key not in ("gradient_norm", "test_score")]
-    return [record["task"], record["optimizer"], *measures, mean_pm_std(record["test_score"], scale=100)]
+def flatness_cell(
+    benchmark: Benchmark, contestant: Contestant, cache: RunCache, *, num_seeds: int, split: str, curvature: Curvature
+) -> Record:
+    """Return the measures of one cell, one value per seed.
+
+    Raises:
+        NotComputed: a run is missing from a cache that computes nothing.
+    """
+    if benchmark.source == "text":
+        curvature = replace(curvature, num_examples=min(TEXT_EXAMPLES, curvature.num_examples))
+    setting = tuned(benchmark, contestant, num_tuning_seeds(benchmark, num_seeds), cache)
+    runs = [run(benchmark, contestant, setting, seed, cache, curvature) for seed in range(num_seeds)]
+    return {
+        "task": benchmark.name,
+        "kind": benchmark.kind,
+        "optimizer": contestant.name,
+        "setting": str(setting),
+        "score": [100 * one[f"{split}_score"] for one in runs],
+        "train_loss": [one["train_loss"] for one in runs],
+        **{key: [one[key] for one in runs] for key in MEASURES},
+    }
+
+
+def flatter_than(cells: _standings.Cells, name: str, other: str, key: str) -> tuple[int, int]:
+    """Return on how many tasks the mean of a measure is flatter than another optimizer's, and of how many."""
+    won = count = 0
+    for task in _standings.shared_tasks(cells, [name, other]):
+        own, its = fmean(cells[task, name][key]), fmean(cells[task, other][key])
+        if math.isfinite(own) and math.isfinite(its):
+            count += 1
+            won += MEASURES[key].flatter * (own - its) > 0
+    return won, count
+
+
+def rank_correlations(records: Sequence[Record], key: str) -> list[float]:
+    """Return, for each task, Spearman's correlation between a measure and the score over the runs of all optimizers."""
+    from scipy.stats import spearmanr
+
+    found = []
+    for task in _standings.names(records, "task"):
+        own = [record for record in records if record["task"] == task]
+        pairs = [pair for record in own for pair in zip(record[key], record["score"], strict=True)]
+        finite = [pair for pair in pairs if all(map(math.isfinite, pair))]
+        if len(finite) > 2 and all(len(set(values)) > 1 for values in zip(*finite, strict=True)):
+            found.append(float(spearmanr(*zip(*finite, strict=True)).statistic))
+    return found
+
+
+def _correlations(records: Sequence[Record]) -> Table:
+    rows = []
+    for key, one in MEASURES.items():
+        values = rank_correlations(records, key)
+        mean, low, high = confidence_interval(values) if values else (math.nan,) * 3
+        rows.append(
+            [one.title, f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]", f"{sum(v < 0 for v in values)} of {len(values)}"]
+        )
+    title = "Rank correlation with the score over all runs of a task: mean over tasks, 95 % interval"
+    return Table(title, ["measure", "Spearman's rho", "negative on"], rows)
+
+
+def _summary(cells: _standings.Cells, name: str) -> list[str]:
+    own = [record for (_, optimizer), record in cells.items() if optimizer == name]
+    logs = [math.log(value) for record in own for value in record["top_eigenvalue"] if value > 0]
+    counts = ["{} of {}".format(*flatter_than(cells, name, REFERENCE, key)) for key in MEASURES]
+    score = fmean(value for record in own for value in record["score"])
+    return [name, f"{score:.2f}", f"{fmean(logs):.2f}" if logs else "–", *counts]
+
+
+def _grid(
+    cells: _standings.Cells, tasks: Sequence[str], optimizers: Sequence[str], key: str, digits: int
+) -> list[list[str]]:
+    return [
+        [task, *(mean_pm_std(cells[task, name][key], digits) if (task, name) in cells else "–" for name in optimizers)]
+        for task in tasks
+    ]
 
 
 def _draw(figure: Figure, records: Sequence[Record]) -> None:
-    """Draw test loss against the top eigenvalue, one panel per task."""
-    tasks = list(dict.fromkeys(record["task"] for record in records))
-    optimizers = list(dict.fromkeys(record["optimizer"] for record in records))
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
-    for axes, task in zip(panels, tasks, strict=True):
+    """Draw the score against the top eigenvalue, one panel per task."""
+    tasks, optimizers = _standings.names(records, "task"), _standings.names(records, "optimizer")
+    num_columns = min(4, len(tasks))
+    num_rows = -(-len(tasks) // num_columns)
+    figure.set_size_inches(3.2 * num_columns, 2.6 * num_rows + 0.8)
+    panels = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
+    for axes, task in zip(panels, tasks, strict=False):
         for record in (record for record in records if record["task"] == task):
-            colour = f"C{optimizers.index(record['optimizer'])}"
-            axes.plot(record["top_eigenvalue"], record["test_loss"], ".", color=colour, alpha=0.5)
-            centre = fmean(record["top_eigenvalue"]), fmean(record["test_loss"])
-            axes.plot(*centre, "o", color=colour, label=record["optimizer"])
-        axes.set_xscale("symlog", linthresh=1.0)
+            index = optimizers.index(record["optimizer"])
+            style = {"color": f"C{index % 10}", "marker": "os^"[index // 10]}
+            axes.plot(record["top_eigenvalue"], record["score"], linestyle="none", markersize=3, alpha=0.4, **style)
+            centre = [fmean(record["top_eigenvalue"])], [fmean(record["score"])]
+            axes.plot(*centre, linestyle="none", markersize=7, label=record["optimizer"], **style)
+        axes.set_xscale("symlog", linthresh=0.1)
         axes.set_title(task, fontsize=9)
-        axes.set_xlabel("top Hessian eigenvalue")
-    panels[0].set_ylabel("test loss")
-    panels[0].legend(fontsize=7)
+    for axes in panels[len(tasks) :]:
+        axes.set_axis_off()
+    figure.supxlabel("top Hessian eigenvalue")
+    figure.supylabel("score")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)

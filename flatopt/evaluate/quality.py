@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 from typing import Literal
 
 from . import _figures, _standings
 from ._cache import Record, RunCache
-from ._cells import Work, compute_cells
+from ._cells import Work, cell, compute_cells
 from ._evaluation import Evaluation, matching, option
 from ._report import Interval, Report, Table, confidence_interval, mean_pm_std
 from ._training import Benchmark
@@ -40,13 +41,10 @@ class Quality(Evaluation):
 
     def report(self, cache: RunCache) -> Report:
         """Fill the table task by task, and compare."""
-        work = self.work()
-        records = compute_cells(
-            work, self.seeds, self.split, RunCache(cache.path, cached_only=self.cached_only), self.jobs
-        )
-        if not records:
-            raise ValueError(f"no cell is finished in {cache.path}")
-        records = sorted(records, key=lambda record: [one.name for one in self.benchmarks()].index(record["task"]))
+        compute = partial(cell, num_seeds=self.seeds, split=self.split)
+        records = compute_cells(self.work(), compute, self.readable(cache), self.jobs)
+        order = [benchmark.name for benchmark in self.benchmarks()]
+        records.sort(key=lambda record: order.index(record["task"]))
         return Report(
             title=f"Quality: scores on the {self.split} split",
             header=["task", *_standings.names(records, "optimizer")],
@@ -61,6 +59,10 @@ class Quality(Evaluation):
                 "differences": lambda figure: _figures.draw_differences(figure, records),
             },
         )
+
+    def readable(self, cache: RunCache) -> RunCache:
+        """Return the cache, as one that computes nothing when that is asked for."""
+        return RunCache(cache.path, cached_only=self.cached_only)
 
     def work(self) -> list[Work]:
         """Return the cells in the order in which they are computed: an optimizer on all tasks, then the next one."""
@@ -132,7 +134,7 @@ _SUMMARY_HEADER = [
 def _summary(cells: _standings.Cells, name: str, optimizers: Sequence[str]) -> list[str]:
     """Return one optimizer's row of the table of means."""
     ranked = [one for one in optimizers if one != REFERENCE] if name != REFERENCE else optimizers
-    own = [cell for (_, optimizer), cell in cells.items() if optimizer == name]
+    own = [record for (_, optimizer), record in cells.items() if optimizer == name]
     means = []
     for kinds in (CLASSIFICATION, REGRESSION):
         scores = [_standings.mean_score(cells, task, name) for task in _standings.shared_tasks(cells, [name], kinds)]
@@ -153,7 +155,7 @@ def _summary(cells: _standings.Cells, name: str, optimizers: Sequence[str]) -> l
         "{} of {}".format(*_standings.at_least_best_tuned(cells, name)),
         f"{fmean(lower):+.2f}",
         f"{fmean(higher):+.2f}",
-        str(sum(cell["num_diverged"] for cell in own)),
+        str(sum(record["num_diverged"] for record in own)),
     ]
 
 
