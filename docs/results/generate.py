@@ -6,9 +6,9 @@ them, and README.md, which cannot include anything, holds copies between two com
     <!-- begin docs/results/NAME.md -->
     <!-- end docs/results/NAME.md -->
 
-After a new measurement, ``--take quality runs/eval/quality`` reads the ``table.md`` that ``flatopt-eval`` wrote into
-that folder, puts it into ``quality.json``, and copies the figures.  ``--check`` writes nothing and fails where a file
-is stale.
+After a new measurement, ``--take quality runs/eval/quality --command "flatopt-eval quality"`` reads the ``table.md``
+that the command wrote into that folder, puts it into ``quality.json``, and copies the figures.  ``--check`` writes
+nothing and fails where a file is stale.
 """
 
 from __future__ import annotations
@@ -51,7 +51,16 @@ TITLES = {
     "local_entropy": "local entropy",
     "log_top_eigenvalue": "ln top eigenvalue",
 }
-SUMMARY = ("optimizer", "accuracy %", "-100 MSE", "mean rank", "at least the best tuned")
+MEANS = "Means and counts"
+"""Title of the table that ``flatopt-eval quality`` sums up with; of it the columns ``SUMMARY`` are shown in README."""
+
+SUMMARY = {
+    "optimizer": "optimizer",
+    "accuracy %": "mean accuracy % (tasks)",
+    "-100 MSE": "regression: -100 MSE (tasks)",
+    "mean rank": "mean rank",
+    "at least the best tuned": "at least the best tuned on",
+}
 COMMAND = "OMP_NUM_THREADS=1 flatopt-eval reproduction"
 RULES = {"l2o-dm": "L2O-DM", "rnnprop": "RNNProp", "l2o-scale": "L2O-Scale"}
 PENALTIES = {"hessian": "Hessian", "entropy": "entropy"}
@@ -62,9 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail where a file is stale")
     parser.add_argument("--take", nargs=2, metavar=("NAME", "RUN"), help="read the folder RUN into NAME.json first")
+    parser.add_argument("--command", help="with --take: the command that wrote the folder")
     chosen = parser.parse_args(arguments)
     if chosen.take:
-        take(chosen.take[0], Path(chosen.take[1]))
+        take(chosen.take[0], Path(chosen.take[1]), chosen.command)
     stale = [path for path, text in outputs().items() if not path.is_file() or path.read_text("utf-8") != text]
     for path in stale:
         print(f"{'stale' if chosen.check else 'written'}: {path.relative_to(ROOT)}")
@@ -125,19 +135,24 @@ def plain(stem: str, content: dict[str, Any]) -> dict[str, str]:
         text = f"*{content['pending']}*\n"
         return {f"{stem}.md": text} | ({"quality-summary.md": text} if stem == "quality" else {})
     tables = content["tables"]
-    heading = f"# {content['title']}\n\n{content['note']}\n\n" if "title" in content else ""
-    text = "\n".join(map(section, tables))
-    if len(tables) == 1:
-        text = text.partition("\n\n")[2]  # the page has the heading
-    made = {f"{stem}.md": heading + text}
-    return made | {f"{stem}-summary.md": summary(one) for one in tables if one["title"] == "Means and counts"}
+    if "title" in content:
+        text = f"# {content['title']}\n\n{content['note']}\n\n" + "\n".join(map(section, tables))
+    elif len(tables) == 1:
+        text = about(tables[0]) + table(tables[0]["columns"], tables[0]["rows"])
+    else:
+        first, *others = tables
+        means_first = sorted([first | {"note": "", "command": ""}, *others], key=lambda one: one["title"] != MEANS)
+        text = about(first) + "\n".join("#" + section(one) for one in means_first)
+    made = {f"{stem}.md": text}
+    return made | {f"{stem}-summary.md": summary(one) for one in tables if one["title"] == MEANS}
 
 
 def summary(one: dict[str, Any]) -> str:
     """Return the few columns of the table of means that README and landing page show."""
     chosen = [index for index, name in enumerate(one["columns"]) if name in SUMMARY]
-    pick = [[row[index] for index in chosen] for row in (one["columns"], *one["rows"])]
-    return table(pick[0], pick[1:])
+    rows = [[row[index] for index in chosen] for row in one["rows"] if "untrained" not in row[0]]
+    rows = [[row[0].replace("horizon unknown", "length of the run unknown"), *row[1:]] for row in rows]
+    return table([SUMMARY[one["columns"][index]] for index in chosen], rows)
 
 
 def reproduction(content: dict[str, Any]) -> dict[str, str]:
@@ -253,9 +268,13 @@ def interval(one: dict[str, Any], digits: int) -> str:
 
 def section(one: dict[str, Any]) -> str:
     """Return a heading, what the table is, the command behind it, and the table."""
-    command = f"```console\n$ {one['command']}\n```\n\n" if one.get("command") else ""
+    return f"## {one['title']}\n\n{about(one)}{table(one['columns'], one['rows'])}"
+
+
+def about(one: dict[str, Any]) -> str:
+    """Return what a table is, and the command behind it."""
     note = f"{one['note']}\n\n" if one.get("note") else ""
-    return f"## {one['title']}\n\n{note}{command}{table(one['columns'], one['rows'])}"
+    return note + (f"```console\n$ {one['command']}\n```\n\n" if one.get("command") else "")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -269,13 +288,13 @@ def unbroken(cell: str) -> str:
     return re.sub(r"(\[\S+,) (\S+\])", "\\1\u00a0\\2", cell.replace(" ± ", "\u00a0±\u00a0"))
 
 
-def take(name: str, run: Path) -> None:
+def take(name: str, run: Path, command: str | None = None) -> None:
     """Read the tables that ``flatopt-eval`` wrote into ``run``, and copy its figures beside them."""
-    old = RESULTS / f"{name}.json"
-    before = json.loads(old.read_text("utf-8")).get("tables", []) if old.is_file() else []
-    commands = {one["name"]: one.get("command") for one in before}
+    content = (run / "table.md").read_text("utf-8")
+    if content.startswith("# Toy sizes"):
+        raise SystemExit(f"{run} holds a run with --fast: its numbers mean nothing")
     tables = []
-    for part in re.split(r"^#+ ", (run / "table.md").read_text("utf-8"), flags=re.MULTILINE)[1:]:
+    for part in re.split(r"^#+ ", content, flags=re.MULTILINE)[1:]:
         title, _, text = part.partition("\n")
         lines = [line for line in text.splitlines() if line.startswith("|")]
         if not lines:
@@ -283,10 +302,10 @@ def take(name: str, run: Path) -> None:
         cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
         note = " ".join(line for line in text.splitlines() if line and not line.startswith("|"))
         key = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-        found = {"name": key, "title": title, "note": note, "command": commands.get(key)}
+        found = {"name": key, "title": title, "note": note, "command": None if tables else command}
         tables.append(found | {"columns": cells[0], "rows": cells[2:]})
     lines = (json.dumps(one, ensure_ascii=False, indent=1) for one in tables)
-    old.write_text('{"tables": [\n' + ",\n".join(lines) + "\n]}\n", "utf-8")
+    (RESULTS / f"{name}.json").write_text('{"tables": [\n' + ",\n".join(lines) + "\n]}\n", "utf-8")
     for figure in run.glob("*.png"):
         shutil.copy(figure, RESULTS / (f"{name}.png" if figure.stem == "figure" else f"{name}-{figure.name}"))
 

@@ -83,4 +83,4 @@ def test_a_run_of_flatopt_eval_is_taken_over(tmp_path: Path, monkeypatch: pytest
     assert [one["title"] for one in content["tables"]] == ["One", "Two"]
     assert content["tables"][0]["rows"] == [["1 ± 2", "x"]] and content["tables"][0]["note"] == "A note."
     assert (tmp_path / "quality.png").is_file()
-    assert "## Two\n\n| c |\n| --- |\n| 3 |\n" in generate.plain("quality", content)["quality.md"]
+    assert "### Two\n\n| c |\n| --- |\n| 3 |\n" in generate.plain("quality", content)["quality.md"]
