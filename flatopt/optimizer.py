@@ -33,13 +33,13 @@ from .rules import (
     plain_phases,
 )
 
-CHUNK_SIZE = 2**15
+CHUNK_SIZE = 2**16
 """Coordinates handled at once: bounds the memory of a step whatever the size of the tensors."""
 
 COMPILED_CHUNK_SIZE = 2**18
 """The same where compiled code keeps what is between its inputs and outputs in registers."""
 
-PACK_SIZE = 2**14
+PACK_SIZE = 2**12
 """Tensors up to this size are handled side by side: below it a step costs calls, not arithmetic."""
 
 SEED_STRIDE = 1_000_003
@@ -489,9 +489,9 @@ def _largest(slots: Sequence[_Slot], dtype: torch.dtype) -> list[Tensor]:
     if not slots:
         return []
     grads = [slot.local for slot in slots]
-    # The norm of an empty tensor is an error; of a half type it has to be taken in the dtype of the others.
-    sized = iter(torch._foreach_norm([grad for grad in grads if grad.numel()] or [grads[0].new_zeros(1)], math.inf))
-    norms = torch.stack([next(sized).to(dtype) if grad.numel() else grad.new_zeros((), dtype=dtype) for grad in grads])
+    # Both ends, which is much faster than the norm.  There are none of an empty tensor.
+    ends = [end for grad in grads for end in (torch.aminmax(grad) if grad.numel() else 2 * [grad.new_zeros(())])]
+    norms = torch.stack([end.to(dtype) for end in ends]).view(-1, 2).abs().amax(1)
     norms = torch.nan_to_num(norms, nan=math.inf, posinf=math.inf)  # a maximum over ranks may lose a NaN
     shardings = [dtensor.sharding(slot.param) for slot in slots]
     if any(sharding is not None for sharding in shardings):

@@ -9,8 +9,8 @@ Legend as in :mod:`flatopt.rules._rule`; ``*`` is an axis of models in front of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -59,10 +59,18 @@ def observe_phase(
 ) -> tuple[State, Tensor]:
     """Return what ``rule.observe`` does, its terms as one ``[S, n]``, summed to ``[S, 1]`` if ``total``."""
     new, terms = rule.observe(weights, state, grad, param, facts, context)
-    if not terms:
+    rows: list[Tensor] = []
+    for term in terms:
+        # Each is summed by itself: a compiler does that in the pass that computes it, and never stores the terms.
+        if isinstance(term, Tensor):
+            value = term.sum(-1) if total else term
+            rows += [value] if term.dim() == 1 else value.unbind()
+        else:
+            rows.append(torch.dot(*term) if total else torch.mul(*term))
+    if not rows:
         return new, grad.new_zeros(0, 1 if total else len(grad))
-    # Each is summed by itself: a compiler does that in the pass that computes it, and never stores the terms.
-    return new, torch.cat([torch.atleast_2d(term.sum(-1, keepdim=True) if total else term) for term in terms])
+    stacked = torch.stack(rows)
+    return new, stacked.unsqueeze(-1) if total else stacked
 
 
 def plain_phases(rule: UpdateRule) -> Phases:
@@ -96,6 +104,11 @@ class Update(NamedTuple):
 
     lrs_N: Tensor
     weight_decays_N: Tensor
+
+    def factors(self, step_sizes_N: Tensor) -> Tensor:
+        """Return what multiplies step, parameter and pull, ``[N, 3]``."""
+        kept_N = 1 - self.lrs_N * step_sizes_N * self.weight_decays_N
+        return torch.stack([self.lrs_N, kept_N, self.lrs_N.clamp(max=1)], -1)
 
 
 Reduce = Callable[[list[Tensor]], list[Tensor]]
@@ -151,139 +164,233 @@ def apply_rule(
     """
     phases = plan.phases or plain_phases(rule)
     dim = phases.batch_dims
-    shapes = plan.shapes or [TensorShape.of(param.shape[dim:]) for param in params]
-    cuts = [Strips.of(shape, rule.max_strip) for shape in shapes]
-    packs = _share_out(params, cuts, dim, plan)
-    store = (_Pure if plan.update is None else _InPlace)(rule, params, grads, states, dim, plan.update)
+    pieces = tuple(param.shape[dim:] for param in params)
+    shapes = plan.shapes or [TensorShape.of(shape) for shape in pieces]
+    firsts = None if plan.reduce is None else tuple(plan.first_strips or ())
+    layout = _lay_out(pieces, tuple(shapes), firsts, rule.max_strip, plan.chunk_size, plan.pack_size)
+    store = (_Pure if plan.update is None else _InPlace)(rule, layout, params, grads, states, dim, plan.update)
 
-    steps = [state["step"] + 1 for state in states]
-    memory_NM = _stack_memory(rule, states, steps, dim)
-    given_NG = phases.prepare(weights, torch.stack(steps, dim), memory_NM, shared, context)
-    step_N, given_GN = torch.stack(steps, -1), given_NG.transpose(-1, -2)
-    facts = [TensorFacts(pack.spread(step_N), pack.spread(given_GN), step_N[..., :0]) for pack in packs]
-    sums = _Sums(len(params))
-    for pack, known in zip(packs, facts, strict=True):
+    steps_N = torch.stack([state["step"] for state in states], dim) + 1
+    memory_NM = _stack_memory(rule, states, steps_N, dim)
+    given_NG = phases.prepare(weights, steps_N, memory_NM, shared, context)
+    known_XN = torch.cat([steps_N.unsqueeze(-2), given_NG.mT], -2)
+    facts = [
+        TensorFacts(known_Xn.select(-2, 0), known_Xn.narrow(-2, 1, given_NG.shape[-1]), steps_N[..., :0])
+        for known_Xn in _spread(layout, known_XN)
+    ]
+    sums = _Sums(layout, dim)
+    for pack, known in zip(layout.packs, facts, strict=True):
         state, grad, param = store.read(pack)
         new, terms_Sn = phases.observe(pack.is_single, weights, state, grad, param, known, context)
         store.write(pack, new)
         sums.add_terms(pack, terms_Sn)
-        if pack.cut is not None:
-            sums.add_grams(pack, phases.matrix(weights, state | new, grad, known), params, dim)
+        if pack.is_matrix:
+            sums.add_grams(pack, phases.matrix(weights, state | new, grad, known))
 
-    factors, summaries_NS = _couple(rule, phases, weights, sums, cuts, plan, dim)
+    factors, summaries_NS = _couple(rule, phases, weights, sums, layout, plan, dim)
     control_NC, memory_NM, shared = phases.mix(weights, summaries_NS, memory_NM, shared, context, shapes=shapes)
-    store.begin_steps(rule.step_size(weights, control_NC, context) if plan.update is not None else None)
-    for pack, known in zip(packs, facts, strict=True):
+    num_controls = control_NC.shape[-1]
+    if plan.update is not None:  # spread together
+        control_NC = torch.cat([control_NC, plan.update.factors(rule.step_size(weights, control_NC, context))], -1)
+    for pack, known, control_Cn in zip(layout.packs, facts, _spread(layout, control_NC.mT), strict=True):
         state, grad, param = store.read(pack)
         if rule.max_strip:
-            matrix_n = grad if pack.cut is None else phases.matrix(weights, state, grad, known)
-            known = known._replace(coupled=_multiply(pack, factors, matrix_n, params, dim))
-        control_Cn = pack.spread(control_NC.transpose(-1, -2))
-        new, delta = phases.propose(weights, state, grad, param, control_Cn, known, context)
+            matrix_n = phases.matrix(weights, state, grad, known) if pack.is_matrix else grad
+            known = known._replace(coupled=_multiply(pack, factors, matrix_n, dim))
+        of_rule, of_update = control_Cn.split([num_controls, control_Cn.shape[-2] - num_controls], -2)
+        new, delta = phases.propose(weights, state, grad, param, of_rule, known, context)
         moved = None
         if rule.pull_period and plan.pulls:
             pulled, moved = phases.pull(weights, state | new, param, context)
             new = new | pulled
         store.write(pack, new)
-        store.move(pack, param, delta, moved)
-    return store.result(steps, memory_NM, shared)
-
-
-class _Part(NamedTuple):
-    """Some coordinates of one tensor."""
-
-    tensor: int
-    where: slice | None
-    """``None`` for all of them."""
-    size: int
+        store.move(pack, param, delta, moved, of_update)
+    return store.result(steps_N, memory_NM, shared)
 
 
 class _Run(NamedTuple):
-    """Parts side by side that have one size and are cut in one way."""
+    """Equal parts of tensors of one shape: several whole ones side by side, or a piece of one."""
 
-    parts: list[_Part]
+    group: int
+    tensors: tuple[int, ...]
+    size: int
+    """Coordinates of each part."""
+    piece: int
+    """Which piece of its tensor, 0 for all of it."""
+    most: int
+    """Coordinates of every piece but the last."""
+    inputs: int
+    """Coordinates of a row."""
+    cut: Strips | None
+    first_strip: int
+    """Of the strips of the whole tensor."""
+    num_strips: int
+
+
+class _Group(NamedTuple):
+    """All the runs that make up some tensors: one, or the pieces of one tensor."""
+
+    tensors: tuple[int, ...]
     cut: Strips | None
 
 
-class _MatrixRun(NamedTuple):
-    """A run of matrices."""
-
-    parts: list[_Part]
-    cut: Strips
-
-
 class _Pack:
-    """Coordinates handled in one call: a part of one tensor, or several whole small ones; vectors or matrices."""
+    """Coordinates handled in one call: a piece of one tensor, or several whole small ones; vectors or matrices."""
 
-    def __init__(self, runs: list[_Run]):
+    def __init__(self, runs: Sequence[_Run], first: int):
         self.runs = runs
-        self.parts = [part for run in runs for part in run.parts]
-        self.sizes = [part.size for part in self.parts]
-        self.cut = runs[0].cut
-        self.owners: Tensor | None = None
-
-    @property
-    def is_single(self) -> bool:
-        return len(self.parts) == 1
-
-    def spread(self, values_XN: Tensor) -> Tensor:
-        """Return ``[*, ..., 1]`` or ``[*, ..., n]`` of what is given per tensor, ``[*, ..., N]``."""
-        if self.is_single:
-            index = self.parts[0].tensor
-            return values_XN[..., index : index + 1]
-        if self.owners is None:
-            device = values_XN.device
-            owners = torch.tensor([part.tensor for part in self.parts], device=device)
-            sizes = torch.tensor(self.sizes, device=device)
-            self.owners = owners.repeat_interleave(sizes, output_size=sum(self.sizes))
-        return values_XN.index_select(-1, self.owners)
+        self.first = first
+        """Where its first tensor stands in the order of the layout."""
+        self.tensors = [tensor for run in runs for tensor in run.tensors]
+        self.sizes = [run.size for run in runs for _ in run.tensors]
+        self.run_sizes = [len(run.tensors) * run.size for run in runs]
+        self.is_single = len(self.tensors) == 1
+        self.is_matrix = runs[0].cut is not None
 
     def split(self, values_n: Tensor, dim: int = -1) -> Sequence[Tensor]:
         """Return what belongs to each part."""
         return (values_n,) if self.is_single else values_n.split(self.sizes, dim)
 
+    def by_run(self, values_n: Tensor) -> Sequence[Tensor]:
+        """Return what belongs to each run."""
+        return (values_n,) if len(self.runs) == 1 else values_n.split(self.run_sizes, -1)
 
-def _share_out(params: Sequence[Tensor], cuts: Sequence[Strips | None], dim: int, plan: Plan) -> list[_Pack]:
-    """Share out all coordinates; an empty tensor is a part of size 0."""
-    numels = [param.shape[dim:].numel() for param in params]
-    packs: list[list[_Run]] = []
-    filled = 0
 
-    def kind(index: int) -> tuple[bool, torch.Size]:
-        return cuts[index] is not None, params[index].shape
+class _Layout(NamedTuple):
+    """How all coordinates are shared out; depends on shapes only."""
+
+    packs: list[_Pack]
+    groups: list[_Group]
+    order: list[int]
+    """The tensors as the packs have them."""
+    places: list[int]
+    """Where each tensor stands in that order."""
+
+
+@lru_cache(maxsize=64)
+def _lay_out(
+    pieces: tuple[torch.Size, ...],
+    shapes: tuple[TensorShape, ...],
+    first_strips: tuple[int, ...] | None,
+    max_strip: int,
+    chunk_size: int | None,
+    pack_size: int,
+) -> _Layout:
+    """Share out all coordinates of what is here of each tensor; an empty one is a part of size 0."""
+    numels = [piece.numel() for piece in pieces]
+    cuts = [Strips.of(shape, max_strip) for shape in shapes]
+    firsts = first_strips or (0,) * len(pieces)
+    groups: list[_Group] = []
+    packs: list[_Pack] = []
+    order: list[int] = []
+
+    def kind(index: int) -> tuple[Any, ...]:
+        return cuts[index] is not None, pieces[index], cuts[index] or (), firsts[index]
+
+    def add(tensors: tuple[int, ...], most: int) -> list[_Run]:
+        index = tensors[0]
+        cut, shape, first, numel = cuts[index], pieces[index], firsts[index], numels[index]
+        inputs = shape[1:].numel()
+        runs = []
+        for piece, start in enumerate(range(0, max(numel, 1), most)):
+            size = min(most, numel - start)
+            first_strip = number = 0
+            if cut is not None and size:
+                first_strip = first + (0 if cut.is_tall else start // inputs // cut.size)
+                number = -(-(inputs if cut.is_tall else size // inputs) // cut.size)
+            runs.append(_Run(len(groups), tensors, size, piece, most, inputs, cut, first_strip, number))
+        groups.append(_Group(tensors, cut))
+        order.extend(tensors)
+        return runs
 
     # Tensors of one shape side by side: their strips are then one batch.
-    small = sorted((index for index, numel in enumerate(numels) if numel <= plan.pack_size), key=kind)
-    for (is_matrix, _), group in groupby(small, kind):
-        run: _Run | None = None
-        for index in group:
-            is_full = plan.chunk_size is not None and filled + numels[index] > plan.chunk_size
-            if not packs or is_full or is_matrix != (packs[-1][0].cut is not None):
-                packs.append([])
-                filled, run = 0, None
-            if run is None:
-                run = _Run([], cuts[index])
-                packs[-1].append(run)
-            run.parts.append(_Part(index, None, numels[index]))
+    small = sorted((index for index, numel in enumerate(numels) if numel <= pack_size), key=kind)
+    together: list[list[list[int]]] = []
+    filled = 0
+    for (is_matrix, *_), same in groupby(small, kind):
+        is_new = True
+        for index in same:
+            is_full = chunk_size is not None and filled + numels[index] > chunk_size
+            if not together or is_full or is_matrix != (cuts[together[-1][0][0]] is not None):
+                together.append([])
+                filled, is_new = 0, True
+            if is_new:
+                together[-1].append([])
+                is_new = False
+            together[-1][-1].append(index)
             filled += numels[index]
+    for lists in together:
+        first = len(order)
+        packs.append(_Pack([run for one in lists for run in add(tuple(one), max(1, numels[one[0]]))], first))
     for index, numel in enumerate(numels):
-        if numel > plan.pack_size:
-            pieces = _pieces(index, params[index].shape[dim:], cuts[index], plan)
-            packs += [[_Run([piece], cuts[index])] for piece in pieces]
-    return [_Pack(runs) for runs in packs]
+        if numel > pack_size:
+            first = len(order)
+            packs += [_Pack([run], first) for run in add((index,), _most(pieces[index], cuts[index], chunk_size))]
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return _Layout(packs, groups, order, places)
 
 
-def _pieces(index: int, shape: torch.Size, cut: Strips | None, plan: Plan) -> Iterable[_Part]:
-    """Cut one tensor: a tall matrix between its rows, a wide one between its strips."""
+def _most(shape: torch.Size, cut: Strips | None, chunk_size: int | None) -> int:
+    """Return the size of the pieces of one tensor: a tall matrix is cut between its rows, a wide one its strips."""
     numel = shape.numel()
-    most = max(1, plan.chunk_size or numel)
+    most = max(1, chunk_size or numel)
     if cut is not None and numel:
         unit = numel // shape[0] * (1 if cut.is_tall else cut.size)
         most = max(most // unit, 1) * unit
-    if most >= numel:
-        return [_Part(index, None, numel)]
-    starts = range(0, numel, most)
-    return [_Part(index, slice(at, min(at + most, numel)), min(most, numel - at)) for at in starts]
+    return max(1, min(most, numel))
+
+
+def _reorder(values_XN: Tensor, order: list[int]) -> Tensor:
+    """Bring the last axis in another order."""
+    if order == list(range(len(order))):
+        return values_XN
+    return values_XN.index_select(-1, torch.tensor(order, device=values_XN.device))
+
+
+def _spread(layout: _Layout, values_XN: Tensor) -> Iterator[Tensor]:
+    """Yield for each pack ``[*, X, 1]`` or ``[*, X, n]`` of what is given per tensor."""
+    ordered_XN, last, values_Xn = _reorder(values_XN, layout.order), -1, values_XN
+    for pack in layout.packs:
+        if pack.first != last:  # else another piece of the same tensor
+            last, values_Xn = pack.first, ordered_XN.narrow(-1, pack.first, len(pack.tensors))
+            if not pack.is_single:
+                counts = [len(run.tensors) for run in pack.runs]
+                spread = [
+                    part.unsqueeze(-1).expand(*part.shape, run.size).flatten(-2)
+                    for run, part in zip(pack.runs, values_Xn.split(counts, -1), strict=True)
+                ]
+                values_Xn = spread[0] if len(spread) == 1 else torch.cat(spread, -1)
+        yield values_Xn
+
+
+class _Field:
+    """One tensor per parameter, as the flat views that packs are made of."""
+
+    def __init__(self, tensors: Sequence[Tensor], extra_dims: int, dim: int):
+        self.tensors, self.extra_dims, self.dim = tensors, extra_dims, dim
+        self.views: dict[int, list[list[Tensor]]] = {}
+
+    def of(self, pack: _Pack) -> list[Tensor]:
+        """Return one view per part, flat on axis ``dim``; the last ``extra_dims`` axes stay."""
+        return [view for run in pack.runs for view in self._of_run(run)]
+
+    def gather(self, pack: _Pack, dtype: torch.dtype) -> Tensor:
+        """Return the coordinates of a pack, in the dtype to compute in."""
+        flat = self.of(pack)
+        return (torch.cat(flat, self.dim) if len(flat) > 1 else flat[0]).to(dtype)
+
+    def _of_run(self, run: _Run) -> list[Tensor]:
+        if run.group not in self.views:
+            flat = [self._flat(self.tensors[index]) for index in run.tensors]
+            is_cut = len(run.tensors) == 1 and flat[0].shape[self.dim] > run.most
+            self.views[run.group] = [[view] for view in flat[0].split(run.most, self.dim)] if is_cut else [flat]
+        return self.views[run.group][run.piece]
+
+    def _flat(self, tensor: Tensor) -> Tensor:
+        kept = tensor.dim() - self.extra_dims
+        if kept == self.dim + 1:
+            return tensor
+        return tensor.reshape(*tensor.shape[: self.dim], tensor.shape[self.dim : kept].numel(), *tensor.shape[kept:])
 
 
 class _Store:
@@ -292,32 +399,28 @@ class _Store:
     def __init__(
         self,
         rule: UpdateRule,
+        layout: _Layout,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
         states: Sequence[State],
         dim: int,
         update: Update | None,
     ):
-        self.params, self.grads, self.states, self.dim, self.update = params, grads, states, dim, update
+        self.params, self.states, self.dim, self.update = params, states, dim, update
         self.dtype = states[0]["step"].dtype
         self.memory = rule.memory
-        once = {"step", *rule.memory}
-        self.keys = [key for key in states[0] if key not in once]
+        self.param_field, self.grad_field = _Field(params, 0, dim), _Field(grads, 0, dim)
         # What stands behind the shape of the parameter: the width of a network's state, say.
-        self.extra_dims = {key: states[0][key].dim() - params[0].dim() for key in self.keys}
+        self.state_fields = {
+            key: _Field([state[key] for state in states], value.dim() - params[0].dim(), dim)
+            for key, value in states[0].items()
+            if key != "step" and key not in rule.memory
+        }
+        self.held: dict[_Pack, tuple[State, Tensor, Tensor]] = {}
 
-    def gather(self, pack: _Pack, tensors: Sequence[Tensor], extra_dims: int = 0) -> Tensor:
-        """Return coordinates flat on axis ``dim``, in the dtype to compute in; the last ``extra_dims`` axes stay."""
-        flat = [self.flat(part, tensors[part.tensor], extra_dims) for part in pack.parts]
-        return (torch.cat(flat, self.dim) if len(flat) > 1 else flat[0]).to(self.dtype)
-
-    def flat(self, part: _Part, tensor: Tensor, extra_dims: int = 0) -> Tensor:
-        kept = tensor.shape[tensor.dim() - extra_dims :]
-        flat = tensor.reshape(*tensor.shape[: self.dim], -1, *kept)
-        return flat if part.where is None else flat.narrow(self.dim, part.where.start, part.size)
-
-    def gather_state(self, pack: _Pack) -> State:
-        return {key: self.gather(pack, [s[key] for s in self.states], self.extra_dims[key]) for key in self.keys}
+    def gather(self, pack: _Pack) -> tuple[State, Tensor, Tensor]:
+        state = {key: field.gather(pack, self.dtype) for key, field in self.state_fields.items()}
+        return state, self.grad_field.gather(pack, self.dtype), self.param_field.gather(pack, self.dtype)
 
 
 class _Pure(_Store):
@@ -325,38 +428,32 @@ class _Pure(_Store):
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self.held: dict[int, tuple[State, Tensor, Tensor]] = {}
         self.deltas: list[list[Tensor]] = [[] for _ in self.params]
         self.updates: list[dict[str, list[Tensor]]] = [{} for _ in self.params]
 
     def read(self, pack: _Pack) -> tuple[State, Tensor, Tensor]:
-        if id(pack) not in self.held:
-            grad, param = self.gather(pack, self.grads), self.gather(pack, self.params)
-            self.held[id(pack)] = (self.gather_state(pack), grad, param)
-        return self.held[id(pack)]
+        if pack not in self.held:
+            self.held[pack] = self.gather(pack)
+        return self.held[pack]
 
     def write(self, pack: _Pack, new: State) -> None:
-        state, grad, param = self.held[id(pack)]
-        self.held[id(pack)] = (state | new, grad, param)
+        state, grad, param = self.held[pack]
+        self.held[pack] = (state | new, grad, param)
 
-    def begin_steps(self, step_sizes_N: Tensor | None) -> None:
-        pass
-
-    def move(self, pack: _Pack, param: Tensor, delta: Tensor, pulled: Tensor | None) -> None:
+    def move(self, pack: _Pack, param: Tensor, delta: Tensor, pulled: Tensor | None, factors_3n: Tensor) -> None:
         delta = delta if pulled is None else delta + pulled
-        for part, piece in zip(pack.parts, pack.split(delta), strict=True):
-            self.deltas[part.tensor].append(piece)
-        for key, value in self.held.pop(id(pack))[0].items():
-            for part, piece in zip(pack.parts, pack.split(value, self.dim), strict=True):
-                self.updates[part.tensor].setdefault(key, []).append(piece)
+        for tensor, piece in zip(pack.tensors, pack.split(delta), strict=True):
+            self.deltas[tensor].append(piece)
+        for key, value in self.held.pop(pack)[0].items():
+            for tensor, piece in zip(pack.tensors, pack.split(value, self.dim), strict=True):
+                self.updates[tensor].setdefault(key, []).append(piece)
 
-    def result(self, steps: Sequence[Tensor], memory_NM: Tensor, shared: State) -> RuleResult:
+    def result(self, steps_N: Tensor, memory_NM: Tensor, shared: State) -> RuleResult:
+        once = _unstack_memory(self.memory, self.states[0], steps_N, memory_NM, self.dim)
         states = []
         for index, state in enumerate(self.states):
             update = {key: _join(pieces, state[key], self.dim) for key, pieces in self.updates[index].items()}
-            states.append(
-                state | update | {"step": steps[index]} | _memory_of(self.memory, memory_NM, index, state, self.dim)
-            )
+            states.append(state | update | {key: values[index] for key, values in once.items()})
         deltas = [_join(pieces, param, self.dim) for pieces, param in zip(self.deltas, self.params, strict=True)]
         return RuleResult(deltas, states, shared)
 
@@ -364,196 +461,178 @@ class _Pure(_Store):
 class _InPlace(_Store):
     """Overwrites states and parameters, part by part; small tensors are gathered once."""
 
-    def __init__(self, *arguments: Any):
-        super().__init__(*arguments)
-        self.held: dict[int, tuple[State, Tensor, Tensor]] = {}
-
     def read(self, pack: _Pack) -> tuple[State, Tensor, Tensor]:
-        if id(pack) in self.held:
-            return self.held[id(pack)]
-        values = self.gather_state(pack), self.gather(pack, self.grads), self.gather(pack, self.params)
+        if pack in self.held:
+            return self.held[pack]
+        values = self.gather(pack)
         if not pack.is_single:
-            self.held[id(pack)] = values
+            self.held[pack] = values
         return values
 
     def write(self, pack: _Pack, new: State) -> None:
         for key, value in new.items():
-            states = [self.states[part.tensor][key] for part in pack.parts]
-            self._scatter(pack, states, value, self.extra_dims[key])
-        if id(pack) in self.held:
-            state, grad, param = self.held[id(pack)]
-            first = self.states[pack.parts[0].tensor]
+            self._scatter(pack, self.state_fields[key], value)
+        if new and pack in self.held:
+            state, grad, param = self.held[pack]
+            first = self.states[pack.tensors[0]]
             kept = {key: value.to(first[key].dtype).to(self.dtype) for key, value in new.items()}
-            self.held[id(pack)] = (state | kept, grad, param)
+            self.held[pack] = (state | kept, grad, param)
 
-    def _scatter(self, pack: _Pack, tensors: Sequence[Tensor], value: Tensor, extra_dims: int) -> None:
+    def _scatter(self, pack: _Pack, field: _Field, value: Tensor) -> None:
         """Write in the dtype that is kept."""
-        targets = [self.flat(part, tensor, extra_dims) for part, tensor in zip(pack.parts, tensors, strict=True)]
-        torch._foreach_copy_(targets, list(pack.split(value, 0)))
+        torch._foreach_copy_(field.of(pack), list(pack.split(value, 0)))
 
-    def begin_steps(self, step_sizes_N: Tensor | None) -> None:
-        assert self.update is not None and step_sizes_N is not None
-        lrs_N, weight_decays_N = self.update
-        self.factors_3N = torch.stack([lrs_N, 1 - lrs_N * step_sizes_N * weight_decays_N, lrs_N.clamp(max=1)])
-
-    def move(self, pack: _Pack, param: Tensor, delta: Tensor, pulled: Tensor | None) -> None:
-        lr, kept, at_most_1 = pack.spread(self.factors_3N)
+    def move(self, pack: _Pack, param: Tensor, delta: Tensor, pulled: Tensor | None, factors_3n: Tensor) -> None:
+        lr, kept, at_most_1 = factors_3n.unbind()
         moved = torch.addcmul(param * kept, delta, lr)
         if pulled is not None:
             moved = torch.addcmul(moved, pulled, at_most_1)
-        self._scatter(pack, [self.params[part.tensor] for part in pack.parts], moved, 0)
-        self.held.pop(id(pack), None)
+        self._scatter(pack, self.param_field, moved)
+        self.held.pop(pack, None)
 
-    def result(self, steps: Sequence[Tensor], memory_NM: Tensor, shared: State) -> RuleResult:
-        targets = [state["step"] for state in self.states]
-        values = list(steps)
-        for index, state in enumerate(self.states):
-            update = _memory_of(self.memory, memory_NM, index, state, 0)
-            targets += [state[key] for key in update]
-            values += update.values()
+    def result(self, steps_N: Tensor, memory_NM: Tensor, shared: State) -> RuleResult:
+        targets: list[Tensor] = []
+        values: list[Tensor] = []
+        for key, rows in _unstack_memory(self.memory, self.states[0], steps_N, memory_NM, 0).items():
+            targets += [state[key] for state in self.states]
+            values += rows
         torch._foreach_copy_(targets, values)
         return RuleResult([], list(self.states), shared)
 
 
 class _Sums:
-    """What was summed over the coordinates of each tensor."""
+    """What was summed over the coordinates of the tensors of each group."""
 
-    def __init__(self, num_tensors: int):
-        self.terms: list[list[Tensor]] = [[] for _ in range(num_tensors)]
-        self.grams: list[list[Tensor]] = [[] for _ in range(num_tensors)]
+    def __init__(self, layout: _Layout, dim: int):
+        self.layout, self.dim = layout, dim
+        self.terms: list[list[Tensor]] = [[] for _ in layout.groups]
+        self.grams: list[list[Tensor]] = [[] for _ in layout.groups]
 
     def add_terms(self, pack: _Pack, terms_Sn: Tensor) -> None:
-        start = 0
-        for run in pack.runs:
-            count, size = len(run.parts), run.parts[0].size
-            sums = terms_Sn  # of a single part: summed already
-            if not pack.is_single:
-                sums = terms_Sn.narrow(-1, start, count * size).unflatten(-1, (count, size)).sum(-1)
-            for part, total in zip(run.parts, sums.unbind(-1), strict=True):
-                self.terms[part.tensor].append(total)
-            start += count * size
+        if pack.is_single:  # summed already
+            self.terms[pack.runs[0].group].append(terms_Sn)
+            return
+        for run, terms in zip(pack.runs, pack.by_run(terms_Sn), strict=True):
+            self.terms[run.group].append(terms.unflatten(-1, (len(run.tensors), run.size)).sum(-1))
 
-    def add_grams(self, pack: _Pack, matrix_n: Tensor, params: Sequence[Tensor], dim: int) -> None:
-        for run, matrices in _matrices(pack, matrix_n, params, dim):
-            grams = run.cut.gram(matrices)
-            for position, part in enumerate(run.parts):
-                self.grams[part.tensor].append(grams.select(-4, position))
+    def add_grams(self, pack: _Pack, matrix_n: Tensor) -> None:
+        for run, cut, matrices in _matrices(pack, matrix_n):
+            self.grams[run.group].append(cut.gram(matrices))
 
-    def total(self, index: int, cut: Strips | None, dim: int) -> list[Tensor]:
-        """Return the sums ``[*, S]`` and the Gram matrices ``[*, k, S, S]`` of a tensor."""
-        terms, grams = self.terms[index], self.grams[index]
-        whole = [terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)]
-        if cut is not None and grams:
-            if len(grams) == 1:
-                whole += grams
-            else:
-                whole.append(torch.stack(grams).sum(0) if cut.is_tall else torch.cat(grams, dim))
-        return whole
+    def total_terms(self) -> Tensor:
+        """Return the sums ``[*, S, N]``, in the order of the layout."""
+        totals = [parts[0] if len(parts) == 1 else torch.cat(parts, -1).sum(-1, keepdim=True) for parts in self.terms]
+        return totals[0] if len(totals) == 1 else torch.cat(totals, -1)
+
+    def total_grams(self) -> dict[int, Tensor]:
+        """Return the Gram matrices ``[*, tensors, k, S, S]`` of the groups of matrices."""
+        totals = {}
+        for index, parts in enumerate(self.grams):
+            if len(parts) == 1:
+                totals[index] = parts[0]
+            elif parts:
+                cut = self.layout.groups[index].cut
+                assert cut is not None
+                totals[index] = torch.stack(parts).sum(0) if cut.is_tall else torch.cat(parts, self.dim + 1)
+        return totals
 
 
-def _matrices(pack: _Pack, matrix_n: Tensor, params: Sequence[Tensor], dim: int) -> Iterable[tuple[_MatrixRun, Tensor]]:
+def _matrices(pack: _Pack, matrix_n: Tensor) -> Iterable[tuple[_Run, Strips, Tensor]]:
     """Return the runs of a pack of matrices, and their coordinates as ``[*, tensors, outputs, inputs]``."""
-    start = 0
-    for parts, cut in pack.runs:
-        count, size = len(parts), parts[0].size
-        if cut is not None and size:
-            inputs = params[parts[0].tensor].shape[dim + 1 :].numel()
-            coordinates = matrix_n.narrow(-1, start, count * size)
-            yield _MatrixRun(parts, cut), coordinates.unflatten(-1, (count, size // inputs, inputs))
-        start += count * size
+    for run, coordinates in zip(pack.runs, pack.by_run(matrix_n), strict=True):
+        if run.cut is not None and run.size:
+            shape = (len(run.tensors), run.size // run.inputs, run.inputs)
+            yield run, run.cut, coordinates.unflatten(-1, shape)
 
 
 def _couple(
-    rule: UpdateRule,
-    phases: Phases,
-    weights: Weights,
-    sums: _Sums,
-    cuts: Sequence[Strips | None],
-    plan: Plan,
-    dim: int,
+    rule: UpdateRule, phases: Phases, weights: Weights, sums: _Sums, layout: _Layout, plan: Plan, dim: int
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Return the factors ``[*, k, S, S]`` of the strips of each matrix, and the sums of all tensors ``[*, N, S]``."""
-    totals = [sums.total(index, cut, dim) for index, cut in enumerate(cuts)]
-    first_strips = plan.first_strips or [0] * len(cuts)
+    """Return the factors ``[*, tensors, k, S, S]`` of each group of matrices, and the sums of all ``[*, N, S]``."""
+    terms_SN, grams = sums.total_terms(), sums.total_grams()
     if plan.reduce is not None:
-        totals = _reduce(plan.reduce, totals, cuts, first_strips)
-    summaries_NS = torch.stack([total[0] for total in totals], dim)
+        terms_SN, grams = _reduce(plan.reduce, terms_SN, grams, layout)
     if not rule.max_strip:
-        return {}, summaries_NS
-    matrices = [index for index, total in enumerate(totals) if len(total) == 2]
-    numbers = [totals[index][1].shape[dim] for index in matrices]
-    nothing = summaries_NS.new_zeros(*summaries_NS.shape[:dim], 0, rule.max_strip, rule.max_strip)
-    grams_Kss = torch.cat([nothing, *(totals[index][1] for index in matrices)], dim)
-    factors_Kss, terms = phases.couple(weights, grams_Kss)
+        return {}, _reorder(terms_SN, layout.places).mT
+    nothing = terms_SN.new_zeros(*terms_SN.shape[:dim], 0, rule.max_strip, rule.max_strip)
+    flat = [gram.flatten(dim, dim + 1) for gram in grams.values()]
+    factors_Kss, terms = phases.couple(weights, torch.cat(flat or [nothing], dim))
     terms_TK = torch.stack(terms, dim)
-    # The first of each is that of no strips: zero, for vectors.
-    factors = factors_Kss.split([0, *numbers], dim)
-    sums_T = [part.sum(-1) for part in terms_TK.split([0, *numbers], -1)]
-    more = dict(zip(matrices, sums_T[1:], strict=True))
-    more_NT = torch.stack([more.get(index, sums_T[0]) for index in range(len(cuts))], dim)
-    firsts = [first_strips[index] for index in matrices]
-    local = [
-        factor.narrow(dim, first, factor.shape[dim] - first) for factor, first in zip(factors[1:], firsts, strict=True)
+    numbers = [gram.shape[dim] for gram in flat]
+    terms_of = dict(zip(grams, terms_TK.split(numbers, -1), strict=True)) if grams else {}
+    more = []
+    for index, (tensors, _) in enumerate(layout.groups):
+        if index in terms_of:
+            more.append(terms_of[index].unflatten(-1, (len(tensors), -1)).sum(-1))
+        else:  # zero, for vectors
+            more.append(terms_TK.new_zeros(*terms_TK.shape[:-1], len(tensors)))
+    summaries_SN = torch.cat([terms_SN, torch.cat(more, -1)], -2)
+    factors = factors_Kss.split(numbers, dim) if grams else ()
+    shaped = [
+        factor.unflatten(dim, gram.shape[dim : dim + 2]) for factor, gram in zip(factors, grams.values(), strict=True)
     ]
-    return dict(zip(matrices, local, strict=True)), torch.cat([summaries_NS, more_NT], -1)
+    return dict(zip(grams, shaped, strict=True)), _reorder(summaries_SN, layout.places).mT
 
 
 def _reduce(
-    reduce: Reduce, totals: list[list[Tensor]], cuts: Sequence[Strips | None], first_strips: Sequence[int]
-) -> list[list[Tensor]]:
+    reduce: Reduce, terms_SN: Tensor, grams: dict[int, Tensor], layout: _Layout
+) -> tuple[Tensor, dict[int, Tensor]]:
     """Sum over shards; a shard puts the Gram matrices of its strips in their places among those of the tensor."""
-    rows = []
-    for total, cut, first in zip(totals, cuts, first_strips, strict=True):
-        parts = [total[0]]
-        if cut is not None:
-            placed = total[0].new_zeros(cut.number, cut.max_strip, cut.max_strip)
-            if len(total) == 2:
-                placed[first : first + len(total[1])] = total[1]
-            parts.append(placed.flatten())
-        rows.append(torch.cat(parts))
-    reduced = []
-    for row, total, cut in zip(reduce(rows), totals, cuts, strict=True):
-        sizes = [len(total[0]), len(row) - len(total[0])]
-        terms, grams = row.split(sizes)
-        reduced.append([terms] if cut is None else [terms, grams.view(cut.number, cut.max_strip, cut.max_strip)])
-    return reduced
+    rows = list(_reorder(terms_SN, layout.places).unbind(-1))
+    runs = {run.group: run for pack in layout.packs for run in reversed(pack.runs)}
+    for index, (tensors, cut) in enumerate(layout.groups):
+        for position, tensor in enumerate(tensors if cut is not None else ()):
+            assert cut is not None
+            placed = terms_SN.new_zeros(cut.number, cut.max_strip, cut.max_strip)
+            if index in grams:
+                first, gram = runs[index].first_strip, grams[index][position]
+                placed[first : first + len(gram)] = gram
+            rows[tensor] = torch.cat([rows[tensor], placed.flatten()])
+    rows = reduce(rows)
+    size = len(terms_SN)
+    whole = {
+        index: torch.stack([rows[tensor][size:].view(cut.number, cut.max_strip, cut.max_strip) for tensor in tensors])
+        for index, (tensors, cut) in enumerate(layout.groups)
+        if cut is not None
+    }
+    return torch.stack([rows[tensor][:size] for tensor in layout.order], -1), whole
 
 
-def _multiply(pack: _Pack, factors: dict[int, Tensor], matrix_n: Tensor, params: Sequence[Tensor], dim: int) -> Tensor:
+def _multiply(pack: _Pack, factors: dict[int, Tensor], matrix_n: Tensor, dim: int) -> Tensor:
     """Return the strips of a pack times their factors, ``[*, n]``; zero for vectors."""
     coupled = []
-    for run, matrices in _matrices(pack, matrix_n, params, dim):
-        chosen, (part, *_) = [factors[part.tensor] for part in run.parts], run.parts
-        if part.where is not None and not run.cut.is_tall:
-            strip = run.cut.size * matrices.shape[-1]
-            first, last = part.where.start // strip, -(-part.where.stop // strip)
-            chosen = [chosen[0].narrow(dim, first, last - first)]
-        coupled.append(run.cut.couple(torch.stack(chosen, dim), matrices).flatten(-3))
+    for run, cut, matrices in _matrices(pack, matrix_n):
+        chosen = factors[run.group]
+        if chosen.shape[dim + 1] != run.num_strips:
+            chosen = chosen.narrow(dim + 1, run.first_strip, run.num_strips)
+        coupled.append(cut.couple(chosen, matrices).flatten(-3))
     if not coupled:
         return torch.zeros_like(matrix_n)
     return coupled[0] if len(coupled) == 1 else torch.cat(coupled, -1)
 
 
-def _stack_memory(rule: UpdateRule, states: Sequence[State], steps: Sequence[Tensor], dim: int) -> Tensor:
+def _stack_memory(rule: UpdateRule, states: Sequence[State], steps_N: Tensor, dim: int) -> Tensor:
     """Return ``[*, N, M]``."""
     columns = []
     for key in rule.memory:
         column = torch.stack([state[key] for state in states], dim)
         columns.append(column if column.dim() == dim + 2 else column.unsqueeze(-1))
-    return torch.cat(columns, -1) if columns else torch.stack(list(steps), dim).unsqueeze(-1)[..., :0]
+    return torch.cat(columns, -1) if columns else steps_N.unsqueeze(-1)[..., :0]
 
 
-def _memory_of(keys: Sequence[str], memory_NM: Tensor, index: int, state: State, dim: int) -> State:
-    """Undo :func:`_stack_memory` for one tensor."""
-    row, start = memory_NM.select(dim, index), 0
-    values = {}
+def _unstack_memory(
+    keys: Sequence[str], like: State, steps_N: Tensor, memory_NM: Tensor, dim: int
+) -> dict[str, tuple[Tensor, ...]]:
+    """Undo :func:`_stack_memory`; return what there is once per tensor, for each, by key."""
+    values, start = {"step": steps_N.unbind(dim)}, 0
     for key in keys:
-        if state[key].dim() > dim:
-            values[key] = row.narrow(-1, start, state[key].shape[-1])
-            start += state[key].shape[-1]
+        if like[key].dim() > dim:
+            column = memory_NM.narrow(-1, start, like[key].shape[-1])
+            start += like[key].shape[-1]
         else:
-            values[key] = row.select(-1, start)
+            column = memory_NM.select(-1, start)
             start += 1
+        values[key] = column.unbind(dim)
     return values
 
 

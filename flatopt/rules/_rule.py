@@ -40,6 +40,10 @@ State = dict[str, Tensor]
 """Accumulators of one parameter by name, or the state that all parameters share."""
 
 
+Terms = Sequence[Tensor | tuple[Tensor, Tensor]]
+"""What is summed over the coordinates of a tensor."""
+
+
 class StepContext(NamedTuple):
     """Where in the run a step is taken; 0-D float tensors, so that vmap can batch them and nothing recompiles."""
 
@@ -156,7 +160,7 @@ class UpdateRule(ABC):
 
     def observe(
         self, weights: Weights, state: State, grad: Tensor, param: Tensor, facts: TensorFacts, context: StepContext
-    ) -> tuple[State, list[Tensor]]:
+    ) -> tuple[State, Terms]:
         """Advance the accumulators of some coordinates by one gradient; by default there are none.
 
         Args:
@@ -169,7 +173,8 @@ class UpdateRule(ABC):
 
         Returns:
             The per-coordinate state that changes, and terms that the caller sums over each tensor: each ``[n]``, or
-            ``[k, n]`` for ``k`` of the ``S`` sums; the list may be empty.
+            ``[k, n]`` for ``k`` of the ``S`` sums, or two ``[n]`` that stand for their product, which then need not be
+            formed; the list may be empty.
         """
         return {}, []
 

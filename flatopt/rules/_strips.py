@@ -52,8 +52,8 @@ class Strips(NamedTuple):
         """Return ``[*, k, S, S]`` for ``[*, outputs, inputs]``, for some of the strips or a part of the long axis."""
         parts = []
         for strips in self._cut(matrix):
-            rest = self.max_strip - strips.shape[-2]
-            parts.append(F.pad(strips @ strips.mT, (0, rest, 0, rest)))
+            gram, rest = strips @ strips.mT, self.max_strip - strips.shape[-2]
+            parts.append(F.pad(gram, (0, rest, 0, rest)) if rest else gram)
         return parts[0] if len(parts) == 1 else torch.cat(parts, -3)
 
     def couple(self, factors: Tensor, matrix: Tensor) -> Tensor:
@@ -62,10 +62,12 @@ class Strips(NamedTuple):
         for strips in self._cut(matrix):
             rows, k = strips.shape[-2], strips.shape[-3]
             factor = factors[..., first : first + k, :rows, :rows]
-            parts.append((factor @ strips).flatten(-3, -2))
+            if self.is_tall:  # of the matrix itself: the result is laid out as it is
+                parts.append((strips.mT @ factor.mT).transpose(-3, -2).flatten(-2))
+            else:
+                parts.append((factor @ strips).flatten(-3, -2))
             first += k
-        coupled = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
-        return coupled.mT if self.is_tall else coupled
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1 if self.is_tall else -2)
 
     def _cut(self, matrix: Tensor) -> list[Tensor]:
         """Return the whole strips, and the last one if it is smaller: ``[*, k, rows, length]`` each."""

@@ -57,9 +57,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ._features import advance_moments, debiasing, embed_step, tiny
+from ._features import debiasing, embed_step, tiny
 from ._networks import init_linear, linear
-from ._rule import State, StepContext, TensorFacts, TensorShape, UpdateRule, Weights
+from ._rule import State, StepContext, TensorFacts, TensorShape, Terms, UpdateRule, Weights
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """``a, b, c`` of Jordan et al.: they raise small singular values fastest and leave large ones between 0.7 and 1.2."""
@@ -159,18 +159,19 @@ class OrthogonalizedMomentum(UpdateRule):
     def prepare(
         self, weights: Weights, steps_N: Tensor, memory_NM: Tensor, shared: State, context: StepContext
     ) -> Tensor:
-        """Return the share of the gradient in what is orthogonalised, ``[N, 1]``."""
+        """Return the share of the gradient in what is orthogonalised, and in both moments, ``[N, 3]``."""
         mix = self.momentum_mix * _factor(weights, "momentum_mix") * memory_NM[:, 1].exp()
-        return mix.clamp(max=1).unsqueeze(-1)
+        return torch.stack([mix.clamp(max=1), *(rate.expand_as(mix) for rate in self._rates(weights))], -1)
 
     def observe(
         self, weights: Weights, state: State, grad: Tensor, param: Tensor, facts: TensorFacts, context: StepContext
-    ) -> tuple[State, list[Tensor]]:
+    ) -> tuple[State, Terms]:
         """Advance both moments; return the squares and products whose means are features and norms."""
-        new = advance_moments(state, grad, *self._betas(weights))
-        m, v = new["exp_avg"], new["exp_avg_sq"]
+        _, momentum_rate, square_rate = facts.given
+        m = torch.lerp(state["exp_avg"], grad, momentum_rate)
+        v = torch.lerp(state["exp_avg_sq"], grad.square(), square_rate)
         u, x = _adam(m, v), _finite(param)
-        return new, [u * u, m * m, v, grad * grad, grad * m, x * x]
+        return {"exp_avg": m, "exp_avg_sq": v}, [(u, u), (m, m), v, (grad, grad), (grad, m), (x, x)]
 
     def matrix(self, weights: Weights, state: State, grad: Tensor, facts: TensorFacts) -> Tensor:
         """Return the momentum with a share of the gradient."""
@@ -187,14 +188,16 @@ class OrthogonalizedMomentum(UpdateRule):
         norm_K = torch.linalg.vector_norm(relative, dim=(-2, -1)).clamp(min=self.strip_size**-0.5 / 2)
         gram = relative / norm_K[:, None, None]
         a, b, c = NEWTON_SCHULZ
-        identity = torch.eye(self.strip_size, dtype=gram.dtype, device=gram.device)
-        factor = identity.expand_as(gram)
-        for _ in range(self.num_iterations):
-            polynomial = a * identity + b * gram + c * (gram @ gram)
-            factor = polynomial @ factor
-            gram = polynomial @ gram @ polynomial
+        identity = a * torch.eye(self.strip_size, dtype=gram.dtype, device=gram.device)
+        factor = polynomial = half = gram
+        for iteration in range(self.num_iterations):
+            if iteration:
+                gram = half @ polynomial
+            polynomial = torch.baddbmm(torch.add(identity, gram, alpha=b), gram, gram, alpha=c)
+            factor = polynomial @ factor if iteration else polynomial
+            half = polynomial @ gram
+        squares_K = (half * polynomial).sum((-2, -1))  # the trace of their product
         scale_K = (trace_K * norm_K).clamp(min=floor).rsqrt()
-        squares_K = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         return factor * scale_K[:, None, None], [squares_K, (trace_K > 0) / norm_K.square()]
 
     def mix(
@@ -221,7 +224,7 @@ class OrthogonalizedMomentum(UpdateRule):
         sums = [value / numel.clamp(min=1) for value in summaries_NS.unbind(-1)]
         uu, mm, v, gg, gm, xx = sums[:6]
         polar, rank = sums[6:] if self.strip_size else (torch.zeros_like(uu), torch.zeros_like(uu))
-        correction_m, correction_v = (debiasing(beta, context.step) for beta in self._betas(weights))
+        correction_m, correction_v = (debiasing(1 - rate, context.step) for rate in self._rates(weights))
         rms = (v * correction_v + eps).sqrt()
         rms_max = torch.maximum(memory_NM[:, 0], rms)
         short = torch.minimum(outputs, inputs).clamp(min=1)
@@ -271,8 +274,8 @@ class OrthogonalizedMomentum(UpdateRule):
         if self.strip_size:
             direction = torch.addcmul(direction, facts.coupled, per_polar)
         direction = direction.clamp(-DIRECTION_BOUND, DIRECTION_BOUND)
-        moved = state["exp_avg_sq"] > 0
-        return {}, -step_size * moved * torch.addcmul(direction, _finite(param), decay)
+        moved = state["exp_avg_sq"].sign()
+        return {}, torch.addcmul(direction, _finite(param), decay) * (moved * -step_size)
 
     def pull(self, weights: Weights, state: State, param: Tensor, context: StepContext) -> tuple[State, Tensor]:
         """Move slow weights and parameters towards each other where the length of the run is unknown.
@@ -291,12 +294,12 @@ class OrthogonalizedMomentum(UpdateRule):
         """Return the step size of every tensor."""
         return control_NC[:, 3]
 
-    def _betas(self, weights: Weights) -> tuple[Tensor, Tensor]:
-        """Return the decays of both moments; their distance from 1 is learned."""
+    def _rates(self, weights: Weights) -> tuple[Tensor, Tensor]:
+        """Return the share of the gradient in the momentum and of its square in the second moment."""
         momentum, square = self.betas
         one = (1 - momentum) * _factor(weights, "momentum")
         other = (1 - square) * _factor(weights, "square_decay")
-        return 1 - one.clamp(max=1), 1 - other.clamp(max=1)
+        return one.clamp(max=1), other.clamp(max=1)
 
     def _schedule(self, weights: Weights, context: StepContext) -> Tensor:
         """Return the multiplier of the step over the run, 0-D, between 0 and 1."""

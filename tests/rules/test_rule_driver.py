@@ -87,6 +87,7 @@ def step_by_hand(model: Model, grads: Sequence[Tensor], context: StepContext) ->
         }
         known = TensorFacts(steps[index].view(1), given[index][:, None], param.new_zeros(0))
         new, terms = rule.observe(weights, flat, grad.reshape(-1), param.reshape(-1), known, context)
+        terms = [term if isinstance(term, Tensor) else term[0] * term[1] for term in terms]
         observed.append({**flat, **new})
         more = rule.couple(weights, grad.new_zeros(1, rule.max_strip, rule.max_strip))[1] if rule.max_strip else []
         known, more = known._replace(coupled=torch.zeros_like(grad).reshape(-1)), [0 * term.sum() for term in more]
