@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -18,7 +17,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import _dtensor as dtensor
+from ._abstract import is_abstract, is_fake, real_tensors
 from ._compile import CompiledPhases
+from ._groups import check_options, has_matrices, name_of, refuse_flattened
+from ._state import RECORD, SHARED_PREFIX, StateLayout, check_record, describe_record, record_of, shared_of
+from ._watch import Watch
 from .pretrained import LearnedRule, load_pretrained
 from .rules import (
     Plan,
@@ -44,9 +47,6 @@ PACK_SIZE = 2**12
 
 SEED_STRIDE = 1_000_003
 """Seeds this far apart share no random initial state between parameters with indices below it."""
-
-SHARED_PREFIX = "shared."
-"""Marks the copies of the shared state, which every parameter keeps so that a checkpoint is keyed by parameters."""
 
 # Gradients up to this fraction of the square root of the largest number can be squared and summed 1e8 times.
 _OVERFLOW_MARGIN = 1e-4
@@ -86,8 +86,9 @@ class FlatOpt(Optimizer):
             any scheduler.
         pretrained: name of a shipped set of weights (:func:`flatopt.list_pretrained`), a folder, a Hugging Face Hub id
             ``"org/name"``, or a :class:`flatopt.LearnedRule`.
-        num_steps: length of the run in steps if it is known: the learned schedule then ends with it.  ``None`` for a
-            run that may stop at any time.  The value of the first parameter group counts.
+        num_steps: length of the run in steps if it is known: the learned schedule then ends with it, and a run that
+            goes on does so as if it was not known.  ``None`` for a run that may stop at any time.  What is given here
+            wins over what a loaded state brings; :meth:`set_num_steps` changes it in the middle of a run.
         weight_decay: decoupled weight decay, multiplied by the rule's own step size, so that values usual for AdamW
             (0.01 to 0.1) mean the same here.
         revision: branch, tag or commit on the Hub; a 40-digit commit that was used before needs no network.
@@ -104,11 +105,13 @@ class FlatOpt(Optimizer):
         seed: decides the random initial learning rates of ``l2o-scale``, the same on every device and whatever the
             global generator does; other rules start from no random numbers.  The value of the first parameter group
             counts.
+        allow_other_weights: load the state of a run with other weights of the same rule, which is refused otherwise.
 
     Raises:
         ValueError: if ``lr``, ``weight_decay``, ``num_steps`` or ``seed`` is out of range, if the weights are not what
             they should be, or if ``state_dtype`` is not one that the rule's state may have.
         TypeError: if ``params`` is a single tensor.
+        RuntimeError: if a parameter is flattened, as by FSDP1.
 
     Example:
         >>> import torch, flatopt
@@ -139,42 +142,32 @@ class FlatOpt(Optimizer):
         compile: bool | None = None,
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
+        allow_other_weights: bool = False,
     ) -> None:
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not 0.0 <= lr < math.inf:
-            raise ValueError(f"Invalid learning rate: {lr}, must be finite and >= 0")
-        if not 0.0 <= weight_decay < math.inf:
-            raise ValueError(f"Invalid weight_decay value: {weight_decay}, must be finite and >= 0")
-        if num_steps is not None and not num_steps >= 1:
-            raise ValueError(f"Invalid num_steps value: {num_steps}, must be >= 1 or None")
-        if not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise ValueError(f"Invalid seed value: {seed}, must be in [0, 2^32)")
+        # A number even when unknown: flattened distributed checkpoints accept only numbers and tensors.
+        options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "num_steps": num_steps, "seed": seed}
+        check_options(options)
         if isinstance(pretrained, LearnedRule):
             self.learned = pretrained
         else:
-            self.learned = load_pretrained(
-                pretrained, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
-            )
+            with real_tensors():
+                self.learned = load_pretrained(
+                    pretrained, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+                )
         if state_dtype not in (None, torch.bfloat16):
             raise ValueError(f"Invalid state_dtype value: {state_dtype}, must be torch.bfloat16 or None")
         if state_dtype is not None and not self.learned.rule.compressible_state:
             raise ValueError(f"Invalid state_dtype value: all state of {self.learned.rule.name!r} needs full precision")
         self._state_dtype = state_dtype
         self._compile = bool(compile)
-        self._warned_not_finite = False
+        self._allow_other_weights = allow_other_weights
+        self._watch = Watch()
         self._prepare()
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            # A number even when unknown: flattened distributed checkpoints accept only numbers and tensors.
-            "num_steps": math.inf if num_steps is None else num_steps,
-            "maximize": maximize,
-            "seed": seed,
-            # Inert: OneCycleLR and CyclicLR write their momentum here, and refuse optimizers that have none.
-            "momentum": 0.0,
-        }
-        super().__init__(params, defaults)
+        # Inert: OneCycleLR and CyclicLR write their momentum here, and refuse optimizers that have none.
+        options |= {"maximize": maximize, "momentum": 0.0} | record_of(self.learned)
+        self._had_matrices = False
+        super().__init__(params, options)
+        self._watch.look_at_new(self.param_groups)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -195,7 +188,8 @@ class FlatOpt(Optimizer):
             What ``closure`` returned, ``None`` without one.
 
         Raises:
-            RuntimeError: if a gradient is sparse.
+            RuntimeError: if a gradient is sparse, or a parameter flattened.
+            ValueError: if an option of a group is out of range, or a state does not have the shape of its parameter.
             TypeError: if a parameter with a gradient is neither floating-point nor complex.
         """
         loss = None
@@ -203,19 +197,20 @@ class FlatOpt(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        self._watch.check_groups(self.param_groups)
         slots = list(self._slots())  # whole: an error comes before anything is changed
         for slot in slots:
-            if not self.state[slot.param]:
+            if slot.is_new:
                 self._init_state(slot.param)
         last_step, buckets = 0.0, dict[tuple[torch.device, torch.dtype], list[_Slot]]()
-        for key in dict.fromkeys(_bucket(param) for param in self.state):
+        for key in dict.fromkeys(map(_bucket, self._holders())):
             members = [slot for slot in slots if _bucket(slot.param) == key]
             last_step = max(last_step, self._measure(members, key))
             usable = buckets[key] = []
             for slot in members:
                 if self._is_usable(slot, key[1]):
                     usable.append(slot)
-        context = (1.0 + last_step, float(self.param_groups[0]["num_steps"] or math.inf))
+        context = (1.0 + last_step, self._watch.length(self.param_groups, 1.0 + last_step))
         for (device, dtype), members in buckets.items():
             if members:
                 with torch.autocast(device.type, enabled=False):  # a step taken inside autocast keeps its precision
@@ -231,25 +226,21 @@ class FlatOpt(Optimizer):
             state_dict: optimizer state.
 
         Raises:
-            ValueError: if its groups do not fit, or if it is the state of another optimizer or rule.
+            ValueError: if its groups do not fit, if it is the state of another optimizer, rule, set of weights or of
+                parameters of other shapes, or if an option of a group is out of range.
         """
         seen: dict[str, Any] = {}
+        given = [group.get("num_steps", math.inf) for group in self.param_groups]
 
         def capture(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            for param_id, state in state_dict["state"].items():
-                missing = sorted(self._state_keys - state.keys()) if state else []
-                if missing:
-                    raise ValueError(
-                        f"state of parameter {param_id!r} has no {missing[0]!r}: "
-                        f"it was saved by another optimizer or rule than {self.learned.rule.name!r}"
-                    )
+            self._check_loaded(state_dict)
             seen.update(state_dict)
 
         # torch casts every float to the parameter's dtype.  The hooks frame its work from inside the user's own hooks:
         # after the last of them that may replace the dict, and before the first that may look at the result.
         handles = [
             self.register_load_state_dict_pre_hook(capture),
-            self.register_load_state_dict_post_hook(lambda _: self._restore(seen), prepend=True),
+            self.register_load_state_dict_post_hook(lambda _: self._restore(seen, given), prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
@@ -257,9 +248,66 @@ class FlatOpt(Optimizer):
             for handle in handles:
                 handle.remove()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, as any optimizer of torch, with the record of the weights in its groups."""
+        self._watch.check_groups(self.param_groups)
+        return super().state_dict()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters.
+
+        Args:
+            param_group: ``params``, and options that differ from those of the constructor.
+
+        Raises:
+            ValueError: if an option is out of range.
+            RuntimeError: if a parameter is flattened.
+        """
+        index = len(self.param_groups)
+        if isinstance(param_group, dict):
+            check_options(param_group, f" in parameter group {index}")
+        super().add_param_group(param_group)
+        group = self.param_groups[index]
+        try:
+            for param in group["params"]:
+                refuse_flattened(param, self.param_groups, had_matrices=False)
+        except RuntimeError:
+            self.param_groups.pop()
+            raise
+        group.update(record_of(self.learned))  # a dict that another optimizer was made from holds another one
+        self._had_matrices |= has_matrices([group])
+
+    def set_num_steps(self, num_steps: int | None) -> None:
+        """Set the length of the run, counted from its first step, also in the middle of it.
+
+        Same as writing ``num_steps`` into every parameter group.
+
+        Args:
+            num_steps: all steps of the run, those taken included; ``None`` for a run that may stop at any time.
+
+        Raises:
+            ValueError: if it is below 1.
+
+        Example:
+            >>> opt = FlatOpt([torch.nn.Parameter(torch.ones(2))], num_steps=100)
+            >>> opt.set_num_steps(150)
+            >>> opt.param_groups[0]["num_steps"]
+            150
+        """
+        option = {"num_steps": num_steps}
+        check_options(option)
+        for group in (self.defaults, *self.param_groups):
+            group.update(option)
+        self._watch.new_length()
+
+    def __repr__(self) -> str:
+        lines = super().__repr__().splitlines()
+        lines = [line for line in lines if not line.strip().startswith(RECORD)]
+        return "\n".join([*lines[:-1], f"Weights: {describe_record(record_of(self.learned))}", lines[-1]])
+
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in ("learned", "_compile", "_state_dtype", "_warned_not_finite")}
-        return super().__getstate__() | own
+        own = ("learned", "_compile", "_state_dtype", "_allow_other_weights", "_watch")
+        return super().__getstate__() | {key: self.__dict__[key] for key in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -268,9 +316,7 @@ class FlatOpt(Optimizer):
                 if key != "differentiable":
                     group.setdefault(key, value)
         if "learned" in state:
-            self._state_dtype = state.get("_state_dtype")  # older pickles have neither this nor a seed
-            for group in self.param_groups:
-                group.setdefault("seed", 0)
+            self._had_matrices = has_matrices(self.param_groups)
             self._prepare()
 
     def _prepare(self) -> None:
@@ -281,26 +327,57 @@ class FlatOpt(Optimizer):
         self._compiled = CompiledPhases(self._phases) if self._compile else None
         if self._compiled is not None:
             self._phases = self._compiled.phases()
-        self._rule_keys = tuple(rule.init_state(self.learned.weights, torch.zeros(1)))
-        shared_keys = {SHARED_PREFIX + key for key in rule.init_shared(self.learned.weights)}
-        self._state_keys = set(self._rule_keys) | shared_keys
+        with real_tensors():
+            self._layout = StateLayout.of(self.learned)
+
+    def _holders(self) -> list[Tensor]:
+        """Return the parameters that have a state."""
+        return [param for param, state in self.state.items() if isinstance(param, Tensor) and "step" in state]
 
     def _slots(self) -> Iterator[_Slot]:
         """Yield every parameter that has a gradient."""
-        for group_index, group in enumerate(self.param_groups):
-            for index, param in enumerate(group["params"]):
+        for group in self.param_groups:
+            for param in group["params"]:
                 if param.grad is None:
                     continue
                 if param.grad.layout != torch.strided:
                     raise RuntimeError("FlatOpt does not support sparse gradients, use sparse=False or SparseAdam")
                 if not (param.is_floating_point() or param.is_complex()):
                     raise TypeError(f"FlatOpt cannot optimize a parameter of dtype {param.dtype}")
-                names = group.get("param_names")
-                name = f"parameter {index} of group {group_index}" if names is None else f"parameter {names[index]!r}"
-                yield _Slot(param, param.grad, group, name)
+                state = self.state.get(param, {})
+                is_new = not self._layout.is_made(state)
+                if is_new:
+                    refuse_flattened(param, self.param_groups, self._had_matrices)
+                else:
+                    self._layout.check_shapes(state, param, self.param_groups)
+                yield _Slot(param, param.grad, group, is_new)
 
-    def _weights_on(self, device: torch.device, dtype: torch.dtype) -> Weights:
-        """Return the weights on a device, in a dtype."""
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        """Raise ``ValueError`` if a state is not one for this optimizer; warn if it is an empty one of another."""
+        groups = state_dict["param_groups"]
+        if state_dict["state"] and not self._allow_other_weights:
+            check_record(groups, self.learned)
+        for index, group in enumerate(groups):
+            check_options(dict(group), f" in parameter group {index} of the state")
+        self._watch.look_at_loaded(state_dict)
+        for param_id, param in self._pairs(state_dict):
+            state = state_dict["state"].get(param_id)
+            if state:
+                self._layout.check(state, param, self.param_groups)
+
+    def _pairs(self, state_dict: dict[str, Any]) -> list[tuple[Any, Tensor]]:
+        """Return what a state calls a parameter, and the parameter."""
+        ids = [param_id for group in state_dict["param_groups"] for param_id in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        return list(zip(ids, params))  # noqa: B905, torch refuses other lengths
+
+    def _weights_for(self, param: Tensor) -> Weights:
+        """Return the weights on the device of a parameter, in the dtype to compute in."""
+        device, dtype = _bucket(param)
+        if is_fake(param):
+            return {
+                key: torch.empty(value.shape, device=device, dtype=dtype) for key, value in self.learned.weights.items()
+            }
         if (device, dtype) not in self._weights:
             moved = {key: value.to(device, dtype) for key, value in self.learned.weights.items()}
             self._weights[device, dtype] = moved
@@ -308,7 +385,7 @@ class FlatOpt(Optimizer):
 
     def _init_state(self, param: Tensor) -> None:
         """Make the state of a parameter."""
-        rule, weights = self.learned.rule, self._weights_on(*_bucket(param))
+        rule, weights = self.learned.rule, self._weights_for(param)
         whole = torch.view_as_real(param) if param.is_complex() else param
         dtype = _bucket(param)[1]
         with dtensor.replicated_weights(param):
@@ -320,8 +397,8 @@ class FlatOpt(Optimizer):
                 for key, value in fresh.items()
             }
         state["num_skipped"] = torch.zeros((), dtype=torch.int64, device=param.device)
-        relatives = (other for key, other in self.state.items() if other and _bucket(key) == _bucket(param))
-        shared = _shared(next(relatives, {})) or rule.init_shared(weights)
+        relatives = (self.state[other] for other in self._holders() if _bucket(other) == _bucket(param))
+        shared = shared_of(next(relatives, {})) or rule.init_shared(weights)
         state.update({SHARED_PREFIX + key: value.clone() for key, value in shared.items()})
         self.state[param].update(state)
 
@@ -342,7 +419,7 @@ class FlatOpt(Optimizer):
         """
         for slot in slots:
             slot.local = _real(dtensor.local_grad(slot.grad, slot.param)).contiguous()
-        holders = [param for param, state in self.state.items() if state and _bucket(param) == bucket]
+        holders = [param for param in self._holders() if _bucket(param) == bucket]
         for param in holders:
             state = self.state[param]
             if state["step"].device != param.device:  # Lightning moves all of a state but this
@@ -350,7 +427,8 @@ class FlatOpt(Optimizer):
         values = _largest(slots, bucket[1]) + [self.state[param]["step"] for param in holders]
         if not values:
             return 0.0
-        measured = torch.stack(values).tolist()
+        stacked = torch.stack(values)
+        measured = [1.0] * len(values) if is_abstract(stacked) else stacked.tolist()
         steps = dict(zip(holders, measured[len(slots) :], strict=True))
         for slot, norm in zip(slots, measured, strict=False):
             slot.norm, slot.step = norm, steps[slot.param]
@@ -361,14 +439,13 @@ class FlatOpt(Optimizer):
         if slot.norm <= math.sqrt(torch.finfo(dtype).max) * _OVERFLOW_MARGIN:
             return slot.norm > 0 or slot.step > 0
         self.state[slot.param]["num_skipped"] += 1
-        if not self._warned_not_finite:
-            self._warned_not_finite = True
-            warnings.warn(
-                f"the gradient of {slot.name} holds NaN, inf or overflowing values: the tensor and its state are left "
-                "as they are for this step; later cases are only counted, in state[param]['num_skipped']",
-                RuntimeWarning,
-                stacklevel=7,
-            )
+        self._watch.tell(
+            "not finite",
+            f"the gradient of {name_of(slot.param, self.param_groups)} holds NaN, inf or overflowing values: the "
+            "tensor and its state are left as they are for this step; later cases are only counted, in "
+            "state[param]['num_skipped']",
+            RuntimeWarning,
+        )
         return False
 
     def _update(
@@ -386,7 +463,7 @@ class FlatOpt(Optimizer):
             return torch.stack([values[id(slot.group)] for slot in slots])
 
         rule = self.learned.rule
-        shards = [_Shard(slot, rule, {key: self.state[slot.param][key] for key in self._rule_keys}) for slot in slots]
+        shards = [_Shard(slot, rule, {key: self.state[slot.param][key] for key in self._layout.keys}) for slot in slots]
         compiled = self._compiled is not None and self._compiled.fast is not None
         plan = Plan(
             update=Update(per_slot("lr"), per_slot("weight_decay")),
@@ -400,32 +477,33 @@ class FlatOpt(Optimizer):
         )
         shared = apply_rule(
             rule,
-            self._weights_on(device, dtype),
+            self._weights_for(slots[0].param),
             [shard.param for shard in shards],
             [-shard.grad if shard.slot.group["maximize"] else shard.grad for shard in shards],
             [shard.state for shard in shards],
-            _shared(self.state[slots[0].param]),
+            shared_of(self.state[slots[0].param]),
             StepContext(*map(scalar, context)),
             plan,
         ).shared
         for shard in shards:
             shard.write_back()
-        for other, state in self.state.items() if shared else ():
-            if state and _bucket(other) == (device, dtype):
+        for other in self._holders() if shared else ():
+            if _bucket(other) == (device, dtype):
                 for key, value in shared.items():
-                    state[SHARED_PREFIX + key].copy_(value)
+                    self.state[other][SHARED_PREFIX + key].copy_(value)
 
-    def _restore(self, state_dict: dict[str, Any]) -> None:
+    def _restore(self, state_dict: dict[str, Any], given: Sequence[float]) -> None:
         """Replace the loaded state by exact copies, on the device and in the dtypes it is kept in."""
-        ids = [param_id for group in state_dict["param_groups"] for param_id in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for param_id, param in zip(ids, params, strict=True):
+        for param_id, param in self._pairs(state_dict):
             for key, value in state_dict["state"].get(param_id, {}).items():
                 wanted = torch.int64 if key == "num_skipped" else self._kept_dtype(key, _bucket(param)[1])
-                self.state[param][key] = _restored(value, param, wanted)
+                self.state[param][key] = self._layout.take(key, value, param, wanted)
             if self.state.get(param):
                 skipped = torch.zeros((), dtype=torch.int64, device=param.device)
                 self.state[param].setdefault("num_skipped", skipped)
+        for group in self.param_groups:
+            group.update(record_of(self.learned))
+        self._watch.restore_length(self.param_groups, given)
 
 
 def state_generator(seed: int, index: int) -> torch.Generator:
@@ -440,7 +518,7 @@ class _Slot:
     param: Tensor
     grad: Tensor
     group: dict[str, Any]
-    name: str
+    is_new: bool
     local: Tensor = field(init=False)
     """Real, contiguous gradient of the local shard, in the layout of the parameter."""
     norm: float = math.inf
@@ -503,21 +581,6 @@ def _bucket(param: Tensor) -> tuple[torch.device, torch.dtype]:
     """Return device and compute dtype of a parameter: those that agree are updated together."""
     real = param.dtype.to_real()
     return param.device, torch.promote_types(real, torch.float32)
-
-
-def _shared(state: State) -> State:
-    """Return the shared state that a parameter keeps a copy of."""
-    return {key.removeprefix(SHARED_PREFIX): value for key, value in state.items() if key.startswith(SHARED_PREFIX)}
-
-
-def _restored(value: Any, param: Tensor, dtype: torch.dtype) -> Any:
-    """Return a copy of a saved value of the state of ``param``, in ``dtype`` if that is of the same kind."""
-    if isinstance(value, int | float):
-        return torch.tensor(value, dtype=dtype, device=param.device)
-    if not isinstance(value, Tensor):
-        return value
-    wanted = dtype if value.is_floating_point() or not dtype.is_floating_point else value.dtype
-    return value.detach().to(param.device, wanted).clone(memory_format=torch.contiguous_format)
 
 
 def _real(tensor: Tensor) -> Tensor:

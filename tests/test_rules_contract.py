@@ -259,7 +259,7 @@ def test_steps_stay_bounded_for_any_scale_of_gradients(name: str, scale: float, 
 @by_rule
 def test_one_element_and_huge_ratios_are_finite(name: str) -> None:
     params = [torch.nn.Parameter(torch.tensor(value)) for value in (0.0, 1e-20, 1e10)]
-    opt = FlatOpt(params, pretrained=random_rule(name), num_steps=4)
+    opt = FlatOpt(params, pretrained=random_rule(name), num_steps=6)
     for scale in (1e-18, 1e12, 1e-18, 0.0, 1.0, 1.0):
         step_with(opt, params, 0, scale)
     assert all(torch.isfinite(param) for param in params)

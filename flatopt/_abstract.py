@@ -1,0 +1,29 @@
+"""Tensors that have a shape and no values: on the device ``meta``, or made in a ``FakeTensorMode``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Tell if a tensor was made in a ``FakeTensorMode``, which takes no tensors from outside."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
+
+
+def is_abstract(tensor: Tensor) -> bool:
+    """Tell if a tensor has no values."""
+    return tensor.device.type == "meta" or is_fake(tensor)
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """Make tensors with values, on the CPU by default, whatever mode or default device is set outside."""
+    with _disable_current_modes(), torch.device("cpu"):
+        yield

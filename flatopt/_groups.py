@@ -1,0 +1,106 @@
+"""What the options and the parameters of a group may be; checked wherever they can change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+from torch import Tensor
+
+from ._abstract import is_abstract
+
+_FLATTENED = ("_fsdp_flattened", "_is_flat_param", "_param_infos", "ds_id")
+"""Marks that wrappers leave on parameters whose shape they take: FSDP1 of torch and of fairscale, DeepSpeed ZeRO-3."""
+
+_NAMES = {
+    "lr": "learning rate",
+    "weight_decay": "weight_decay value",
+    "num_steps": "num_steps value",
+    "seed": "seed value",
+}
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": (lambda value: 0.0 <= value < math.inf, "must be finite and >= 0"),
+    "weight_decay": (lambda value: 0.0 <= value < math.inf, "must be finite and >= 0"),
+    "num_steps": (lambda value: value >= 1, "must be >= 1 or None"),
+    "seed": (lambda value: isinstance(value, int) and 0 <= value < 2**32, "must be in [0, 2^32)"),
+}
+
+
+def check_options(options: dict[str, Any], where: str = "") -> None:
+    """Check options in place: numbers of other libraries become those of Python, an unknown ``num_steps`` infinite.
+
+    A tensor is looked at only where that costs no synchronisation with a device.
+
+    Args:
+        options: some or all of ``lr``, ``weight_decay``, ``num_steps`` and ``seed``; others are left alone.
+        where: end of the error message, such as ``" in parameter group 1"``.
+
+    Raises:
+        ValueError: if one is out of range.
+
+    Example:
+        >>> check_options({"weight_decay": -1.0}, " in parameter group 1")
+        Traceback (most recent call last):
+        ...
+        ValueError: Invalid weight_decay value: -1.0 in parameter group 1, must be finite and >= 0
+    """
+    for key, (is_valid, expected) in _CHECKS.items():
+        if key not in options:
+            continue
+        value = options[key]
+        if type(value) not in (float, int):
+            value = options[key] = _plain(key, value)
+            if isinstance(value, Tensor) and (value.device.type != "cpu" or is_abstract(value)):
+                continue
+            if not isinstance(value, Real | Tensor):
+                raise ValueError(f"Invalid {_NAMES[key]}: {value!r}{where}, {expected}")
+        if not is_valid(value):
+            raise ValueError(f"Invalid {_NAMES[key]}: {value}{where}, {expected}")
+
+
+def _plain(key: str, value: Any) -> Any:
+    """Return an option as Python's own number, which every way of saving takes, or as the tensor it is."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {key} must be 1-element")
+        return value if key in ("lr", "weight_decay") else value.item()
+    if value is None and key == "num_steps":
+        return math.inf
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
+def highest_lr(groups: Iterable[dict[str, Any]]) -> float | None:
+    """Return the highest learning rate, ``None`` where reading one needs a device or there is none."""
+    lrs = [group["lr"] for group in groups]
+    if any(isinstance(lr, Tensor) and (lr.device.type != "cpu" or is_abstract(lr)) for lr in lrs):
+        return None
+    return max(map(float, lrs), default=None)
+
+
+def refuse_flattened(param: Tensor, groups: Sequence[dict[str, Any]], had_matrices: bool) -> None:
+    """Raise ``RuntimeError`` if a wrapper has taken the shape of a parameter, or put a flat buffer in its place."""
+    if any(hasattr(param, mark) for mark in _FLATTENED) or (had_matrices and not has_matrices(groups)):
+        raise RuntimeError(
+            f"{name_of(param, groups)} is flattened, as by FSDP1 or DeepSpeed ZeRO, and FlatOpt needs the shapes of "
+            "matrices: shard with FSDP2 (torch.distributed.fsdp.fully_shard)"
+        )
+
+
+def has_matrices(groups: Iterable[dict[str, Any]]) -> bool:
+    """Return whether any parameter has two axes."""
+    return any(param.dim() > 1 for group in groups for param in group["params"])
+
+
+def name_of(param: Tensor, groups: Iterable[dict[str, Any]]) -> str:
+    """Return how messages call a parameter."""
+    for group_index, group in enumerate(groups):
+        for index, other in enumerate(group["params"]):
+            if other is param:
+                names = group.get("param_names")
+                return f"parameter {index} of group {group_index}" if names is None else f"parameter {names[index]!r}"
+    return "a parameter of no group"

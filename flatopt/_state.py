@@ -1,0 +1,140 @@
+"""The state of a parameter: what it must look like, how a saved one is taken over, and whose weights made it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _dtensor as dtensor
+from ._groups import name_of
+from .pretrained import LearnedRule
+
+SHARED_PREFIX = "shared."
+"""Marks the copies of the shared state, which every parameter keeps so that a checkpoint is keyed by parameters."""
+
+RECORD = ("weights_name", "weights_sha256", "weights_commit")
+"""Options of a group that record the weights.  Integers: flattened distributed checkpoints accept only numbers."""
+
+_NAME_BYTES = 96
+
+Groups = Sequence[dict[str, Any]]
+
+
+class StateLayout(NamedTuple):
+    """Keys and shapes of the state that a rule keeps of a parameter."""
+
+    rule: str
+    per_tensor: dict[str, torch.Size]
+    """Shapes by key."""
+    per_coordinate: dict[str, torch.Size]
+    """What stands behind the shape of the parameter, by key."""
+    shared: frozenset[str]
+    """Keys of the shared state, with their prefix."""
+
+    @classmethod
+    def of(cls, learned: LearnedRule) -> StateLayout:
+        """Return the layout of a rule's state."""
+        rule, weights = learned.rule, learned.weights
+        example = rule.init_state(weights, torch.zeros(1))
+        once = {"step", *rule.memory}
+        return cls(
+            rule.name,
+            {key: value.shape for key, value in example.items() if key in once},
+            {key: value.shape[1:] for key, value in example.items() if key not in once},
+            frozenset(SHARED_PREFIX + key for key in rule.init_shared(weights)),
+        )
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the state of the rule itself."""
+        return (*self.per_tensor, *self.per_coordinate)
+
+    def is_made(self, state: Mapping[str, Any]) -> bool:
+        """Return whether the rule has a state here; a wrapper may have put values of its own, or a ``step``."""
+        return any(key in state for key in self.per_coordinate or self.per_tensor)
+
+    def check_shapes(self, state: Mapping[str, Any], param: Tensor, groups: Groups) -> None:
+        """Raise ``ValueError`` unless every value per coordinate has the shape of the parameter; cheap."""
+        shape = torch.Size((*param.shape, 2)) if param.is_complex() else param.shape
+        for key, extra in self.per_coordinate.items():
+            found = getattr(state.get(key), "shape", None)
+            if found != (shape + extra if extra else shape):
+                self._refuse(key, found, shape + extra, param, groups)
+
+    def check(self, state: Mapping[str, Any], param: Tensor, groups: Groups) -> None:
+        """Raise ``ValueError`` unless a loaded state has every key, and the shapes of the parameter."""
+        for key in sorted({*self.keys, *self.shared} - state.keys()):
+            raise ValueError(
+                f"state of {name_of(param, groups)} has no {key!r}: it was saved by another optimizer or rule "
+                f"than {self.rule!r}"
+            )
+        self.check_shapes(state, param, groups)
+        for key, shape in self.per_tensor.items():
+            if isinstance(state[key], Tensor) and state[key].numel() != shape.numel():
+                self._refuse(key, state[key].shape, shape, param, groups)
+
+    def _refuse(self, key: str, found: Any, expected: torch.Size, param: Tensor, groups: Groups) -> None:
+        if found is None:
+            raise ValueError(
+                f"state of {name_of(param, groups)} has no tensor {key!r}, which the rule {self.rule!r} keeps"
+            )
+        raise ValueError(
+            f"state {key!r} of {name_of(param, groups)} has shape {list(found)}, but the parameter needs "
+            f"{list(expected)}: load a state of this shape, or delete optimizer.state[param] to start it anew"
+        )
+
+    def take(self, key: str, value: Any, param: Tensor, dtype: torch.dtype) -> Any:
+        """Return a copy of a saved value, on the device of ``param``, sharded as it is, in ``dtype`` if of its kind."""
+        if isinstance(value, int | float):
+            return torch.tensor(value, dtype=dtype, device=param.device)
+        if not isinstance(value, Tensor):
+            return value
+        wanted = dtype if value.is_floating_point() or not dtype.is_floating_point else value.dtype
+        copied = value.detach().to(param.device, wanted).clone(memory_format=torch.contiguous_format)
+        if key in self.per_tensor:
+            return copied.reshape(self.per_tensor[key])
+        if key in self.per_coordinate and dtensor.is_dtensor(copied) != dtensor.is_dtensor(param):
+            return dtensor.placed_like(dtensor.whole_copy(copied), param)
+        return copied
+
+
+def shared_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the shared state that a parameter keeps a copy of."""
+    return {key.removeprefix(SHARED_PREFIX): value for key, value in state.items() if key.startswith(SHARED_PREFIX)}
+
+
+def record_of(learned: LearnedRule) -> dict[str, int]:
+    """Return what a parameter group records of the weights."""
+    name = (learned.name or "").encode()[:_NAME_BYTES]
+    return dict(
+        zip(RECORD, (int.from_bytes(name, "big"), int(learned.sha256, 16), int(learned.commit or "0", 16)), strict=True)
+    )
+
+
+def describe_record(record: Mapping[str, int]) -> str:
+    """Return a record in words.
+
+    Example:
+        >>> describe_record({"weights_name": int.from_bytes(b"flat-v2", "big"), "weights_sha256": 10**76})
+        "'flat-v2' (SHA-256 161bcca7119915b5...)"
+    """
+    number = int(record.get("weights_name", 0))
+    name = number.to_bytes((number.bit_length() + 7) // 8, "big").decode(errors="replace")
+    commit = int(record.get("weights_commit", 0))
+    at = f" at commit {commit:040x}" if commit else ""
+    sha256 = f"{int(record['weights_sha256']):064x}"
+    return f"{repr(name) if name else 'made in memory'}{at} (SHA-256 {sha256[:16]}...)"
+
+
+def check_record(groups: Iterable[Mapping[str, Any]], learned: LearnedRule) -> None:
+    """Raise ``ValueError`` if groups record other weights; earlier checkpoints, without a record, are taken."""
+    own = record_of(learned)
+    for group in groups:
+        if group.get("weights_sha256", own["weights_sha256"]) != own["weights_sha256"]:
+            raise ValueError(
+                f"this state was made with the weights {describe_record(group)}, not {describe_record(own)}: give "
+                "those as FlatOpt(pretrained=..., revision=...), or allow_other_weights=True to go on with these"
+            )

@@ -1,0 +1,103 @@
+"""What an optimizer warns of, once in its life."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ._groups import check_options, highest_lr
+from ._warn import warn
+
+SMALL_LR = 0.01
+"""Below it, ``lr`` looks like a learning rate of Adam's."""
+
+
+class Watch:
+    """Looks at the parameter groups of one optimizer."""
+
+    def __init__(self) -> None:
+        self.told: set[str] = set()
+        self.highest_lr = -math.inf
+        self.adopted: float | None = None
+        """Length of the run that came with a state, not from the user."""
+
+    def tell(self, what: str, message: str, category: type[Warning] = UserWarning) -> None:
+        """Warn, if not told before."""
+        if what not in self.told:
+            self.told.add(what)
+            warn(message, category)
+
+    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Check what may have been written into the groups, in place."""
+        for index, group in enumerate(groups):
+            check_options(group, f" in parameter group {index}")
+            for key in ("num_steps", "seed"):
+                if group.get(key) != groups[0].get(key):
+                    self.tell(
+                        key,
+                        f"{key} is {groups[0].get(key)} in parameter group 0 and {group.get(key)} in group {index}: "
+                        "the value of group 0 counts for all",
+                    )
+
+    def look_at_new(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Warn of a learning rate that is none of this optimizer."""
+        lr = highest_lr(groups)
+        if lr is not None and 0 < lr < SMALL_LR:
+            warn(
+                f"lr={lr:g} looks like a learning rate of Adam's: FlatOpt's multiplies the learned step and is 1.0 as "
+                "learned; leave lr out, or give a value near 1.0"
+            )
+
+    def look_at_loaded(self, state_dict: dict[str, Any]) -> None:
+        """Warn of an empty state that another optimizer has saved: its options are taken over all the same."""
+        groups = state_dict["param_groups"]
+        if not state_dict["state"] and groups and all("num_steps" not in group for group in groups):
+            warn(
+                f"an empty state of another optimizer was loaded, with its lr={groups[0].get('lr')}: FlatOpt's lr is "
+                "1.0 as learned; start without that state, or set lr in optimizer.param_groups again"
+            )
+
+    def length(self, groups: Sequence[dict[str, Any]], step: float) -> float:
+        """Return the length of the run at a step, infinite if it is unknown or over; warn of what contradicts it."""
+        num_steps = float(groups[0].get("num_steps") or math.inf)
+        if step > num_steps:
+            self.tell(
+                "over",
+                f"step {step:.0f} is beyond num_steps={num_steps:.0f}: FlatOpt goes on as if the length was not known; "
+                "optimizer.set_num_steps(n) gives it another one",
+            )
+            return math.inf
+        if num_steps < math.inf and "scheduler" not in self.told and "initial_lr" in groups[0]:
+            lr = highest_lr(groups)
+            if lr is not None and lr < self.highest_lr:
+                self.tell(
+                    "scheduler",
+                    "a scheduler lowers lr although num_steps is known, so the steps shrink twice: use a constant "
+                    "schedule, or leave num_steps out",
+                )
+            self.highest_lr = max(self.highest_lr, lr or 0.0)
+        return num_steps
+
+    def restore_length(self, groups: Sequence[dict[str, Any]], given: Sequence[float]) -> None:
+        """Let the lengths that were given before a state was loaded take the place of those that it brought."""
+        replaced = []
+        for group in groups:
+            check_options(group)
+        for group, num_steps in zip(groups, given, strict=True):
+            if num_steps not in (math.inf, self.adopted, group["num_steps"]):
+                replaced.append((group["num_steps"], num_steps))
+                group["num_steps"] = num_steps
+        if not replaced:
+            self.adopted = groups[0]["num_steps"]
+            return
+        self.new_length()
+        saved, num_steps = replaced[0]
+        warn(
+            f"num_steps={num_steps}, given to this optimizer, takes the place of the num_steps={saved} of the state "
+            "that was loaded; leave num_steps out to keep the saved one"
+        )
+
+    def new_length(self) -> None:
+        """Forget that a run went on beyond its length."""
+        self.told.discard("over")

@@ -1,0 +1,245 @@
+"""State of a parameter: of its shape, made by the same weights, or refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from cases import RULE_CASES
+from helpers import assert_same_state, learned, make_params, step_with
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from flatopt import FlatOpt, LearnedRule, list_pretrained
+
+every_rule = pytest.mark.parametrize("name", RULE_CASES)
+SHAPES = [(6, 3), (4,), (), (2, 3, 2)]
+
+
+def model_of(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> nn.ParameterList:
+    generator = torch.Generator().manual_seed(0)
+    return nn.ParameterList([torch.randn(shape, generator=generator).to(dtype) for shape in shapes])
+
+
+def stepped(name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> tuple[list[Any], FlatOpt]:
+    params = list(model_of(shapes, dtype))
+    opt = FlatOpt(params, pretrained=learned(name))
+    step_with(opt, params, 0)
+    return params, opt
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_state_holds_scalars_and_tensors_of_the_shape_of_the_parameter(name: str, dtype: torch.dtype) -> None:
+    params, opt = stepped(name, SHAPES, dtype)
+    memory = set(opt.learned.rule.memory)
+    for param in params:
+        shape = (*param.shape, 2) if dtype.is_complex else param.shape
+        for key, value in opt.state[param].items():
+            if key not in memory and not key.startswith("shared.") and value.dim():
+                assert value.shape[: len(shape)] == shape, key
+
+
+def test_the_default_rule_keeps_scalars_and_tensors_of_the_shape_of_the_parameter() -> None:
+    params, opt = stepped("orthogonalized-momentum", SHAPES)
+    assert all(value.shape in ((), param.shape) for param in params for value in opt.state[param].values())
+
+
+# --- another shape -------------------------------------------------------------------------------------------------
+
+
+@every_rule
+@pytest.mark.parametrize("other", [(8, 3), (3, 6), (18,), (6, 3, 1), (3, 3)])
+def test_a_loaded_state_of_another_shape_is_refused_untouched(name: str, other: tuple[int, ...]) -> None:
+    _, opt = stepped(name, [(4,), other])
+    params = list(model_of([(4,), (6, 3)]))
+    ours = FlatOpt(dict(bias=params[0], weight=params[1]).items(), pretrained=learned(name))
+    message = rf"state '.*' of parameter 'weight' has shape \[{', '.join(map(str, other))}.*\[6, 3"
+    with pytest.raises(ValueError, match=message):
+        ours.load_state_dict(opt.state_dict())
+    assert not ours.state
+    step_with(ours, params, 0)
+
+
+def cut_rows(param: nn.Parameter) -> None:
+    param.data = param.data[2:].clone()
+
+
+def grow(param: nn.Parameter) -> None:
+    param.data = torch.cat([param.data, torch.zeros(2, 3)])
+
+
+def transpose(param: nn.Parameter) -> None:
+    param.data = param.data.mT.contiguous()
+
+
+@every_rule
+@pytest.mark.parametrize("change", [cut_rows, grow, transpose])
+def test_a_parameter_that_changed_its_shape_is_refused_before_anything_moves(name: str, change: Any) -> None:
+    params, opt = stepped(name, [(4,), (6, 3)])
+    change(params[1])
+    before = [param.detach().clone() for param in params]
+    shape = ", ".join(map(str, params[1].shape))
+    with pytest.raises(ValueError, match=rf"of parameter 1 of group 0 has shape \[6, 3.*needs \[{shape}"):
+        step_with(opt, params, 1)
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+    assert float(opt.state[params[0]]["step"]) == 1
+    del opt.state[params[1]]  # as the message says
+    step_with(opt, params, 1)
+    assert [float(opt.state[param]["step"]) for param in params] == [2, 1]
+
+
+def test_surgery_on_the_two_moments_that_everybody_knows_is_refused() -> None:
+    (old,), opt = stepped("orthogonalized-momentum", [(10, 3)])
+    keep = torch.arange(10) >= 3
+    new, state = nn.Parameter(old.detach()[keep]), opt.state.pop(old)
+    for key in ("exp_avg", "exp_avg_sq"):
+        state[key] = state[key][keep]
+    opt.param_groups[0]["params"][0] = new
+    opt.state[new] = state
+    with pytest.raises(ValueError, match=r"state 'slow' of parameter 0 of group 0 has shape \[10, 3\].*\[7, 3\]"):
+        step_with(opt, [new], 1)
+    state["slow"] = state["slow"][keep]
+    step_with(opt, [new], 1)
+
+
+def test_a_state_that_lost_a_key_is_refused() -> None:
+    params, opt = stepped("orthogonalized-momentum", SHAPES)
+    del opt.state[params[0]]["slow"]
+    with pytest.raises(ValueError, match="state of parameter 0 of group 0 has no tensor 'slow'"):
+        step_with(opt, params, 1)
+
+
+@every_rule
+def test_a_wrapper_may_write_into_the_state_first(name: str) -> None:
+    ends = []
+    for wrapped in (False, True):
+        params = make_params("network")
+        opt = FlatOpt(params, pretrained=learned(name))
+        if wrapped:
+            for param in params:
+                opt.state[param]["average"] = param.detach().clone()
+            opt.state["calls"] = 3  # type: ignore[index]
+            opt.state[params[0]]["step"] = 0
+        for seed in range(2):
+            step_with(opt, params, seed)
+        assert all(("average" in opt.state[param]) is wrapped for param in params)
+        ends.append([param.detach() for param in params])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+
+# --- other weights -------------------------------------------------------------------------------------------------
+
+
+def two_sets(name: str) -> tuple[LearnedRule, LearnedRule]:
+    one, other = (learned(name, seed=seed) for seed in (0, 1))
+    return (
+        LearnedRule(one.rule, one.weights, name="org/one", commit="a" * 40),
+        LearnedRule(other.rule, other.weights, name="other"),
+    )
+
+
+@pytest.mark.parametrize("name", ["toy-mixer", "l2o-dm", "rnnprop", "l2o-scale", "orthogonalized-momentum"])
+def test_the_state_of_other_weights_is_refused_untouched_and_can_be_forced(name: str) -> None:
+    one, other = two_sets(name)
+    params = make_params("network")
+    opt = FlatOpt(params, pretrained=one)
+    step_with(opt, params, 0)
+    ours = FlatOpt(params, pretrained=other)
+    names = rf"'org/one' at commit {'a' * 40} \(SHA-256 {one.sha256[:16]}.*not 'other' \(SHA-256 {other.sha256[:16]}"
+    with pytest.raises(ValueError, match=f"{names}.*allow_other_weights=True"):
+        ours.load_state_dict(opt.state_dict())
+    assert not ours.state
+
+    forced = FlatOpt(params, pretrained=other, allow_other_weights=True)
+    forced.load_state_dict(opt.state_dict())
+    assert_same_state(forced, opt)
+    ours.load_state_dict(forced.state_dict())  # from now on it is the state of the other weights
+    for copied in (copy.deepcopy(forced), pickle.loads(pickle.dumps(forced))):
+        copied.load_state_dict(opt.state_dict())
+
+
+def test_the_same_weights_under_another_name_go_on(tmp_path: Path) -> None:
+    one, _ = two_sets("rnnprop")
+    params = make_params("network")
+    opt = FlatOpt(params, pretrained=one)
+    step_with(opt, params, 0)
+    one.save_pretrained(tmp_path / "copy")
+    other = FlatOpt(params, pretrained=tmp_path / "copy")
+    other.load_state_dict(opt.state_dict())
+    assert_same_state(opt, other)
+
+
+def test_states_without_a_record_load() -> None:
+    one, other = two_sets("toy-mixer")
+    params = make_params("network")
+    opt = FlatOpt(params, pretrained=one)
+    step_with(opt, params, 0)
+    old = copy.deepcopy(opt.state_dict())
+    for key in ("weights_name", "weights_sha256", "weights_commit"):
+        del old["param_groups"][0][key]
+    ours = FlatOpt(params, pretrained=other)
+    ours.load_state_dict(old)
+    assert ours.param_groups[0]["weights_sha256"] == int(other.sha256, 16)
+
+
+def test_a_shipped_set_refuses_the_state_of_its_sister() -> None:
+    if not {"rnnprop", "rnnprop-hessian"} <= set(list_pretrained()):
+        pytest.skip("not shipped")
+    params = make_params("network")
+    opt = FlatOpt(params, pretrained="rnnprop")
+    step_with(opt, params, 0)
+    with pytest.raises(ValueError, match="made with the weights 'rnnprop'.*not 'rnnprop-hessian'"):
+        FlatOpt(params, pretrained="rnnprop-hessian").load_state_dict(opt.state_dict())
+
+
+def test_groups_reused_for_another_optimizer_record_its_weights() -> None:
+    one, other = two_sets("toy-mixer")
+    groups = [{"params": make_params("network")}]
+    FlatOpt(groups, pretrained=one)
+    assert FlatOpt(groups, pretrained=other).param_groups[0]["weights_sha256"] == int(other.sha256, 16)
+
+
+def test_the_representation_names_the_weights_and_shows_no_numbers_of_the_record() -> None:
+    one, _ = two_sets("toy-mixer")
+    text = repr(FlatOpt(make_params("network"), pretrained=one))
+    assert f"Weights: 'org/one' at commit {'a' * 40} (SHA-256 {one.sha256[:16]}...)" in text
+    assert "weights_sha256" not in text
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_distributed_checkpoint_knows_its_weights(tmp_path: Path, flatten: bool) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    one, other = two_sets("toy-mixer")
+
+    def fresh(weights: LearnedRule, **more: Any) -> tuple[nn.Module, FlatOpt]:
+        model = nn.Linear(3, 2)
+        return model, FlatOpt(model.parameters(), pretrained=weights, **more)
+
+    def load(model: nn.Module, opt: FlatOpt) -> None:
+        loaded = {"opt": get_optimizer_state_dict(model, opt, options=options)}
+        dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+        set_optimizer_state_dict(model, opt, loaded["opt"], options=options)
+
+    model, opt = fresh(one)
+    step_with(opt, list(model.parameters()), 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that there is no process group
+        saved = {"opt": get_optimizer_state_dict(model, opt, options=options)}
+        dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+        load(*fresh(one))
+        with pytest.raises(ValueError, match="made with the weights 'org/one' at commit aaaa"):
+            load(*fresh(other))
+        forced_model, forced = fresh(other, allow_other_weights=True)
+        load(forced_model, forced)
+    assert_same_state(forced, opt)
