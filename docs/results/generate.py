@@ -185,7 +185,6 @@ def reproduction(content: dict[str, Any]) -> dict[str, str]:
     ]
     return {
         "claim.md": claim(content, pairs),
-        "claim-short.md": claim(content, pairs, ("accuracy",)),
         "reproduction.md": "# Tables of the reproduction\n\n" + "\n".join(map(section, everything)),
         "search.md": "# Tables of the search\n\n"
         + "\n".join(section(one) for one in content["search"] if one["name"] not in REPORTED),
@@ -196,9 +195,9 @@ REPORTED = ("meta-seeds", "heavy-entropy", "control")
 """Tables on the reported optimizees: they belong to the results and not to the search."""
 
 
-def claim(content: dict[str, Any], pairs: Iterable[tuple[str, str]], keys: Sequence[str] | None = None) -> str:
+def claim(content: dict[str, Any], pairs: Iterable[tuple[str, str]]) -> str:
     """Return one row per regularized set: mean differences with their intervals, and the verdict."""
-    keys = keys or ("accuracy", "loss", "log_top_eigenvalue")
+    keys = ("accuracy", "loss", "log_top_eigenvalue")
     names = {"accuracy": "accuracy, points", "loss": "test loss", "log_top_eigenvalue": "ln top eigenvalue"}
     rows = []
     for regularized, base in pairs:
