@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
@@ -20,17 +19,14 @@ from . import _dtensor as dtensor
 from ._abstract import is_abstract, is_fake, real_tensors
 from ._compile import CompiledPhases
 from ._groups import check_options, has_matrices, name_of, refuse_flattened
+from ._slots import Shard, Slot, bucket_of, largest, real_view
 from ._state import RECORD, SHARED_PREFIX, StateLayout, check_record, describe_record, record_of, shared_of
 from ._watch import Watch
 from .pretrained import LearnedRule, load_pretrained
 from .rules import (
     Plan,
-    State,
     StepContext,
-    Strips,
-    TensorShape,
     Update,
-    UpdateRule,
     Weights,
     apply_rule,
     plain_phases,
@@ -202,9 +198,9 @@ class FlatOpt(Optimizer):
         for slot in slots:
             if slot.is_new:
                 self._init_state(slot.param)
-        last_step, buckets = 0.0, dict[tuple[torch.device, torch.dtype], list[_Slot]]()
-        for key in dict.fromkeys(map(_bucket, self._holders())):
-            members = [slot for slot in slots if _bucket(slot.param) == key]
+        last_step, buckets = 0.0, dict[tuple[torch.device, torch.dtype], list[Slot]]()
+        for key in dict.fromkeys(map(bucket_of, self._holders())):
+            members = [slot for slot in slots if bucket_of(slot.param) == key]
             last_step = max(last_step, self._measure(members, key))
             usable = buckets[key] = []
             for slot in members:
@@ -334,7 +330,7 @@ class FlatOpt(Optimizer):
         """Return the parameters that have a state."""
         return [param for param, state in self.state.items() if isinstance(param, Tensor) and "step" in state]
 
-    def _slots(self) -> Iterator[_Slot]:
+    def _slots(self) -> Iterator[Slot]:
         """Yield every parameter that has a gradient."""
         for group in self.param_groups:
             for param in group["params"]:
@@ -350,7 +346,7 @@ class FlatOpt(Optimizer):
                     refuse_flattened(param, self.param_groups, self._had_matrices)
                 else:
                     self._layout.check_shapes(state, param, self.param_groups)
-                yield _Slot(param, param.grad, group, is_new)
+                yield Slot(param, param.grad, group, is_new)
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         """Raise ``ValueError`` if a state is not one for this optimizer; warn if it is an empty one of another."""
@@ -373,7 +369,7 @@ class FlatOpt(Optimizer):
 
     def _weights_for(self, param: Tensor) -> Weights:
         """Return the weights on the device of a parameter, in the dtype to compute in."""
-        device, dtype = _bucket(param)
+        device, dtype = bucket_of(param)
         if is_fake(param):
             return {
                 key: torch.empty(value.shape, device=device, dtype=dtype) for key, value in self.learned.weights.items()
@@ -387,7 +383,7 @@ class FlatOpt(Optimizer):
         """Make the state of a parameter."""
         rule, weights = self.learned.rule, self._weights_for(param)
         whole = torch.view_as_real(param) if param.is_complex() else param
-        dtype = _bucket(param)[1]
+        dtype = bucket_of(param)[1]
         with dtensor.replicated_weights(param):
             fresh = rule.init_state(weights, whole.detach().to(dtype).contiguous(), self._generator(param))
             state = {
@@ -397,7 +393,7 @@ class FlatOpt(Optimizer):
                 for key, value in fresh.items()
             }
         state["num_skipped"] = torch.zeros((), dtype=torch.int64, device=param.device)
-        relatives = (self.state[other] for other in self._holders() if _bucket(other) == _bucket(param))
+        relatives = (self.state[other] for other in self._holders() if bucket_of(other) == bucket_of(param))
         shared = shared_of(next(relatives, {})) or rule.init_shared(weights)
         state.update({SHARED_PREFIX + key: value.clone() for key, value in shared.items()})
         self.state[param].update(state)
@@ -412,19 +408,19 @@ class FlatOpt(Optimizer):
         """Return the dtype that a floating-point value of the state is kept in between steps."""
         return self._state_dtype if self._state_dtype and key in self.learned.rule.compressible_state else dtype
 
-    def _measure(self, slots: Sequence[_Slot], bucket: tuple[torch.device, torch.dtype]) -> float:
+    def _measure(self, slots: Sequence[Slot], bucket: tuple[torch.device, torch.dtype]) -> float:
         """Fill in gradients, their largest absolute values (inf for NaN) and steps; return the last step of the bucket.
 
         One transfer to the host.
         """
         for slot in slots:
-            slot.local = _real(dtensor.local_grad(slot.grad, slot.param)).contiguous()
-        holders = [param for param in self._holders() if _bucket(param) == bucket]
+            slot.local = real_view(dtensor.local_grad(slot.grad, slot.param)).contiguous()
+        holders = [param for param in self._holders() if bucket_of(param) == bucket]
         for param in holders:
             state = self.state[param]
             if state["step"].device != param.device:  # Lightning moves all of a state but this
                 state["step"] = state["step"].to(param.device)
-        values = _largest(slots, bucket[1]) + [self.state[param]["step"] for param in holders]
+        values = largest(slots, bucket[1]) + [self.state[param]["step"] for param in holders]
         if not values:
             return 0.0
         stacked = torch.stack(values)
@@ -434,7 +430,7 @@ class FlatOpt(Optimizer):
             slot.norm, slot.step = norm, steps[slot.param]
         return max(steps.values())
 
-    def _is_usable(self, slot: _Slot, dtype: torch.dtype) -> bool:
+    def _is_usable(self, slot: Slot, dtype: torch.dtype) -> bool:
         """Return whether a gradient can be used; count it if it is not finite.  Before the first, zero is none."""
         if slot.norm <= math.sqrt(torch.finfo(dtype).max) * _OVERFLOW_MARGIN:
             return slot.norm > 0 or slot.step > 0
@@ -449,7 +445,7 @@ class FlatOpt(Optimizer):
         return False
 
     def _update(
-        self, slots: Sequence[_Slot], context: tuple[float, float], device: torch.device, dtype: torch.dtype
+        self, slots: Sequence[Slot], context: tuple[float, float], device: torch.device, dtype: torch.dtype
     ) -> None:
         """Step the parameters of one device and dtype."""
 
@@ -463,7 +459,7 @@ class FlatOpt(Optimizer):
             return torch.stack([values[id(slot.group)] for slot in slots])
 
         rule = self.learned.rule
-        shards = [_Shard(slot, rule, {key: self.state[slot.param][key] for key in self._layout.keys}) for slot in slots]
+        shards = [Shard(slot, rule, {key: self.state[slot.param][key] for key in self._layout.keys}) for slot in slots]
         compiled = self._compiled is not None and self._compiled.fast is not None
         plan = Plan(
             update=Update(per_slot("lr"), per_slot("weight_decay")),
@@ -488,7 +484,7 @@ class FlatOpt(Optimizer):
         for shard in shards:
             shard.write_back()
         for other in self._holders() if shared else ():
-            if _bucket(other) == (device, dtype):
+            if bucket_of(other) == (device, dtype):
                 for key, value in shared.items():
                     self.state[other][SHARED_PREFIX + key].copy_(value)
 
@@ -496,7 +492,7 @@ class FlatOpt(Optimizer):
         """Replace the loaded state by exact copies, on the device and in the dtypes it is kept in."""
         for param_id, param in self._pairs(state_dict):
             for key, value in state_dict["state"].get(param_id, {}).items():
-                wanted = torch.int64 if key == "num_skipped" else self._kept_dtype(key, _bucket(param)[1])
+                wanted = torch.int64 if key == "num_skipped" else self._kept_dtype(key, bucket_of(param)[1])
                 self.state[param][key] = self._layout.take(key, value, param, wanted)
             if self.state.get(param):
                 skipped = torch.zeros((), dtype=torch.int64, device=param.device)
@@ -509,80 +505,3 @@ class FlatOpt(Optimizer):
 def state_generator(seed: int, index: int) -> torch.Generator:
     """Return the source of the random initial state of parameter ``index`` of an optimizer with ``seed``."""
     return torch.Generator().manual_seed(seed * SEED_STRIDE + index)
-
-
-@dataclass(eq=False)
-class _Slot:
-    """A parameter with a gradient."""
-
-    param: Tensor
-    grad: Tensor
-    group: dict[str, Any]
-    is_new: bool
-    local: Tensor = field(init=False)
-    """Real, contiguous gradient of the local shard, in the layout of the parameter."""
-    norm: float = math.inf
-    """Largest absolute value of the whole gradient."""
-    step: float = 0.0
-    """Steps that the parameter has taken."""
-
-
-class _Shard:
-    """What this process holds of a parameter, as the driver takes it: real and contiguous.
-
-    Where shards cut through the strips of a matrix, every rank gathers and updates the whole, and keeps its part.
-    """
-
-    def __init__(self, slot: _Slot, rule: UpdateRule, state: State):
-        self.slot = slot
-        param = slot.param
-        self.shape = TensorShape.of(param.shape, is_complex=param.is_complex())
-        first_strip = dtensor.first_strip(param, Strips.of(self.shape, rule.max_strip))
-        self.first_strip = first_strip or 0
-        self.is_gathered = first_strip is None
-        if self.is_gathered:
-            self.sharding = None
-            self.target = self.param = dtensor.whole_copy(param)
-            self.grad = dtensor.whole_copy(slot.grad)
-            self.state = {key: dtensor.whole_copy(value) for key, value in state.items()}
-            self.kept = state
-        else:
-            self.sharding = dtensor.sharding(param)
-            self.target = _real(dtensor.local_view(param))
-            self.param, self.grad = self.target.contiguous(), slot.local
-            self.state = {key: dtensor.local_view(value) for key, value in state.items()}
-
-    def write_back(self) -> None:
-        """Write what is not in the storage of the parameter and its state yet."""
-        if self.is_gathered:
-            dtensor.write_part_of_whole(self.param, self.slot.param)
-            for key, value in self.state.items():
-                dtensor.write_part_of_whole(value, self.kept[key])
-        elif self.param is not self.target:
-            self.target.copy_(self.param)
-
-
-def _largest(slots: Sequence[_Slot], dtype: torch.dtype) -> list[Tensor]:
-    """Return the largest absolute value of each gradient, inf for NaN, 0-D."""
-    if not slots:
-        return []
-    grads = [slot.local for slot in slots]
-    # Both ends, which is much faster than the norm.  There are none of an empty tensor.
-    ends = [end for grad in grads for end in (torch.aminmax(grad) if grad.numel() else 2 * [grad.new_zeros(())])]
-    norms = torch.stack([end.to(dtype) for end in ends]).view(-1, 2).abs().amax(1)
-    norms = torch.nan_to_num(norms, nan=math.inf, posinf=math.inf)  # a maximum over ranks may lose a NaN
-    shardings = [dtensor.sharding(slot.param) for slot in slots]
-    if any(sharding is not None for sharding in shardings):
-        return [value[0] for value in dtensor.all_reduce(norms.split(1), shardings, torch.distributed.ReduceOp.MAX)]
-    return list(norms.unbind())
-
-
-def _bucket(param: Tensor) -> tuple[torch.device, torch.dtype]:
-    """Return device and compute dtype of a parameter: those that agree are updated together."""
-    real = param.dtype.to_real()
-    return param.device, torch.promote_types(real, torch.float32)
-
-
-def _real(tensor: Tensor) -> Tensor:
-    """Return a real view: complex numbers become pairs."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -30,7 +30,16 @@ ALLOWED: dict[str, set[str]] = {
     "pretrained": {"_cards", "_folder", "hub", "rules"},
     "_compile": {"rules"},
     "_dtensor": {"rules"},
-    "optimizer": {"_compile", "_dtensor", "pretrained", "rules"},
+    "_abstract": set(),
+    "_warn": set(),
+    "_groups": {"_abstract"},
+    "_watch": {"_groups", "_warn"},
+    "_state": {"_dtensor", "_groups", "pretrained"},
+    "_slots": {"_dtensor", "rules"},
+    "optimizer": {
+        *{"_abstract", "_compile", "_dtensor", "_groups", "_slots", "_state", "_warn", "_watch"},
+        *{"pretrained", "rules"},
+    },
     "metatrain": {
         *{"_cards", "_dataclass_json", "_extensions", "_folder", "_version"},
         *{"pretrained", "rules", "tasks", "flatness"},

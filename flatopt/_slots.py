@@ -1,0 +1,91 @@
+"""One step's view of the parameters: gradients, shards, and what is updated together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _dtensor as dtensor
+from .rules import State, Strips, TensorShape, UpdateRule
+
+
+@dataclass(eq=False)
+class Slot:
+    """A parameter with a gradient."""
+
+    param: Tensor
+    grad: Tensor
+    group: dict[str, Any]
+    is_new: bool
+    local: Tensor = field(init=False)
+    """Real, contiguous gradient of the local shard, in the layout of the parameter."""
+    norm: float = math.inf
+    """Largest absolute value of the whole gradient."""
+    step: float = 0.0
+    """Steps that the parameter has taken."""
+
+
+class Shard:
+    """What this process holds of a parameter, as the driver takes it: real and contiguous.
+
+    Where shards cut through the strips of a matrix, every rank gathers and updates the whole, and keeps its part.
+    """
+
+    def __init__(self, slot: Slot, rule: UpdateRule, state: State):
+        self.slot = slot
+        param = slot.param
+        self.shape = TensorShape.of(param.shape, is_complex=param.is_complex())
+        first_strip = dtensor.first_strip(param, Strips.of(self.shape, rule.max_strip))
+        self.first_strip = first_strip or 0
+        self.is_gathered = first_strip is None
+        if self.is_gathered:
+            self.sharding = None
+            self.target = self.param = dtensor.whole_copy(param)
+            self.grad = dtensor.whole_copy(slot.grad)
+            self.state = {key: dtensor.whole_copy(value) for key, value in state.items()}
+            self.kept = state
+        else:
+            self.sharding = dtensor.sharding(param)
+            self.target = real_view(dtensor.local_view(param))
+            self.param, self.grad = self.target.contiguous(), slot.local
+            self.state = {key: dtensor.local_view(value) for key, value in state.items()}
+
+    def write_back(self) -> None:
+        """Write what is not in the storage of the parameter and its state yet."""
+        if self.is_gathered:
+            dtensor.write_part_of_whole(self.param, self.slot.param)
+            for key, value in self.state.items():
+                dtensor.write_part_of_whole(value, self.kept[key])
+        elif self.param is not self.target:
+            self.target.copy_(self.param)
+
+
+def largest(slots: Sequence[Slot], dtype: torch.dtype) -> list[Tensor]:
+    """Return the largest absolute value of each gradient, inf for NaN, 0-D."""
+    if not slots:
+        return []
+    grads = [slot.local for slot in slots]
+    # Both ends, which is much faster than the norm.  There are none of an empty tensor.
+    ends = [end for grad in grads for end in (torch.aminmax(grad) if grad.numel() else 2 * [grad.new_zeros(())])]
+    norms = torch.stack([end.to(dtype) for end in ends]).view(-1, 2).abs().amax(1)
+    norms = torch.nan_to_num(norms, nan=math.inf, posinf=math.inf)  # a maximum over ranks may lose a NaN
+    shardings = [dtensor.sharding(slot.param) for slot in slots]
+    if any(sharding is not None for sharding in shardings):
+        return [value[0] for value in dtensor.all_reduce(norms.split(1), shardings, torch.distributed.ReduceOp.MAX)]
+    return list(norms.unbind())
+
+
+def bucket_of(param: Tensor) -> tuple[torch.device, torch.dtype]:
+    """Return device and compute dtype of a parameter: those that agree are updated together."""
+    real = param.dtype.to_real()
+    return param.device, torch.promote_types(real, torch.float32)
+
+
+def real_view(tensor: Tensor) -> Tensor:
+    """Return a real view: complex numbers become pairs."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
