@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,3 +28,8 @@ def real_tensors() -> Iterator[None]:
     """Make tensors with values, on the CPU by default, whatever mode or default device is set outside."""
     with _disable_current_modes(), torch.device("cpu"):
         yield
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Compute in the dtypes of the tensors; there is no autocast on ``meta``."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

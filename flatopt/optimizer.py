@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import _dtensor as dtensor
-from ._abstract import is_abstract, is_fake, real_tensors
+from ._abstract import is_abstract, is_fake, real_tensors, without_autocast
 from ._compile import CompiledPhases
 from ._groups import check_options, has_matrices, name_of, refuse_flattened
 from ._slots import Shard, Slot, bucket_of, largest, real_view
@@ -209,7 +209,7 @@ class FlatOpt(Optimizer):
         context = (1.0 + last_step, self._watch.length(self.param_groups, 1.0 + last_step))
         for (device, dtype), members in buckets.items():
             if members:
-                with torch.autocast(device.type, enabled=False):  # a step taken inside autocast keeps its precision
+                with without_autocast(device):  # a step taken inside autocast keeps its precision
                     self._update(members, context, device, dtype)
         return loss
 
