@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..metatrain.config import MetaTrainConfig, ObjectiveConfig, TaskConfig
-from ..metatrain.estimators._runs import build_unrolls
+from ..metatrain.inner_training import Families
 from ..metatrain.unroll import Mode, can_compile
 from ._cache import Record, RunCache
 from ._evaluation import Evaluation
@@ -83,7 +83,7 @@ def _prepare(mode: Mode) -> Callable[[], object]:
         num_updates=1,
     )
     rule = config.build_rule()
-    unroll = replace(build_unrolls(config, rule, torch.device("cpu"))[0], mode=mode)
+    unroll = replace(Families.from_config(config, rule, torch.device("cpu")).unrolls[0], mode=mode)
     generator = torch.Generator().manual_seed(0)
     weights = rule.init_weights(generator)
     weights_N = {name: weight.repeat(NUM_PROBLEMS, *(1,) * weight.dim()) for name, weight in weights.items()}

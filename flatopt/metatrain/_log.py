@@ -11,23 +11,13 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
+from .checkpoint import RunState
 from .config import MetaTrainConfig
-from .curriculum import Progress
 
 SECONDS_BETWEEN_LINES = 30.0
 """Time between progress lines where standard error is not a terminal."""
-
-
-class Shown(Protocol):
-    """The part of a run that its last line tells."""
-
-    update: int
-    seconds: float
-    smoothed_loss: float | None
-    num_dropped: int
-    progress: Progress
 
 
 def track(names: Sequence[str], doing: str) -> Iterator[str]:
@@ -52,13 +42,13 @@ def track(names: Sequence[str], doing: str) -> Iterator[str]:
 class Log(AbstractContextManager["Log"]):
     """Metrics to ``metrics.jsonl`` and TensorBoard, progress to standard error."""
 
-    def __init__(self, config: MetaTrainConfig, out: Path, run: Shown):
+    def __init__(self, config: MetaTrainConfig, out: Path, state: RunState):
         self._config = config
-        self._board = _open_tensorboard(out, run.update) if config.tensorboard else None
-        self._file = _open_metrics(out / "metrics.jsonl", run.update)
-        self._run = run
-        self._bar: Any = _open_bar(config.num_updates, run.update, "update") if sys.stderr.isatty() else None
-        self._first_update, self._started = run.update, time.monotonic()
+        self._board = _open_tensorboard(out, state.update) if config.tensorboard else None
+        self._file = _open_metrics(out / "metrics.jsonl", state.update)
+        self._state = state
+        self._bar: Any = _open_bar(config.num_updates, state.update, "update") if sys.stderr.isatty() else None
+        self._first_update, self._started = state.update, time.monotonic()
         self._next_line = self._started
 
     def write(self, metrics: dict[str, Any]) -> None:
@@ -94,13 +84,13 @@ class Log(AbstractContextManager["Log"]):
             self._bar.close()
         if error is not None:
             return
-        run = self._run
-        summary = f"{run.update} of {self._config.num_updates} updates in {timedelta(seconds=round(run.seconds))}"
-        summary += f", meta-loss {_number(run.smoothed_loss)}"
-        if run.progress.finished:
+        state = self._state
+        summary = f"{state.update} of {self._config.num_updates} updates in {timedelta(seconds=round(state.seconds))}"
+        summary += f", meta-loss {_number(state.smoothed_loss)}"
+        if state.progress.finished:
             summary += ", ended by validation"
-        if run.num_dropped:
-            summary += f", {run.num_dropped} meta-gradients were not finite and were dropped"
+        if state.num_dropped:
+            summary += f", {state.num_dropped} meta-gradients were not finite and were dropped"
         print(summary, file=sys.stderr)
 
 

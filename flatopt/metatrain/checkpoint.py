@@ -1,7 +1,7 @@
-"""Checkpoints of a meta-training run: complete, atomic, without pickle.
+"""What a run of meta-training carries from update to update, and checkpoints of it: complete, atomic, without pickle.
 
-A checkpoint is a folder ``update-00000120`` with ``state.safetensors`` (every tensor, by ``group/name``),
-``run.json`` (configuration, counters, order of the tensors) and ``manifest.json`` (size and SHA-256 of both).
+A checkpoint is a folder ``update-00000120`` with ``state.safetensors`` (every tensor, by its path in the state),
+``run.json`` (configuration, counters, form of the state) and ``manifest.json`` (size and SHA-256 of both).
 It is written aside as ``.writing-...``, flushed to disk and renamed, so that a folder of its final name is whole unless
 the disk itself failed; :func:`latest` checks the manifest and passes over what is not.
 """
@@ -12,8 +12,8 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,20 @@ from torch import Tensor
 
 from .._folder import sync_folder, write_durably
 from ..rules import Weights
+from ..tasks import Problems
 from .config import MetaTrainConfig
+from .curriculum import Progress, train_steps
+from .runs import Runs, map_tree
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 WRITING = ".writing-"
 """Prefix of what is not finished; may be removed by anyone who knows that no run is writing."""
 
-_GROUPS = ("weights", "average", "best", "optimizer", "estimator", "generator")
-_COUNTERS = ("update", "seconds", "num_dropped", "smoothed_loss", "best_validation", "progress", "sessions")
+NAMED_TUPLES: dict[str, Any] = {kind.__name__: kind for kind in (Runs, Problems)}
+"""The named tuples that a state may contain."""
+
+_TREES = ("weights", "average", "best", "optimizer", "estimator", "generator")
+_COUNTERS = ("update", "seconds", "num_dropped", "smoothed_loss", "best_validation", "sessions")
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -39,56 +45,83 @@ class UnknownConfigurationError(ValueError):
     """A checkpoint is whole, but of a rule or an option that is not known here."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+@dataclass(kw_only=True)
+class RunState:
     """Everything a run needs to go on bit for bit, and to say where it comes from."""
 
     config: MetaTrainConfig
-    update: int
-    """Meta-updates done."""
-    seconds: float
-    """Wall-clock seconds so far, all sessions together."""
-    num_dropped: int
-    """Meta-gradients that were not finite and were dropped."""
-    smoothed_loss: float | None
-    """Moving average of the meta-loss."""
-    best_validation: dict[str, Any] | None
-    """Lowest validation loss so far: ``update`` and ``loss``, and ``num_steps`` of its runs in a curriculum."""
-    progress: dict[str, Any]
-    """Where in the curriculum the run is: the fields of :class:`~flatopt.metatrain.curriculum.Progress`."""
-    sessions: list[dict[str, Any]]
-    """Where and how each session of the run was started."""
     weights: Weights
-    average: Weights
+    average: Weights = field(default_factory=dict)
     """Moving average of the weights, empty where none is kept."""
-    best: Weights
+    best: Weights = field(default_factory=dict)
     """Weights of the lowest validation loss, empty before the first validation."""
-    optimizer: dict[str, Tensor]
-    """State of the meta-optimizer by ``weight/key``."""
-    estimator: dict[str, Tensor]
-    """State of the estimator."""
-    generator: dict[str, Tensor]
-    """States of the random number generators by name."""
+    optimizer: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """State of the meta-optimizer by weight and key."""
+    estimator: Any = None
+    """State of the estimator, a tree; ``None`` until the first inner runs are there."""
+    generator: Tensor
+    """State of the source of all randomness."""
+    update: int = 0
+    """Meta-updates done."""
+    seconds: float = 0.0
+    """Wall-clock seconds so far, all sessions together."""
+    num_dropped: int = 0
+    """Meta-gradients that were not finite and were dropped."""
+    smoothed_loss: float | None = None
+    """Moving average of the meta-loss."""
+    best_validation: dict[str, Any] | None = None
+    """Lowest validation loss so far: ``update`` and ``loss``, and ``num_steps`` of its runs in a curriculum."""
+    progress: Progress = field(default_factory=Progress)
+    """Where in the curriculum the run is."""
+    sessions: list[dict[str, Any]] = field(default_factory=list)
+    """Where and how each session of the run was started."""
+
+    @classmethod
+    def fresh(cls, config: MetaTrainConfig) -> RunState:
+        """Return the state before anything is done, on the CPU."""
+        generator = torch.Generator().manual_seed(config.seed)
+        weights = config.build_rule().init_weights(generator)
+        average = {name: value.clone() for name, value in weights.items()} if config.ema_decay > 0 else {}
+        return cls(config=config, weights=weights, average=average, generator=generator.get_state())
+
+    @property
+    def candidate(self) -> Weights:
+        """What is validated: the moving average, where there is one."""
+        return self.average or self.weights
 
     @property
     def shipped_weights(self) -> Weights:
         """The weights to export: the best by validation, else the moving average, where there are such."""
-        return self.best or self.average or self.weights
+        return self.best or self.candidate
 
-    def copy(self) -> Checkpoint:
-        """Return the same values in tensors that an update does not change; it changes these three in place."""
-        weights, average, optimizer = (
-            {name: value.clone() for name, value in group.items()}
-            for group in (self.weights, self.average, self.optimizer)
-        )
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has come to its end."""
+        return self.update >= self.config.num_updates or self.progress.finished
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps of the inner runs in this stage of a curriculum, ``None`` without one."""
+        return train_steps(self.config.curriculum, self.progress.stage) if self.config.curriculum.stages else None
+
+    def to(self, device: torch.device) -> RunState:
+        """Return a copy on a device; the generator's stays on the CPU, the meta-optimizer moves its own."""
+        trees = {name: getattr(self, name) for name in ("weights", "average", "best", "estimator")}
+        trees = {name: tree for name, tree in trees.items() if tree is not None}
+        moved: dict[str, Any] = map_tree(lambda value: value.detach().to(device, copy=True), trees)
+        return replace(self, **moved)
+
+    def before_update(self) -> RunState:
+        """Return the same state in tensors that an update leaves alone; it changes these three in place."""
+        weights, average, optimizer = map_tree(torch.clone, (self.weights, self.average, self.optimizer))
         return replace(self, weights=weights, average=average, optimizer=optimizer)
 
 
-def save(checkpoint: Checkpoint, folder: Path, *, keep: int = 2) -> Path:
+def save(state: RunState, folder: Path, *, keep: int = 2) -> Path:
     """Write a checkpoint into ``folder``, atomically, and remove the old ones.
 
     Args:
-        checkpoint: what to write; its tensors may be on any device.
+        state: what to write; its tensors may be on any device.
         folder: the folder of the run's checkpoints, created where missing.
         keep: number of checkpoints left afterwards, this one included.
 
@@ -102,11 +135,11 @@ def save(checkpoint: Checkpoint, folder: Path, *, keep: int = 2) -> Path:
     for leftover in folder.glob(f"{WRITING}*"):
         shutil.rmtree(leftover)
 
-    final = folder / f"update-{checkpoint.update:08d}"
+    final = folder / f"update-{state.update:08d}"
     writing = folder / f"{WRITING}{final.name}"
     writing.mkdir()
     manifest = {}
-    for name, content in _serialize(checkpoint).items():
+    for name, content in _serialize(state).items():
         write_durably(writing / name, content)
         manifest[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     write_durably(writing / "manifest.json", json.dumps(manifest, indent=2).encode())
@@ -124,7 +157,7 @@ def save(checkpoint: Checkpoint, folder: Path, *, keep: int = 2) -> Path:
     return final
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path) -> RunState:
     """Read one checkpoint, onto the CPU.
 
     Raises:
@@ -140,24 +173,29 @@ def load(path: Path) -> Checkpoint:
         if expected != actual:
             raise ValueError(f"{path / name} is damaged: the manifest says {expected}, the file is {actual}")
     record = _parse(path / "run.json", contents["run.json"])
-    if record.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version {record.get('format_version')!r} is not {FORMAT_VERSION}")
+    version = record.get("format_version")
+    if version not in (2, FORMAT_VERSION):
+        raise ValueError(f"{path}: format_version {version!r} is not {FORMAT_VERSION}")
     try:
         tensors = safetensors.torch.load(contents["state.safetensors"])
     except SafetensorError as error:
         raise ValueError(f"{path / 'state.safetensors'}: {error}") from None
     values: dict[str, Any] = {key: record[key] for key in _COUNTERS}
-    for group in _GROUPS:
-        values[group] = {name: tensors[f"{group}/{name}"] for name in record["tensors"][group]}
+    if version == 2:  # begun before inner runs were kept as trees: can be exported
+        form = {name: dict.fromkeys(record["tensors"][name], 0) for name in ("weights", "average", "best")}
+        values |= _restore({**form, "generator": {"main": 0}}, "", tensors)
+        values["generator"] = values["generator"]["main"]
+    else:
+        values |= _restore(record["form"], "", tensors)
     try:
         config = MetaTrainConfig.from_json(json.dumps(record["config"]))
     except ValueError as error:
         message = f"{path} is whole, but its configuration cannot be used here: {error}"
         raise UnknownConfigurationError(f"{message} (what is not part of flatopt needs --import MODULE)") from None
-    return Checkpoint(config=config, **values)
+    return RunState(config=config, progress=Progress(**record["progress"]), **values)
 
 
-def latest(folder: Path) -> Checkpoint | None:
+def latest(folder: Path) -> RunState | None:
     """Return the newest whole checkpoint in ``folder``, ``None`` where there is none; damaged ones are reported.
 
     Raises:
@@ -173,26 +211,58 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def _serialize(checkpoint: Checkpoint) -> dict[str, bytes]:
+def _serialize(state: RunState) -> dict[str, bytes]:
     """Return the contents of the files by name."""
-    groups: dict[str, dict[str, Tensor]] = {group: getattr(checkpoint, group) for group in _GROUPS}
-    tensors = {
-        # A copy each: tensors that share storage cannot be saved.
-        f"{group}/{name}": torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
-        for group, values in groups.items()
-        for name, value in values.items()
-    }
+    tensors: dict[str, Tensor] = {}
+    form = _flatten({name: getattr(state, name) for name in _TREES}, "", tensors)
     record = {
         "format_version": FORMAT_VERSION,
-        **{key: getattr(checkpoint, key) for key in _COUNTERS},
-        "config": json.loads(checkpoint.config.to_json()),
+        **{key: getattr(state, key) for key in _COUNTERS},
+        "progress": state.progress._asdict(),
+        "config": json.loads(state.config.to_json()),
         # safetensors sorts by dtype and name; sums over the weights depend on their order.
-        "tensors": {group: list(values) for group, values in groups.items()},
+        "form": form,
     }
     return {
         "state.safetensors": safetensors.torch.save(tensors),
         "run.json": json.dumps(record, indent=2, allow_nan=False).encode(),
     }
+
+
+def _flatten(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Put the tensors of a tree into a dict by their paths, and return its form as JSON values.
+
+    A tensor is 0, nothing is null, a dict is an object, and a named tuple is a list of its type's name and an object.
+
+    Example:
+        >>> tensors = {}
+        >>> _flatten({"a": {"b": torch.ones(1), "c": None}}, "", tensors), tensors
+        ({'a': {'b': 0, 'c': None}}, {'a/b': tensor([1.])})
+    """
+    if tree is None:
+        return None
+    if isinstance(tree, Tensor):
+        assert path not in tensors, path
+        # A copy: tensors that share storage cannot be saved.
+        tensors[path] = torch.empty(tree.shape, dtype=tree.dtype).copy_(tree.detach())
+        return 0
+    if isinstance(tree, Mapping):
+        return {name: _flatten(part, f"{path}/{name}" if path else name, tensors) for name, part in tree.items()}
+    kind = type(tree).__name__
+    assert NAMED_TUPLES.get(kind) is type(tree), f"{kind} cannot be saved"
+    return [kind, _flatten(tree._asdict(), path, tensors)]
+
+
+def _restore(form: Any, path: str, tensors: Mapping[str, Tensor]) -> Any:
+    """Undo :func:`_flatten`."""
+    if form is None:
+        return None
+    if form == 0:
+        return tensors[path]
+    if isinstance(form, list):
+        kind, fields = form
+        return NAMED_TUPLES[kind](**_restore(fields, path, tensors))
+    return {name: _restore(part, f"{path}/{name}" if path else name, tensors) for name, part in form.items()}
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:

@@ -142,9 +142,9 @@ def _resume(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    checkpoint = load_run(arguments.out)
-    export_rule(checkpoint, arguments.out / "metrics.jsonl").save_pretrained(arguments.to)
-    print(f"update {checkpoint.update} of {checkpoint.config.num_updates} saved in {arguments.to}")
+    state = load_run(arguments.out)
+    export_rule(state, arguments.out / "metrics.jsonl").save_pretrained(arguments.to)
+    print(f"update {state.update} of {state.config.num_updates} saved in {arguments.to}")
     print(f'use it with: flatopt.FlatOpt(model.parameters(), pretrained="{arguments.to}")')
 
 

@@ -174,7 +174,7 @@ class CurriculumConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImitationConfig:
-    """Updates in which the rule imitates known optimizers; see :mod:`flatopt.metatrain.imitation`."""
+    """Updates in which the rule imitates known optimizers; see :mod:`flatopt.metatrain.estimators.imitation`."""
 
     probabilities: tuple[Probability, ...] = ()
     """Share of such updates in each stage of the curriculum, the last repeated; none if empty."""

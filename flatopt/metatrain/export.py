@@ -10,47 +10,47 @@ from typing import Any
 from .._cards import curve, rule_facts, without_paths, write_card
 from .._version import __version__
 from ..pretrained import LearnedRule
-from .checkpoint import Checkpoint
+from .checkpoint import RunState
 from .config import MetaTrainConfig
 
 
-def export_rule(checkpoint: Checkpoint, metrics: Path | None = None) -> LearnedRule:
+def export_rule(state: RunState, metrics: Path | None = None) -> LearnedRule:
     """Return the learned rule of a checkpoint, with card, metadata and the whole configuration.
 
     Args:
-        checkpoint: of a run of meta-training.
+        state: of a run of meta-training, at a checkpoint.
         metrics: log of that run, for a curve of its loss.
     """
-    rule, weights = checkpoint.config.build_rule(), checkpoint.shipped_weights
-    facts = {**rule_facts(rule, weights), **_facts(checkpoint)}
-    losses = _read_losses(metrics, checkpoint.update) if metrics is not None else []
+    rule, weights = state.config.build_rule(), state.shipped_weights
+    facts = {**rule_facts(rule, weights), **_facts(state)}
+    losses = _read_losses(metrics, state.update) if metrics is not None else []
     if losses:
-        facts["Meta-loss, smoothed"] = f"{_number(losses[0])} `{curve(losses)}` {_number(checkpoint.smoothed_loss)}"
+        facts["Meta-loss, smoothed"] = f"{_number(losses[0])} `{curve(losses)}` {_number(state.smoothed_loss)}"
     card = write_card(
-        checkpoint.config.recipe,
-        purpose=_purpose(checkpoint.config),
+        state.config.recipe,
+        purpose=_purpose(state.config),
         facts=facts,
-        folded={"Sessions": _describe_sessions(_sessions(checkpoint))},
+        folded={"Sessions": _describe_sessions(_sessions(state))},
         has_training=True,
     )
-    return LearnedRule(rule, weights, card, _metadata(checkpoint), json.loads(checkpoint.config.to_json()))
+    return LearnedRule(rule, weights, card, _metadata(state), json.loads(state.config.to_json()))
 
 
-def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+def _metadata(state: RunState) -> dict[str, Any]:
     return {
-        "recipe": checkpoint.config.recipe,
-        "seed": checkpoint.config.seed,
-        "num_updates": checkpoint.update,
-        "seconds": round(checkpoint.seconds, 1),
-        "num_dropped": checkpoint.num_dropped,
+        "recipe": state.config.recipe,
+        "seed": state.config.seed,
+        "num_updates": state.update,
+        "seconds": round(state.seconds, 1),
+        "num_dropped": state.num_dropped,
         "flatopt": __version__,
-        "sessions": _sessions(checkpoint),
+        "sessions": _sessions(state),
     }
 
 
-def _sessions(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+def _sessions(state: RunState) -> list[dict[str, Any]]:
     """Return the sessions without the paths of this machine."""
-    return [{**session, "command": without_paths(session["command"])} for session in checkpoint.sessions]
+    return [{**session, "command": without_paths(session["command"])} for session in state.sessions]
 
 
 def _purpose(config: MetaTrainConfig) -> str:
@@ -66,24 +66,24 @@ def _purpose(config: MetaTrainConfig) -> str:
     )
 
 
-def _facts(checkpoint: Checkpoint) -> dict[str, object]:
-    config, best = checkpoint.config, checkpoint.best_validation
-    kind = f"moving average, decay {config.ema_decay}" if checkpoint.average else "of the last update"
-    if checkpoint.best and best is not None:
-        average = "moving average" if checkpoint.average else "no average"
+def _facts(state: RunState) -> dict[str, object]:
+    config, best = state.config, state.best_validation
+    kind = f"moving average, decay {config.ema_decay}" if state.average else "of the last update"
+    if state.best and best is not None:
+        average = "moving average" if state.average else "no average"
         kind = f"the best by validation, of update {best['update']} ({average})"
     facts: dict[str, object] = {
         "Which weights": kind,
         "Recipe": f"`{config.recipe}`, seed {config.seed}",
-        "Meta-updates": f"{checkpoint.update} of {config.num_updates}",
-        "Time": f"{timedelta(seconds=round(checkpoint.seconds))} (h:mm:ss)",
-        "Meta-loss, smoothed": _number(checkpoint.smoothed_loss),
-        "Meta-gradients dropped (not finite)": checkpoint.num_dropped,
+        "Meta-updates": f"{state.update} of {config.num_updates}",
+        "Time": f"{timedelta(seconds=round(state.seconds))} (h:mm:ss)",
+        "Meta-loss, smoothed": _number(state.smoothed_loss),
+        "Meta-gradients dropped (not finite)": state.num_dropped,
     }
     if best is not None:
         length = f", runs of {best['num_steps']} steps" if "num_steps" in best else ""
         facts["Lowest validation loss"] = f"{_number(best['loss'])} at update {best['update']}{length}"
-    commit = checkpoint.sessions[-1]["commit"] if checkpoint.sessions else None
+    commit = state.sessions[-1]["commit"] if state.sessions else None
     return {**facts, "Code": f"flatopt {__version__}, commit {commit or 'unknown (not a checkout)'}"}
 
 

@@ -22,7 +22,6 @@ as many runs in both (``num_tasks`` equal, :math:`0 < p < 1`), the compiler find
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -31,8 +30,9 @@ from torch import Tensor
 from ..rules import UpdateRule, Weights
 from .config import FlatnessConfig, MetaTrainConfig, ObjectiveConfig
 from .curriculum import Verdict
-from .estimators._runs import build_unrolls, repeat
-from .unroll import Runs, Unroll
+from .inner_training import Families
+from .runs import Runs, share_weights
+from .unroll import Unroll
 
 WINDOW = 20
 """Steps at the end of a run that its loss is averaged over, at most, where validation is relative."""
@@ -43,14 +43,14 @@ class Validation:
     """The validation loss of weights.
 
     Args:
-        unrolls: one per family of problems.
+        families: what is trained.
         num_steps: length of the runs where a call does not say; the longest horizon of each family if ``None``.
         seed: seed of problems and batches.
         relative: compare with the rule's initial weights, with horizons told and not told.
         num_lengths: lengths of runs that are not told theirs above, from the shortest to the longest horizon.
     """
 
-    unrolls: Sequence[Unroll]
+    families: Families
     num_steps: int | None
     seed: int
     relative: bool = False
@@ -65,16 +65,14 @@ class Validation:
             num_steps: length of the runs.
         """
         weights = {name: weight.detach() for name, weight in weights.items()}
-        families = {}
+        losses: dict[str, float] = {}
         with torch.no_grad():
-            for index, unroll in enumerate(self.unrolls):
+            for index, unroll in enumerate(self.families.unrolls):
                 judge = self._relative_loss if self.relative else self._loss
                 lengths = self._lengths(unroll, num_steps or self.num_steps)
-                losses = [judge(weights, unroll, length, self.seed + index) for length in lengths]
-                families[unroll.task.name] = sum(losses) / len(losses)
-        total_weight = sum(unroll.task.weight for unroll in self.unrolls)
-        shares = {unroll.task.name: unroll.task.weight / total_weight for unroll in self.unrolls}
-        return Verdict(sum(share * families[name] for name, share in shares.items()), families)
+                found = [judge(weights, unroll, length, self.seed + index) for length in lengths]
+                losses[unroll.task.name] = sum(found) / len(found)
+        return Verdict(self.families.mean(losses), losses)
 
     def _lengths(self, unroll: Unroll, num_steps: int | None) -> list[int]:
         """Return the lengths of the runs of a family, each once."""
@@ -117,7 +115,7 @@ def _start(
 ) -> tuple[Runs, Weights, torch.Generator]:
     """Return the runs of a family at their start, their weights, and the source of their batches."""
     generator = torch.Generator().manual_seed(seed)
-    weights_N = repeat(weights, copies * unroll.task.num_tasks)
+    weights_N = share_weights(weights, copies * unroll.task.num_tasks)
     return unroll.start(weights_N, unroll.task.num_tasks, copies, generator, length), weights_N, generator
 
 
@@ -144,7 +142,7 @@ def build_validation(config: MetaTrainConfig, rule: UpdateRule, device: torch.de
     objective = _objective(config.objective, as_in_training=compiled)
     held_out = replace(config, objective=objective, tasks=tasks, compile=compiled)
     return Validation(
-        unrolls=build_unrolls(held_out, rule, device),
+        families=Families.from_config(held_out, rule, device),
         num_steps=validation.num_steps,
         seed=validation.seed,
         relative=bool(validation.relative),
@@ -160,6 +158,7 @@ def _objective(objective: ObjectiveConfig, *, as_in_training: bool) -> Objective
         objective,
         train_weight=0.0,
         meta_weight=1.0,
+        error_weight=None,
         meta_split="meta",
         transform="none",
         flatness=FlatnessConfig(),

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flatopt.metatrain.estimators import Inner
+from flatopt.metatrain.runs import map_tree
 from flatopt.rules import Weights
 
 
-def in_double(tree: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.double() if value.is_floating_point() else value for name, value in tree.items()}
+def in_double(tree):
+    return map_tree(lambda value: value.double() if value.is_floating_point() else value, tree)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +22,11 @@ class InDouble(Inner):
 
     inner: Inner
 
-    def reset(self, weights, generator):
-        return in_double(self.inner.reset(weights, generator))
+    def reset(self, weights, generator, num_steps=None):
+        return in_double(self.inner.reset(weights, generator, num_steps))
 
-    def refresh(self, weights, state, generator):
-        return self.inner.refresh(weights, state, generator)
+    def refresh(self, weights, state, generator, num_steps=None):
+        return self.inner.refresh(weights, state, generator, num_steps)
 
     def draw(self, state, generator):
         return in_double(self.inner.draw(state, generator))

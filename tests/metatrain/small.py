@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from flatopt.metatrain import FlatnessConfig, ObjectiveConfig, TaskConfig
 from flatopt.metatrain.unroll import Unroll
@@ -55,8 +56,14 @@ def stack_weights(num_runs: int, **options: Any) -> Weights:
     return {name: torch.stack([weights[name] for weights in each]) for name in each[0]}
 
 
-def assert_trees_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    """Check that two flat trees agree bit for bit."""
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
+def by_path(tree: Any) -> dict[str, Tensor]:
+    """Return the tensors of a tree by names such as ``.states['layers.0.weight']['exp_avg']``."""
+    return {pytree.keystr(path): value for path, value in pytree.tree_flatten_with_path(tree)[0]}
+
+
+def assert_trees_equal(one: Any, other: Any) -> None:
+    """Check that two trees agree bit for bit."""
+    first, second = by_path(one), by_path(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name

@@ -12,8 +12,9 @@ from small import assert_trees_equal, make_unroll, random_weights
 from flatopt.flatness import MEASURES, EntropySurrogate, GradientNorm
 from flatopt.metatrain import FlatnessConfig, ObjectiveConfig
 from flatopt.metatrain.estimators import TruncatedBackprop
-from flatopt.metatrain.estimators._runs import InnerRuns
+from flatopt.metatrain.inner_training import Families
 from flatopt.metatrain.objective import penalty, schedule_mask, transform_loss
+from flatopt.metatrain.runs import Draws, Terms, map_tree
 from flatopt.rules import L2ODM, Adam
 
 OPTIONS = {
@@ -30,14 +31,14 @@ def term(name: str, **changes) -> FlatnessConfig:
     return FlatnessConfig(**{**defaults, **changes})
 
 
-def make_inner(objective: ObjectiveConfig, *, model: str = "mlp", second_derivatives: bool = True, **task) -> InnerRuns:
+def make_inner(objective: ObjectiveConfig, *, model: str = "mlp", second_derivatives: bool = True, **task) -> Families:
     unroll = make_unroll(
         model,
         objective=objective,
         second_derivatives=second_derivatives,
         task=[("num_tasks", 2), ("min_steps", 12), *task.items()],
     )
-    return InnerRuns(unrolls=[unroll])
+    return Families(unrolls=[unroll])
 
 
 def started(inner, weights, seed: int = 1):
@@ -84,7 +85,7 @@ def test_gradient_of_the_entropy_equals_finite_differences_with_the_mean_held_fi
 
     gradient = gradient_of(inner, weights, state)
     # Under vmap the means of two runs cannot be kept: the differences are taken one run at a time.
-    first = {name: value[:1] if value.dim() else value for name, value in state.items()}
+    first = map_tree(lambda value: value[:1], state)
     single = InDouble(inner=make_inner(objective, num_tasks=1))
     with monkeypatch.context() as patch:
         patch.setattr("flatopt.metatrain.unroll.vmap", loop_of_one)
@@ -219,7 +220,7 @@ def test_the_rule_sees_the_gradient_of_the_regularised_inner_loss(name):
         inner_noise = {key: value[index] for key, value in draws.inner_noise.items()}
         batches = [type(batch)(batch.inputs[index], batch.targets[index]) for batch in draws[:2]]
         before = runs
-        runs, losses = unroll.step(weights, runs, *batches, {}, inner_noise)
+        runs, losses = unroll.step(weights, runs, Draws(*batches, {}, inner_noise), Terms(False, True))
         for run in range(2):
             problem = before.problem._replace(
                 **{

@@ -11,9 +11,10 @@ import torch
 from small import assert_trees_equal, make_unroll, random_weights
 from torch import Tensor
 
-import flatopt.metatrain.estimators.persistent_es as module
 from flatopt.metatrain import TaskConfig
 from flatopt.metatrain.estimators.persistent_es import PersistentES, signal_to_noise, variance_of_mean
+from flatopt.metatrain.inner_training import Families
+from flatopt.metatrain.runs import map_tree
 
 DECAY, WEIGHT, STD = 0.9, 0.5, 0.05
 
@@ -63,24 +64,12 @@ class ToyUnroll:
         return runs, ToyLosses(loss, loss, loss, loss)
 
 
-@pytest.fixture(autouse=True)
-def toy_runs_are_restored(monkeypatch):
-    original = module.restore_runs
-
-    def restore(state, prefix):
-        if f"{prefix}/x" in state:
-            return ToyRuns(*(state[f"{prefix}/{name}"] for name in ToyRuns._fields))
-        return original(state, prefix)
-
-    monkeypatch.setattr(module, "restore_runs", restore)
-
-
 def make_toy(name="toy", num_tasks=4, weight=1.0, **options):
     return ToyUnroll(task=TaskConfig(name=name, num_tasks=num_tasks, weight=weight), **options)
 
 
 def make_estimator(*unrolls, **options):
-    return PersistentES(unrolls=unrolls or [make_toy()], std=STD, **options)
+    return PersistentES(families=Families(unrolls=unrolls or [make_toy()]), std=STD, **options)
 
 
 def begin(estimator, seed=0):
@@ -165,7 +154,7 @@ def test_estimate_is_the_formula():
         assert (run["step"][:3][done] == 0).all()
         assert torch.equal(run["step"][:3][~done], before.step[:3][~done])
         assert torch.equal(run["problem"][:3] == before.problem[:3], ~done)
-        torch.testing.assert_close(state["toy/sums/w"], sums)
+        torch.testing.assert_close(state["toy"]["sums"]["w"], sums)
         x = torch.where(done.repeat(2), torch.zeros(()), before.x)
         loss = torch.zeros(6)
         for batch in run["noise"]:
@@ -178,7 +167,7 @@ def test_estimate_is_the_formula():
 
 
 def restore(state, name="toy"):
-    return module.restore_runs(state, f"{name}/runs")
+    return state[name]["runs"]
 
 
 def test_runs_begin_spread_over_their_horizons():
@@ -192,7 +181,7 @@ def test_runs_begin_spread_over_their_horizons():
     # They have been trained up to there: E x_t = c_t w.
     c = (1 - DECAY**runs.step) / (1 - DECAY)
     assert float((runs.x - c * WEIGHT).abs().mean()) < 0.3
-    assert (state["toy/sums/w"] == 0).all()
+    assert (state["toy"]["sums"]["w"] == 0).all()
 
 
 def test_whole_runs_start_at_once_and_begin_anew_in_every_update():
@@ -230,10 +219,8 @@ def test_families_that_do_not_take_part_stay_as_they_are():
     estimator = make_estimator(make_toy("a"), make_toy("b"), families_per_update=1)
     weights, state, generator = begin(estimator)
     _, after = estimator.estimate(weights, state, generator)
-    for name in state:
-        if name.startswith("b/"):
-            assert torch.equal(state[name], after[name])
-    assert not torch.equal(state["a/runs/x"], after["a/runs/x"])
+    assert_trees_equal(state["b"], after["b"])
+    assert not torch.equal(restore(state, "a").x, restore(after, "a").x)
 
 
 def test_families_count_by_their_weight():
@@ -296,16 +283,16 @@ def test_snr_of_an_update_counts_families_by_the_squares_of_their_shares():
 
 
 def test_estimates_repeat_from_a_copied_state_and_generator():
-    estimator = PersistentES(unrolls=[make_unroll("mlp", task=[("max_steps", 9)])], std=0.05)
+    estimator = PersistentES(families=Families(unrolls=[make_unroll("mlp", task=[("max_steps", 9)])]), std=0.05)
     weights, generator = random_weights(), torch.Generator().manual_seed(0)
     state = estimator.init(weights, generator)
-    saved = {name: value.clone() for name, value in state.items()}, generator.get_state()
+    saved = map_tree(torch.clone, state), generator.get_state()
     ends = []
     for _ in range(2):
         for _ in range(4):  # long enough for runs to begin anew
             meta, state = estimator.estimate(weights, state, generator)
         ends.append((meta, state))
-        state = {name: value.clone() for name, value in saved[0].items()}
+        state = map_tree(torch.clone, saved[0])
         generator.set_state(saved[1])
     assert_trees_equal(ends[0][0].gradient, ends[1][0].gradient)
     assert_trees_equal(ends[0][1], ends[1][1])
@@ -317,9 +304,9 @@ def test_state_does_not_share_storage_with_the_weights():
     estimator = make_estimator()
     weights, state, generator = begin(estimator)
     meta, state = estimator.estimate(weights, state, generator)
-    before = {name: value.clone() for name, value in (state | meta.gradient | {"loss": meta.loss}).items()}
+    before = map_tree(torch.clone, (state, meta.gradient, meta.loss))
     weights["w"].zero_()
-    assert_trees_equal(state | meta.gradient | {"loss": meta.loss}, before)
+    assert_trees_equal((state, meta.gradient, meta.loss), before)
 
 
 def test_what_is_recorded_in_the_preparation_serves_all_updates():
@@ -331,15 +318,15 @@ def test_what_is_recorded_in_the_preparation_serves_all_updates():
             yield name
 
     unrolls = [make_unroll(name, task=[("max_steps", 9)]) for name in ("linear", "mlp")]
-    estimator = PersistentES(unrolls=unrolls, std=0.05, track=track)
+    estimator = PersistentES(families=Families(unrolls=unrolls), std=0.05, track=track)
     weights, generator = random_weights(), torch.Generator().manual_seed(0)
     before = generator.get_state()
     estimator.prepare(weights)
     assert torch.equal(generator.get_state(), before)
-    recorded = [dict(unroll._traced_step.graphs) for unroll in unrolls]
+    recorded = [dict(unroll._recorder.graphs) for unroll in unrolls]
     state = estimator.init(weights, generator)
     for _ in range(4):
         _, state = estimator.estimate(weights, state, generator)
-    assert [unroll._traced_step.graphs for unroll in unrolls] == recorded
+    assert [unroll._recorder.graphs for unroll in unrolls] == recorded
     assert [len(graphs) for graphs in recorded] == [1, 1]
     assert shown == [(doing, name) for doing in ("preparing", "first inner runs") for name in ("linear", "mlp")]

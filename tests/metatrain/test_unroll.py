@@ -6,23 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import ToyMixer
-from small import WITH_FLATNESS, assert_trees_equal, make_unroll, stack_weights
-from torch import Tensor
+from small import WITH_FLATNESS, assert_trees_equal, by_path, make_unroll, stack_weights
 
 from flatopt.flatness import PerturbationGap
 from flatopt.metatrain import FlatnessConfig, ObjectiveConfig
 from flatopt.metatrain.objective import clip_loss, step_weight
-from flatopt.metatrain.unroll import (
-    Draws,
-    Runs,
-    StepLosses,
-    Unroll,
-    can_compile,
-    flatten_tree,
-    replace_runs,
-    restore_draws,
-    restore_runs,
-)
+from flatopt.metatrain.runs import Draws, Runs, StepLosses, join_losses, map_tree, replace_runs
+from flatopt.metatrain.unroll import Unroll, can_compile
 from flatopt.rules import StepContext, Weights, apply_rule
 from flatopt.tasks import Batch
 
@@ -35,13 +25,13 @@ def start(unroll: Unroll, num_pairs: int = NUM_PAIRS, copies: int = COPIES) -> t
     return weights, unroll.start(weights, num_pairs, copies, torch.Generator().manual_seed(1))
 
 
-def row(tree: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-    return {name: value[index] for name, value in tree.items()}
+def row(tree, index: int):
+    return map_tree(lambda value: value[index], tree)
 
 
 def train_one(unroll: Unroll, weights: Weights, runs: Runs, draws: Draws, run: int) -> tuple[Runs, StepLosses]:
     """Train one run, step by step, with autograd, the driver's defaults and the formulas of the objective."""
-    problem = restore_runs(row(flatten_tree(runs), run)).problem
+    problem = row(runs.problem, run)
     params, states = row(runs.params, run), {name: row(state, run) for name, state in runs.states.items()}
     shared, pair = row(runs.shared, run), run % NUM_PAIRS
     losses: list[list[float]] = []
@@ -95,8 +85,8 @@ def test_recorded_steps_of_many_runs_equal_a_loop_over_single_runs(unrolls, name
         expected, expected_losses = train_one(unroll, weights, runs, draws, run)
         for key in ("params", "states", "shared", "step"):
             torch.testing.assert_close(
-                row(flatten_tree(getattr(after, key)), run),
-                flatten_tree(getattr(expected, key)),
+                by_path(row(getattr(after, key), run)),
+                by_path(getattr(expected, key)),
                 rtol=1e-3,
                 atol=1e-5,
             )
@@ -115,7 +105,7 @@ def test_recorded_step_equals_the_step(unrolls):
     leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
     plain = unroll.unroll(leaves, runs, draws, COPIES)
     for one, other in zip(recorded, plain, strict=True):
-        torch.testing.assert_close(flatten_tree(one), flatten_tree(other), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(by_path(one), by_path(other), rtol=1e-4, atol=1e-6)
     assert plain[1].objective.requires_grad and not recorded[1].objective.requires_grad
 
 
@@ -128,7 +118,7 @@ def test_recorded_steps_follow_a_schedule_that_alternates():
         one.unroll(weights, runs, draws, COPIES) for one in (unroll, replace(unroll, mode="plain"))
     )
     assert {bool(on.any()) for on in losses.flatness != 0} == {True, False}
-    torch.testing.assert_close(flatten_tree(after), flatten_tree(expected), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(by_path(after), by_path(expected), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(losses, plain, rtol=1e-4, atol=1e-6)
 
 
@@ -140,7 +130,7 @@ def test_recorded_steps_go_by_the_names_of_the_state_not_by_their_order():
     reordered = {name: dict(reversed(state.items())) for name, state in runs.states.items()}
     after, _ = unroll.unroll(weights, runs._replace(states=reordered), draws, COPIES)
     assert all(list(after.states[name]) == list(state) for name, state in reordered.items())
-    assert_trees_equal(flatten_tree(after.params), flatten_tree(expected.params))
+    assert_trees_equal(after.params, expected.params)
 
 
 @pytest.mark.slow
@@ -154,24 +144,24 @@ def test_compiled_step_equals_the_recorded_one():
     weights, runs = start(recorded)
     draws = recorded.draw(runs, COPIES, torch.Generator().manual_seed(2))
     one, other = (unroll.unroll(weights, runs, draws, COPIES) for unroll in (recorded, compiled))
-    torch.testing.assert_close(flatten_tree(one[0]), flatten_tree(other[0]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(by_path(one[0]), by_path(other[0]), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(one[1].objective, other[1].objective, rtol=1e-3, atol=1e-4)
 
 
 def test_two_truncations_equal_one_of_twice_the_length(unrolls):
     short, long = unrolls["mlp"], make_unroll("mlp", truncation_length=6)
-    object.__setattr__(long, "_traced_step", short._traced_step)  # the same step
+    object.__setattr__(long, "_recorder", short._recorder)  # the same step
     weights, runs = start(short)
     draws = long.draw(runs, COPIES, torch.Generator().manual_seed(2))
     whole, whole_losses = long.unroll(weights, runs, draws, COPIES)
     parts = []
     for half in (slice(0, 3), slice(3, 6)):
-        flat = {name: value[half] for name, value in flatten_tree(draws).items()}
-        runs, losses = short.unroll(weights, runs, restore_draws(flat), COPIES)
+        part = map_tree(lambda value, half=half: value[half], draws)
+        runs, losses = short.unroll(weights, runs, part, COPIES)
         parts.append(losses)
-    assert_trees_equal(flatten_tree(runs), flatten_tree(whole))
+    assert_trees_equal(runs, whole)
     joined = StepLosses(*(torch.cat(pair) for pair in zip(*parts, strict=True)))
-    assert_trees_equal(flatten_tree(joined), flatten_tree(whole_losses))
+    assert_trees_equal(joined, whole_losses)
 
 
 def test_running_is_drawing_then_unrolling(unrolls):
@@ -180,8 +170,8 @@ def test_running_is_drawing_then_unrolling(unrolls):
     one = unroll.run(weights, runs, COPIES, torch.Generator().manual_seed(2))
     draws = unroll.draw(runs, COPIES, torch.Generator().manual_seed(2))
     other = unroll.unroll(weights, runs, draws, COPIES)
-    assert_trees_equal(flatten_tree(one[0]), flatten_tree(other[0]))
-    assert_trees_equal(flatten_tree(one[1]), flatten_tree(other[1]))
+    assert_trees_equal(one[0], other[0])
+    assert_trees_equal(one[1], other[1])
 
 
 def test_a_long_truncation_is_drawn_in_parts_and_goes_the_same_way(unrolls, monkeypatch):
@@ -195,8 +185,8 @@ def test_a_long_truncation_is_drawn_in_parts_and_goes_the_same_way(unrolls, monk
         assert len(draws.train.inputs) == len(draws.noise["layers.0.bias"]) == length
         runs, part = unroll.unroll(weights, runs, draws, COPIES)
         parts.append(part)
-    assert_trees_equal(flatten_tree(whole), flatten_tree(runs))
-    assert_trees_equal(flatten_tree(losses), flatten_tree(StepLosses(*map(torch.cat, zip(*parts, strict=True)))))
+    assert_trees_equal(whole, runs)
+    assert_trees_equal(losses, join_losses(parts))
 
 
 def test_draws_have_train_and_meta_batches_then_noise_of_step_after_step():
@@ -204,7 +194,7 @@ def test_draws_have_train_and_meta_batches_then_noise_of_step_after_step():
     _, runs = start(unroll)
     draws = unroll.draw(runs, COPIES, torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(2)
-    first = restore_runs({name: value[:NUM_PAIRS] for name, value in flatten_tree(runs).items()})
+    first = map_tree(lambda value: value[:NUM_PAIRS], runs)
     for split, actual in (("train", draws.train), ("meta", draws.meta)):
         expected = unroll.distribution.sample_batches(first.problem, 3, split, generator)
         assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
@@ -216,8 +206,8 @@ def test_draws_have_train_and_meta_batches_then_noise_of_step_after_step():
 def test_copies_share_problem_start_and_horizon():
     unroll = make_unroll("norm")
     weights, runs = start(unroll, num_pairs=3, copies=2)
-    for name, value in flatten_tree(runs).items():
-        if not name.startswith("/states"):
+    for name, value in by_path(runs).items():
+        if not name.startswith(".states"):
             assert torch.equal(value[:3], value[3:]), name
     assert not torch.equal(runs.params["layers.0.weight"][0], runs.params["layers.0.weight"][1])
     assert (runs.step == 0).all()
@@ -245,29 +235,19 @@ def test_horizon_is_at_least_one_truncation():
     assert (start(unroll)[1].horizon == 3).all()
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
-def test_flat_names_bring_back_runs_and_draws(name):
-    unroll = make_unroll(name)
-    _, runs = start(unroll)
-    draws = unroll.draw(runs, COPIES, torch.Generator().manual_seed(0))
-    both = flatten_tree(runs, "a/runs") | flatten_tree(draws, "a/runs2")
-    assert_trees_equal(flatten_tree(restore_runs(both, "a/runs")), flatten_tree(runs))
-    assert_trees_equal(flatten_tree(restore_draws(both, "a/runs2")), flatten_tree(draws))
-
-
 def test_replaced_runs_are_the_named_ones():
     unroll = make_unroll("mlp")
     _, old = start(unroll, num_pairs=4, copies=1)
     fresh = unroll.start(stack_weights(2), 2, 1, torch.Generator().manual_seed(9))
     mixed = replace_runs(old, fresh, torch.tensor([3, 1]))
-    for name, value in flatten_tree(mixed).items():
-        one, other = flatten_tree(old)[name], flatten_tree(fresh)[name]
+    for name, value in by_path(mixed).items():
+        one, other = by_path(old)[name], by_path(fresh)[name]
         assert torch.equal(value, torch.stack([one[0], other[1], one[2], other[0]])), name
 
 
 def test_draws_do_not_depend_on_the_runs_being_compiled_or_differentiated():
     flat = [
-        flatten_tree(make_unroll("mlp", **options).draw(start(make_unroll())[1], 2, torch.Generator().manual_seed(0)))
+        by_path(make_unroll("mlp", **options).draw(start(make_unroll())[1], 2, torch.Generator().manual_seed(0)))
         for options in ({}, {"mode": "compiled"}, {"second_derivatives": True})
     ]
     assert_trees_equal(flat[0], flat[1])

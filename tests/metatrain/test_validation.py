@@ -6,20 +6,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import RULE, make_unroll, random_weights
+from small import RULE, assert_trees_equal, make_unroll, random_weights
 
 from flatopt.metatrain import RECIPES, FlatnessConfig, ObjectiveConfig
 from flatopt.metatrain.checkpoint import latest
 from flatopt.metatrain.cli import main
+from flatopt.metatrain.inner_training import Families
 from flatopt.metatrain.recipes import smoke
 from flatopt.metatrain.unroll import Unroll, can_compile
 from flatopt.metatrain.validation import Validation, build_validation
 from flatopt.pretrained import load_folder
 
 
+def families(*unrolls) -> Families:
+    return Families(unrolls=unrolls)
+
+
 def make_validation(**changes) -> Validation:
     return Validation(
-        **{"unrolls": [make_unroll(objective=ObjectiveConfig())], "num_steps": None, "seed": 3, **changes}
+        **{"families": families(make_unroll(objective=ObjectiveConfig())), "num_steps": None, "seed": 3, **changes}
     )
 
 
@@ -36,13 +41,13 @@ def test_the_same_weights_have_the_same_loss_and_others_another(validation):
     assert torch.equal(torch.get_rng_state(), state)
     assert validation({name: value.clone().requires_grad_() for name, value in weights.items()}, 6) == first
     assert validation(random_weights(seed=4), 6) != first
-    assert Validation(unrolls=validation.unrolls, num_steps=6, seed=3)(weights) == first
-    assert Validation(unrolls=validation.unrolls, num_steps=6, seed=4)(weights) != first
+    assert Validation(families=validation.families, num_steps=6, seed=3)(weights) == first
+    assert Validation(families=validation.families, num_steps=6, seed=4)(weights) != first
 
 
 def test_loss_is_that_of_the_meta_split_in_the_last_truncation(validation):
     weights = random_weights()
-    unroll, generator = validation.unrolls[0], torch.Generator().manual_seed(3)
+    unroll, generator = validation.families.unrolls[0], torch.Generator().manual_seed(3)
     repeated = {name: value.expand(3, *value.shape) for name, value in weights.items()}
     runs = unroll.start(repeated, 3, 1, generator, 6)
     assert (runs.horizon == 6).all()
@@ -53,14 +58,12 @@ def test_loss_is_that_of_the_meta_split_in_the_last_truncation(validation):
 
 
 def test_families_have_seeds_of_their_own_and_count_by_their_weight(validation):
-    first = validation.unrolls[0]
-    families = [
-        replace(first, task=replace(first.task, name=name, weight=weight)) for name, weight in (("a", 1), ("b", 3))
-    ]
+    first = validation.families.unrolls[0]
+    two = [replace(first, task=replace(first.task, name=name, weight=weight)) for name, weight in (("a", 1), ("b", 3))]
     weights = random_weights()
-    loss, values = make_validation(unrolls=families)(weights, 6)
+    loss, values = make_validation(families=families(*two))(weights, 6)
     assert values["a"] == validation(weights, 6).loss
-    assert values["b"] == make_validation(unrolls=families[1:], seed=4)(weights, 6).loss != values["a"]
+    assert values["b"] == make_validation(families=families(two[1]), seed=4)(weights, 6).loss != values["a"]
     assert loss == pytest.approx((values["a"] + 3 * values["b"]) / 4)
 
 
@@ -79,7 +82,7 @@ def end_losses(unroll, weights, told, length, seed=3):
 def test_relative_loss_is_the_formula(untold, lengths):
     task = [("unknown_horizon_probability", untold), ("min_steps", 3), ("max_steps", 12)]
     unroll = make_unroll(objective=ObjectiveConfig(), task=task)
-    validation = make_validation(unrolls=[unroll], relative=True, num_lengths=lengths or 1)
+    validation = make_validation(families=families(unroll), relative=True, num_lengths=lengths or 1)
     weights, untrained = random_weights(), RULE.init_weights(torch.Generator().manual_seed(0))
     expected = 0.0
     for length in (3, 6, 12) if lengths else (12,):
@@ -108,7 +111,7 @@ def test_relative_validation_of_long_truncations_looks_at_the_end_of_a_run():
     options = ["estimator.truncation_length=400", "validation.relative=true", "validation.num_lengths=2"]
     config = smoke().override(options)
     validation = build_validation(config, config.build_rule(), torch.device("cpu"))
-    assert validation.unrolls[0].truncation_length == 20
+    assert validation.families.unrolls[0].truncation_length == 20
     assert validation.relative and validation.num_lengths == 2
 
 
@@ -118,7 +121,7 @@ def test_compiled_validation_takes_the_step_of_training():
     for choice in ("none", "true"):
         (unroll,) = build_validation(
             config.override([f"validation.compile={choice}"]), config.build_rule(), torch.device("cpu")
-        ).unrolls
+        ).families.unrolls
         modes[choice] = unroll.mode, unroll.objective.train_weight
     assert modes["none"] == ("recorded", 0.0)
     assert modes["true"] == ("compiled" if can_compile(torch.device("cpu")) else "recorded", 0.5)
@@ -135,7 +138,7 @@ def test_validation_of_a_configuration_is_plain():
     config = smoke().override(["tasks.mlp.random_scaling=2", "validation.num_tasks=5", "validation.num_steps=15"])
     config = type(config)(**{**vars(config), "objective": objective})
     validation = build_validation(config, config.build_rule(), torch.device("cpu"))
-    (unroll,) = validation.unrolls
+    (unroll,) = validation.families.unrolls
     assert unroll.objective == ObjectiveConfig(inner_flatness=objective.inner_flatness)
     assert unroll.task.num_tasks == 5 and validation.num_steps == 15
     assert unroll.distribution.reparametrization_range == (1.0, 1.0)
@@ -143,7 +146,7 @@ def test_validation_of_a_configuration_is_plain():
 
 def test_the_size_of_the_training_set_is_that_of_the_configuration():
     config = smoke().override(["tasks.mlp.num_train=70"])
-    (unroll,) = build_validation(config, config.build_rule(), torch.device("cpu")).unrolls
+    (unroll,) = build_validation(config, config.build_rule(), torch.device("cpu")).families.unrolls
     problems = unroll.distribution.sample_problems(5, torch.Generator().manual_seed(0))
     assert problems.num_train.tolist() == [70] * 5
 
@@ -181,7 +184,7 @@ def test_published_training_resumes_bit_for_bit_over_stages_and_imitation(tmp_pa
     tasks = ['tasks=[{"name": "mlp", "num_tasks": 1, "min_steps": 10, "max_steps": 10}]']
     assert main(["run", "l2o-scale", *options, *tasks, "--out", str(tmp_path / "whole")]) == 0
     whole = latest(tmp_path / "whole" / "checkpoints")
-    assert whole.progress["stage"] == 1 and config.curriculum.stages == (10, 20)
+    assert whole.progress.stage == 1 and config.curriculum.stages == (10, 20)
 
     cut = tmp_path / "cut"
     assert main(["run", "l2o-scale", *options, *tasks, "--out", str(cut)]) == 0
@@ -191,6 +194,5 @@ def test_published_training_resumes_bit_for_bit_over_stages_and_imitation(tmp_pa
     resumed = latest(cut / "checkpoints")
     assert len(resumed.sessions) == 2
     for group in ("weights", "best", "optimizer", "estimator", "generator"):
-        one, other = getattr(whole, group), getattr(resumed, group)
-        assert all(torch.equal(one[key], other[key]) for key in one), group
+        assert_trees_equal(getattr(whole, group), getattr(resumed, group))
     assert (resumed.progress, resumed.best_validation) == (whole.progress, whole.best_validation)

@@ -52,12 +52,12 @@ class Quadratics(Inner):
     length: int = 4
     horizon: int = 3
 
-    def reset(self, weights, generator):
+    def reset(self, weights, generator, num_steps=None):
         x = weights["start"].expand(NUM_PROBLEMS, NUM_COORDINATES)
         h = torch.rand(x.shape, generator=generator, dtype=x.dtype) + 0.5
         return {"x": x + 1.0, "h": h, "age": torch.zeros(NUM_PROBLEMS, dtype=torch.int64)}
 
-    def refresh(self, weights, state, generator):
+    def refresh(self, weights, state, generator, num_steps=None):
         fresh = self.reset(weights, generator)
         done = state["age"] >= self.horizon + torch.arange(NUM_PROBLEMS)
         return {
@@ -84,12 +84,12 @@ class Slow(GradientEstimator):
     estimator: GradientEstimator
     seconds: float
 
-    def init(self, weights, generator):
-        return self.estimator.init(weights, generator)
+    def init(self, weights, generator, num_steps=None):
+        return self.estimator.init(weights, generator, num_steps)
 
-    def estimate(self, weights, state, generator):
+    def estimate(self, weights, state, generator, num_steps=None):
         time.sleep(self.seconds)
-        return self.estimator.estimate(weights, state, generator)
+        return self.estimator.estimate(weights, state, generator, num_steps)
 
 
 def toy_config(**changes) -> MetaTrainConfig:

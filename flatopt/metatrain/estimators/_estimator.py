@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...rules import Weights
 
-EstimatorState = dict[str, Tensor]
-"""What an estimator carries from update to update: tensors by name (nesting by ``/``), saved with the checkpoint."""
-
-STAGE, STAGE_STEPS = "stage", "stage_steps"
-"""Keys of the state that say which stage of a curriculum a run is in; absent without one."""
-
+EstimatorState = Any
+"""What an estimator carries from update to update, saved with the checkpoint: nested dicts and named tuples of tensors,
+the latter of the types that :mod:`flatopt.metatrain.checkpoint` knows."""
 
 Track = Callable[[Sequence[str], str], Iterable[str]]
 """``track(names, doing)`` yields the names, and may show which one is being worked on."""
@@ -53,32 +50,24 @@ class GradientEstimator(ABC):
         """
 
     @abstractmethod
-    def init(self, weights: Weights, generator: torch.Generator) -> EstimatorState:
+    def init(self, weights: Weights, generator: torch.Generator, num_steps: int | None = None) -> EstimatorState:
         """Return the state before the first update: fresh inner problems.
 
         Args:
             weights: the rule's first weights, on the device to compute on.
             generator: source of all randomness, on the CPU.
+            num_steps: steps of the inner runs, by the stage of a curriculum; ``None`` without one.
         """
 
     @abstractmethod
     def estimate(
-        self, weights: Weights, state: EstimatorState, generator: torch.Generator
+        self, weights: Weights, state: EstimatorState, generator: torch.Generator, num_steps: int | None = None
     ) -> tuple[MetaGradient, EstimatorState]:
         """Return the meta-gradient at ``weights`` and the next state.  Called once per meta-update.
 
         Args:
             weights: overwritten by the meta-optimizer after the call: nothing returned may share their storage.
-            state: what ``init`` or the last call returned.
+            state: what ``init`` or the last call returned; not changed.
             generator: source of all randomness, on the CPU.
+            num_steps: steps of the inner runs that start from now on, by the stage of a curriculum.
         """
-
-
-def enter_stage(state: EstimatorState, stage: int, num_steps: int) -> EstimatorState:
-    """Return the state in a stage of the curriculum: inner runs that start from now on have ``num_steps`` steps."""
-    return state | {STAGE: torch.tensor(stage), STAGE_STEPS: torch.tensor(num_steps)}
-
-
-def stage_steps(state: EstimatorState) -> int | None:
-    """Return the steps of the inner runs of this stage, ``None`` without a curriculum."""
-    return int(state[STAGE_STEPS]) if STAGE_STEPS in state else None

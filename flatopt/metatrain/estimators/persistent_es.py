@@ -28,104 +28,82 @@ Legend: ``P`` pairs, ``D`` scalars of the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...rules import UpdateRule, Weights
-from ..config import MetaTrainConfig
-from ..unroll import Runs, Unroll, flatten_tree, merge_trees, replace_runs, restore_runs
-from ._estimator import EstimatorState, GradientEstimator, MetaGradient, Track, stage_steps, untracked
-from ._runs import build_unrolls, mean_losses
+from ...rules import Weights
+from ..inner_training import Families, mean_losses, restart
+from ..runs import Runs, choose_runs
+from ..unroll import Unroll
+from ._estimator import EstimatorState, GradientEstimator, MetaGradient, Track, untracked
 
 
 @dataclass(frozen=True, kw_only=True)
 class PersistentES(GradientEstimator):
     """Antithetic evolution strategy over truncations of runs that begin at different times.
 
+    The state has the number of the family whose turn is next, and for each family its runs, the ``P`` at ``w + eps``
+    first, and the sums of their perturbations.
+
     Args:
-        unrolls: one per family of problems.
+        families: what is trained.
         std: standard deviation of the perturbations.
         families_per_update: how many families, in turn, one update runs; all by default.
         persistent: sum the perturbations over a run (unbiased), or not (truncated ES).
         track: shows which family is being prepared.
     """
 
-    unrolls: Sequence[Unroll]
+    families: Families
     std: float
     families_per_update: int | None = None
     persistent: bool = True
     track: Track = untracked
 
-    @classmethod
-    def from_config(
-        cls, config: MetaTrainConfig, rule: UpdateRule, device: torch.device, track: Track = untracked
-    ) -> PersistentES:
-        """Return the estimator of a configuration.
-
-        Raises:
-            ValueError: for an unknown family; the message lists the valid ones.
-        """
-        return cls(
-            unrolls=build_unrolls(config, rule, device),
-            std=config.estimator.std,
-            families_per_update=config.estimator.families_per_update,
-            persistent=config.estimator.name == "persistent-es",
-            track=track,
-        )
-
     def prepare(self, weights: Weights) -> None:
         """Record, and compile if asked for, the step of every family."""
-        unrolls = {unroll.task.name: unroll for unroll in self.unrolls}
-        for name in self.track(list(unrolls), "preparing"):
-            num_pairs = unrolls[name].task.num_tasks
-            unrolls[name].prepare(_repeat(weights, 2 * num_pairs), num_pairs, 2)
+        for _, unroll in self._tracked("preparing"):
+            num_pairs = unroll.task.num_tasks
+            unroll.prepare(_repeat(weights, 2 * num_pairs), num_pairs, 2)
 
-    def init(self, weights: Weights, generator: torch.Generator) -> EstimatorState:
+    def init(self, weights: Weights, generator: torch.Generator, num_steps: int | None = None) -> EstimatorState:
         """Start all runs, each already somewhere between its start and its horizon, trained there by ``weights``."""
         state: EstimatorState = {"turn": torch.zeros((), dtype=torch.int64)}
-        unrolls = {unroll.task.name: unroll for unroll in self.unrolls}
-        for family in self.track(list(unrolls), "first inner runs"):
-            unroll = unrolls[family]
+        for name, unroll in self._tracked("first inner runs"):
             num_pairs = unroll.task.num_tasks
             repeated = _repeat(weights, 2 * num_pairs)
-            runs = unroll.start(repeated, num_pairs, 2, generator)
+            runs = unroll.start(repeated, num_pairs, 2, generator, num_steps)
             start = torch.rand(num_pairs, generator=generator).repeat(2).to(runs.horizon)
             start = (start * runs.horizon / unroll.truncation_length).floor() * unroll.truncation_length
             while bool((runs.step < start).any()):
                 advanced, _ = unroll.run(repeated, runs, 2, generator)
-                runs = merge_trees(partial(_choose, runs.step < start), advanced, runs)
-            sums = {name: weight.new_zeros(num_pairs, *weight.shape) for name, weight in weights.items()}
-            state.update(_name_state(unroll, runs, sums))
+                runs = choose_runs(runs.step < start, advanced, runs)
+            sums = {key: weight.new_zeros(num_pairs, *weight.shape) for key, weight in weights.items()}
+            state[name] = {"runs": runs, "sums": sums}
         return state
 
     def estimate(
-        self, weights: Weights, state: EstimatorState, generator: torch.Generator
+        self, weights: Weights, state: EstimatorState, generator: torch.Generator, num_steps: int | None = None
     ) -> tuple[MetaGradient, EstimatorState]:
         """Run one truncation of every run of the families whose turn it is."""
-        turn, count = int(state["turn"]), self.families_per_update or len(self.unrolls)
-        chosen = [self.unrolls[(turn + index) % len(self.unrolls)] for index in range(count)]
-        total_weight = sum(unroll.task.weight for unroll in chosen)
-        gradient = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        loss = next(iter(weights.values())).new_zeros(())
-        metrics: dict[str, float] = {}
-        variance = 0.0
-        new_state = state | {"turn": torch.tensor((turn + count) % len(self.unrolls))}
-        for unroll in chosen:
-            share = unroll.task.weight / total_weight
-            one = self._estimate_family(unroll, weights, state, generator)
-            gradient = {name: value + share * one.gradient[name] for name, value in gradient.items()}
-            loss = loss + share * one.loss
-            variance += share**2 * one.variance
-            metrics.update(one.metrics)
-            metrics[f"{unroll.task.name}/snr"] = signal_to_noise(one.gradient, one.variance)
-            new_state.update(one.state)
+        names = self.families.names
+        turn, count = int(state["turn"]), self.families_per_update or len(names)
+        chosen = self.families.select([names[(turn + index) % len(names)] for index in range(count)])
+        found = {
+            unroll.task.name: self._estimate_family(unroll, weights, state[unroll.task.name], generator, num_steps)
+            for unroll in chosen.unrolls
+        }
+        gradient = {key: chosen.mean({name: one.gradient[key] for name, one in found.items()}) for key in weights}
+        variance = sum(share**2 * found[name].variance for name, share in chosen.shares().items())
+        metrics = {key: value for one in found.values() for key, value in one.metrics.items()}
         metrics["snr"] = signal_to_noise(gradient, variance)
-        return MetaGradient(gradient, loss, metrics), new_state
+        loss = chosen.mean({name: one.loss for name, one in found.items()})
+        states = {name: {"runs": one.runs, "sums": one.sums_P} for name, one in found.items()}
+        after = {**state, **states, "turn": torch.tensor((turn + count) % len(names))}
+        return MetaGradient(gradient, loss, metrics), after
 
     def _estimate_family(
         self,
@@ -133,41 +111,42 @@ class PersistentES(GradientEstimator):
         weights: Weights,
         state: EstimatorState,
         generator: torch.Generator,
-    ) -> _Family:
+        num_steps: int | None,
+    ) -> _Estimate:
         name, num_pairs = unroll.task.name, unroll.task.num_tasks
-        runs = restore_runs(state, f"{name}/runs")
         noise_P = {
             key: self.std * torch.randn(num_pairs, *weight.shape, generator=generator).to(weight)
             for key, weight in weights.items()
         }
         perturbed_N = {key: torch.cat([weights[key] + noise, weights[key] - noise]) for key, noise in noise_P.items()}
-        done = (runs.step[:num_pairs] >= runs.horizon[:num_pairs]).nonzero()[:, 0]
-        sums_P = {key: state[f"{name}/sums/{key}"] for key in weights}
-        if len(done) > 0:
-            both = torch.cat([done, done + num_pairs])
-            fresh = {key: value[both] for key, value in perturbed_N.items()}
-            runs = replace_runs(runs, unroll.start(fresh, len(done), 2, generator, stage_steps(state)), both)
-            sums_P = {key: value.index_fill(0, done, 0.0) for key, value in sums_P.items()}
-        sums_P = {key: value * self.persistent + noise_P[key] for key, value in sums_P.items()}
-
+        runs, fresh = restart(unroll, perturbed_N, state["runs"], 2, generator, num_steps)
+        sums_P = {
+            key: value.index_fill(0, fresh, 0.0) * self.persistent + noise_P[key]
+            for key, value in state["sums"].items()
+        }
         runs, losses = unroll.run(perturbed_N, runs, 2, generator)
         loss_2P = losses.objective.mean(0).view(2, num_pairs)
         slope_P = (loss_2P[0] - loss_2P[1]) / (2 * self.std**2)
         gradient = {key: torch.tensordot(slope_P, value, dims=1) / num_pairs for key, value in sums_P.items()}
         variance = variance_of_mean(slope_P, sums_P, gradient)
-        metrics = mean_losses(losses, name)
-        return _Family(gradient, loss_2P.mean(), variance, metrics, _name_state(unroll, runs, sums_P))
+        metrics = {**mean_losses(losses, name), f"{name}/snr": signal_to_noise(gradient, variance)}
+        return _Estimate(gradient, loss_2P.mean(), variance, metrics, runs, sums_P)
+
+    def _tracked(self, doing: str) -> Iterator[tuple[str, Unroll]]:
+        for name in self.track(self.families.names, doing):
+            yield name, self.families.select([name]).unrolls[0]
 
 
-class _Family(NamedTuple):
-    """What one update learns from the runs of one family."""
+class _Estimate(NamedTuple):
+    """What one update learns from the runs of one family, and what it carries on."""
 
     gradient: Weights
     loss: Tensor
     variance: float
     """Of the gradient, summed over the weights."""
     metrics: dict[str, float]
-    state: EstimatorState
+    runs: Runs
+    sums_P: Weights
 
 
 def variance_of_mean(slope_P: Tensor, sums_P: Weights, mean: Weights) -> float:
@@ -198,17 +177,6 @@ def squared_norm(gradient: Weights) -> float:
     return float(torch.stack([value.double().square().sum() for value in gradient.values()]).sum())
 
 
-def _name_state(unroll: Unroll, runs: Runs, sums_P: Weights) -> EstimatorState:
-    """Name the tensors of one family."""
-    name = unroll.task.name
-    return flatten_tree(runs, f"{name}/runs") | {f"{name}/sums/{key}": value for key, value in sums_P.items()}
-
-
 def _repeat(weights: Weights, num_runs: int) -> Weights:
     """Return a copy of the weights for every run."""
     return {name: weight.repeat(num_runs, *(1,) * weight.dim()) for name, weight in weights.items()}
-
-
-def _choose(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """Choose by run."""
-    return torch.where(condition.view(-1, *(1,) * (yes.dim() - 1)), yes, no)

@@ -16,37 +16,41 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ...rules import Weights
 from ._estimator import EstimatorState, GradientEstimator, MetaGradient
 
-InnerState = dict[str, Tensor]
-Draws = dict[str, Tensor]
+InnerState = Any
+"""Nested dicts and named tuples of tensors."""
 
 
 class Inner(ABC):
     """Inner training, cut in truncations: what the estimator differentiates."""
 
     @abstractmethod
-    def reset(self, weights: Weights, generator: torch.Generator) -> InnerState:
+    def reset(self, weights: Weights, generator: torch.Generator, num_steps: int | None = None) -> InnerState:
         """Return fresh inner problems.  Called once, before the first truncation."""
 
     @abstractmethod
-    def refresh(self, weights: Weights, state: InnerState, generator: torch.Generator) -> InnerState:
+    def refresh(
+        self, weights: Weights, state: InnerState, generator: torch.Generator, num_steps: int | None = None
+    ) -> InnerState:
         """Replace the problems that have reached their horizon by fresh ones.  Called before each truncation.
 
         Initial states that depend on the weights are differentiated through.
         """
 
     @abstractmethod
-    def draw(self, state: InnerState, generator: torch.Generator) -> Draws:
+    def draw(self, state: InnerState, generator: torch.Generator) -> Any:
         """Draw the batches and the noise of one truncation: all its randomness."""
 
     @abstractmethod
-    def unroll(self, weights: Weights, state: InnerState, draws: Draws) -> tuple[Tensor, InnerState, dict[str, float]]:
+    def unroll(self, weights: Weights, state: InnerState, draws: Any) -> tuple[Tensor, InnerState, dict[str, float]]:
         """Run one truncation; pure and differentiable with respect to ``weights``.
 
         Returns:
@@ -64,17 +68,17 @@ class TruncatedBackprop(GradientEstimator):
 
     inner: Inner
 
-    def init(self, weights: Weights, generator: torch.Generator) -> EstimatorState:
+    def init(self, weights: Weights, generator: torch.Generator, num_steps: int | None = None) -> EstimatorState:
         """Return fresh inner problems."""
-        return _detach(self.inner.reset(weights, generator))
+        return _detach(self.inner.reset(weights, generator, num_steps))
 
     def estimate(
-        self, weights: Weights, state: EstimatorState, generator: torch.Generator
+        self, weights: Weights, state: EstimatorState, generator: torch.Generator, num_steps: int | None = None
     ) -> tuple[MetaGradient, EstimatorState]:
         """Return the gradient of one truncation and the detached state after it."""
         leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
         with torch.enable_grad():
-            state = self.inner.refresh(leaves, state, generator)
+            state = self.inner.refresh(leaves, state, generator, num_steps)
             loss, state, metrics = self.inner.unroll(leaves, state, self.inner.draw(state, generator))
             gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         gradient = dict(zip(leaves, gradients, strict=True))
@@ -83,4 +87,4 @@ class TruncatedBackprop(GradientEstimator):
 
 def _detach(state: InnerState) -> InnerState:
     """Cut the graph, and the storage that a state might share with the weights."""
-    return {name: value.detach().clone() for name, value in state.items()}
+    return pytree.tree_map(lambda value: value.detach().clone(), state)

@@ -3,14 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 from doubles import InDouble, as_leaves, in_double, slope
-from small import assert_trees_equal, make_unroll, random_weights
+from small import assert_trees_equal, by_path, make_unroll, random_weights
 from torch import Tensor
 
 from flatopt.metatrain import MetaTrainConfig, ObjectiveConfig, TaskConfig
 from flatopt.metatrain.cli import main
 from flatopt.metatrain.estimators import Inner, TruncatedBackprop, build_estimator
-from flatopt.metatrain.estimators._runs import InnerRuns
+from flatopt.metatrain.inner_training import Families
 from flatopt.metatrain.recipes import smoke
+from flatopt.metatrain.runs import map_tree
 from flatopt.rules import Weights
 
 PLAIN = ObjectiveConfig(train_weight=0.5)
@@ -27,7 +28,7 @@ def make_inner(*names: str, length: int = 3, second_derivatives: bool = True, **
         )
         for index, name in enumerate(names)
     ]
-    return InDouble(inner=InnerRuns(unrolls=unrolls))
+    return InDouble(inner=Families(unrolls=unrolls))
 
 
 def meta_gradient(inner: Inner, weights: Weights, state: dict[str, Tensor]) -> Weights:
@@ -81,13 +82,14 @@ def test_runs_that_reached_their_horizon_start_anew():
         old = state
         state = inner.refresh(weights, old, generator)
         for name in ("mlp", "norm"):
-            done = old[f"{name}/step"] >= old[f"{name}/horizon"]
+            done = old[name].step >= old[name].horizon
             num_refreshed += int(done.sum())
-            assert (state[f"{name}/step"] < state[f"{name}/horizon"]).all()
-            for key in (key for key in state if key.startswith(f"{name}/")):
-                assert torch.equal(state[key][~done], old[key][~done]), key
-                if key.endswith("exp_avg") or key.endswith("step"):
-                    assert (state[key][done] == 0).all(), key
+            assert (state[name].step < state[name].horizon).all()
+            before, after = by_path(old[name]), by_path(state[name])
+            for key in before:
+                assert torch.equal(after[key][~done], before[key][~done]), key
+                if "exp_avg" in key or key == ".step":
+                    assert (after[key][done] == 0).all(), key
         _, state = estimator.estimate(weights, state, generator)
     assert 0 < num_refreshed < 4 * 8
 
@@ -98,21 +100,21 @@ def test_families_count_by_their_weight():
     state = inner.reset(weights, generator)
     draws = inner.draw(state, generator)
     loss, *_ = inner.unroll(weights, state, draws)
-    alone = [InnerRuns(unrolls=[unroll]).unroll(weights, state, draws)[0] for unroll in inner.unrolls]
+    alone = [Families(unrolls=[unroll]).unroll(weights, state, draws)[0] for unroll in inner.unrolls]
     torch.testing.assert_close(loss, (1 * alone[0] + 2 * alone[1]) / 3)
     assert abs(float((alone[0] - alone[1]).detach())) > 0.01
 
 
-def test_state_after_an_update_can_be_named_and_found_again():
+def test_an_estimate_is_a_function_of_a_state_that_it_leaves_alone():
     weights, generator = random_weights(), torch.Generator().manual_seed(0)
     estimator = TruncatedBackprop(inner=make_inner("mlp").inner)
     state = estimator.init(weights, generator)
     first = estimator.estimate(weights, state, torch.Generator().manual_seed(3))
-    copied = {name: value.clone() for name, value in state.items()}
+    copied = map_tree(torch.clone, state)
     again = estimator.estimate(weights, copied, torch.Generator().manual_seed(3))
     assert_trees_equal(first[1], again[1])
     assert_trees_equal(first[0].gradient, again[0].gradient)
-    assert not any(value.requires_grad for value in first[1].values())
+    assert not any(value.requires_grad for value in by_path(first[1]).values())
 
 
 def test_configuration_names_the_estimator():
@@ -143,7 +145,7 @@ def test_a_family_may_have_a_truncation_length_of_its_own():
     tasks = (config.tasks[0], TaskConfig(name="cnn", num_tasks=2, min_steps=12, max_steps=12, truncation_length=12))
     config = MetaTrainConfig(**{**vars(config), "tasks": tasks})
     estimator = build_estimator(config, config.build_rule(), torch.device("cpu"))
-    assert [unroll.truncation_length for unroll in estimator.unrolls] == [5, 12]
+    assert [unroll.truncation_length for unroll in estimator.families.unrolls] == [5, 12]
     weights = {name: torch.zeros(4, *value.shape) for name, value in random_weights(config.build_rule()).items()}
-    runs = estimator.unrolls[1].start(weights, 2, 2, torch.Generator().manual_seed(0))
+    runs = estimator.families.unrolls[1].start(weights, 2, 2, torch.Generator().manual_seed(0))
     assert (runs.horizon == 12).all()
