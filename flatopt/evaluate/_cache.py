@@ -31,6 +31,12 @@ class RunCache:
     def __init__(self, path: Path, *, cached_only: bool = False) -> None:
         self.path, self.cached_only = path, cached_only
         path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._make()
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{path} cannot be used as a cache of runs: {error}") from error
+
+    def _make(self) -> None:
         with self._connect() as connection:
             connection.execute("create table if not exists runs (key text primary key, result text) without rowid")
 
@@ -51,6 +57,10 @@ class RunCache:
                 connection.execute("insert or ignore into runs values (?, ?)", (name, text))
         result: Record = json.loads(text)
         return result
+
+    def readable(self, cached_only: bool) -> RunCache:
+        """Return the same cache, as one that computes nothing when that is asked for."""
+        return RunCache(self.path, cached_only=cached_only)
 
     def items(self) -> list[tuple[Record, Record]]:
         """Return all keys with their results."""

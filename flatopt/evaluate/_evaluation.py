@@ -40,7 +40,9 @@ def add_options(parser: argparse.ArgumentParser, evaluation: type[Evaluation]) -
     hints = get_type_hints(evaluation)
     for one in fields(evaluation):
         name, hint, text = "--" + one.name.replace("_", "-"), hints[one.name], one.metadata["help"]
-        if hint is bool and not one.default:
+        if one.metadata.get("positional"):
+            parser.add_argument(one.name, help=text)
+        elif hint is bool and not one.default:
             parser.add_argument(name, action="store_true", help=text)
         elif hint is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=True, help=text)

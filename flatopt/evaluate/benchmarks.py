@@ -6,12 +6,14 @@ it does not read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
 
 from . import models
+from ._evaluation import matching
 from ._training import Benchmark
 
 
@@ -139,3 +141,16 @@ FAST_STEPS, FAST_TRAIN = 20, 200
 """Toy sizes."""
 FAST_TASKS = ("digits MLP", "tabular, breast cancer", "regression, diabetes")
 """The tasks of a fast table when none are named: those whose data come with scikit-learn."""
+
+
+def choose_benchmarks(tasks: Sequence[str], split: str, *, fast: bool) -> list[Benchmark]:
+    """Return the tasks of a split that have one of the texts in their names, all for none; toy sizes when ``fast``.
+
+    Raises:
+        ValueError: a text is in no name; lists the names.
+    """
+    every = META_BENCHMARKS if split == "meta" else BENCHMARKS
+    parts = tasks or (FAST_TASKS if fast and split == "test" else ())
+    chosen = matching([one.name for one in every], parts, "task")
+    kept = [one for one in every if one.name in chosen]
+    return [replace(one, num_steps=FAST_STEPS, num_train=FAST_TRAIN) for one in kept] if fast else kept

@@ -11,6 +11,8 @@ from pathlib import Path
 from ._cache import RunCache
 from ._evaluation import Evaluation, add_options, read_options
 from ._report import write_report
+from .ablation import Ablation
+from .compare import Compare
 from .flatness_table import Flatness
 from .meta_speed import MetaSpeed
 from .quality import Quality
@@ -21,6 +23,8 @@ from .step_time import StepTime
 EVALUATIONS: dict[str, type[Evaluation]] = {
     "quality": Quality,
     "flatness": Flatness,
+    "ablation": Ablation,
+    "compare": Compare,
     "step-time": StepTime,
     "meta-speed": MetaSpeed,
     "reproduction": Reproduction,

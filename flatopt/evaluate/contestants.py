@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -194,6 +194,13 @@ def default_name() -> str:
 def untrained(learned: LearnedRule) -> LearnedRule:
     """Return the same rule with the weights that meta-training starts from."""
     return LearnedRule(learned.rule, learned.rule.init_weights(torch.Generator().manual_seed(0)))
+
+
+def adam_core(learned: LearnedRule) -> LearnedRule | None:
+    """Return the untrained rule with Adam's direction for matrices too, where the rule can do without strips."""
+    if "strip_size" not in {one.name for one in fields(learned.rule)}:
+        return None
+    return untrained(LearnedRule(replace(learned.rule, strip_size=0), learned.weights))  # type: ignore[call-arg]
 
 
 def learned_contestant(name: str, learned: LearnedRule, *, horizon_known: bool) -> Contestant:

@@ -56,7 +56,7 @@ class Flatness(Quality):
         """Train with the settings that were chosen, measure the minima, and compare them with the reference's."""
         curvature = replace(CURVATURE, num_examples=50, num_matvecs=5) if self.fast else CURVATURE
         compute = partial(flatness_cell, num_seeds=self.seeds, split=self.split, curvature=curvature)
-        records = compute_cells(self.work(), compute, self.readable(cache), self.jobs)
+        records = compute_cells(self.work(), compute, cache.readable(self.cached_only), self.jobs)
         order = [benchmark.name for benchmark in self.benchmarks()]
         records.sort(key=lambda record: order.index(record["task"]))
         cells = _standings.by_cell(records)

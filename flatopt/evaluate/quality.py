@@ -15,7 +15,7 @@ from ._cells import Work, cell, compute_cells
 from ._evaluation import Evaluation, matching, option
 from ._report import Interval, Report, Table, confidence_interval, mean_pm_std
 from ._training import Benchmark
-from .benchmarks import BENCHMARKS, FAST_STEPS, FAST_TASKS, FAST_TRAIN, META_BENCHMARKS
+from .benchmarks import choose_benchmarks
 from .contestants import REFERENCE, Contestant, baselines, learned_contestants
 
 CLASSIFICATION, REGRESSION = ("classification",), ("regression", "reconstruction")
@@ -42,7 +42,7 @@ class Quality(Evaluation):
     def report(self, cache: RunCache) -> Report:
         """Fill the table task by task, and compare."""
         compute = partial(cell, num_seeds=self.seeds, split=self.split)
-        records = compute_cells(self.work(), compute, self.readable(cache), self.jobs)
+        records = compute_cells(self.work(), compute, cache.readable(self.cached_only), self.jobs)
         order = [benchmark.name for benchmark in self.benchmarks()]
         records.sort(key=lambda record: order.index(record["task"]))
         return Report(
@@ -60,21 +60,13 @@ class Quality(Evaluation):
             },
         )
 
-    def readable(self, cache: RunCache) -> RunCache:
-        """Return the cache, as one that computes nothing when that is asked for."""
-        return RunCache(cache.path, cached_only=self.cached_only)
-
     def work(self) -> list[Work]:
         """Return the cells in the order in which they are computed: an optimizer on all tasks, then the next one."""
         return [(benchmark, contestant) for contestant in self.contestants() for benchmark in self.benchmarks()]
 
     def benchmarks(self) -> list[Benchmark]:
         """Return the tasks; toy sizes when ``fast``."""
-        every = META_BENCHMARKS if self.split == "meta" else BENCHMARKS
-        parts = self.tasks or (FAST_TASKS if self.fast and self.split == "test" else ())
-        chosen = matching([one.name for one in every], parts, "task")
-        kept = [one for one in every if one.name in chosen]
-        return [replace(one, num_steps=FAST_STEPS, num_train=FAST_TRAIN) for one in kept] if self.fast else kept
+        return choose_benchmarks(self.tasks, self.split, fast=self.fast)
 
     def contestants(self) -> list[Contestant]:
         """Return the reference, the learned ones and the other families; two learning rates each when ``fast``."""

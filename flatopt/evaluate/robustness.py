@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations, product
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,10 +17,13 @@ from torch import nn
 
 from . import models
 from ._cache import Record, RunCache
+from ._code import code_hash, describe
+from ._data import data_hash
 from ._evaluation import Evaluation, option, progress
-from ._report import Report
+from ._report import Report, Table
 from ._training import Benchmark, run_key, train_benchmark
 from .contestants import Contestant, Setting, baselines, learned_contestants
+from .stress import STRESSES, Stress, stress_losses
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,25 +77,15 @@ class Robustness(Evaluation):
         adam = baselines()[0]
         contestants = [*learned_contestants(self.pretrained)[:2], adam]
         cells = FAST_CELLS if self.fast else covering_cells(grid())
+        stresses = [replace(one, num_steps=10) for one in STRESSES] if self.fast else STRESSES
         records: list[Record] = []
-        for cell in progress(cells, "robustness"):
+        for one in progress([*cells, *stresses], "robustness"):
             for contestant in contestants:
-                lrs = ADAM_LRS if contestant is adam else contestant.lrs
-                outcomes = [
-                    [_outcome(cell, contestant, lr, seed, self.fast, cache) for lr in lrs] for seed in range(self.seeds)
-                ]
-                record: Record = {**cell._asdict(), "optimizer": contestant.name, "lrs": lrs, "outcomes": outcomes}
-                records.append(record | {"diverged": any(all(map(_diverged, tried)) for tried in outcomes)})
+                records.append(self._record(one, contestant, contestant is adam, cache))
         names = [contestant.name for contestant in contestants]
-        only = [
-            (cell, name)
-            for cell in cells
-            for name in names[:-1]
-            if _of(records, cell, name)["diverged"] and not _of(records, cell, adam.name)["diverged"]
-        ]
-        found = "; ".join(f"{name}: {_describe(cell)}" for cell, name in only) or "none"
+        found = only_learned(records, adam.name)
         return Report(
-            title=f"Runs that diverge, of {len(cells)} configurations",
+            title=f"Runs that diverge, of {len(cells)} configurations of a grid and {len(stresses)} hard ones",
             header=["configurations", "number", *names],
             rows=_rows(records, cells, names),
             records=records,
@@ -102,8 +95,74 @@ class Robustness(Evaluation):
             f"learning rates {', '.join(map(str, ADAM_LRS))}. FlatOpt: nothing tuned. "
             f"The configurations meet every pair of values of the {len(grid())} whose steps are estimated to take at "
             f"most {MAX_COST:.0f} s; {MIN_STEPS} to {NUM_STEPS} steps each.\n\n"
-            f"FlatOpt diverged where tuned Adam did not: {found}.",
+            f"FlatOpt diverged where tuned Adam did not: {'; '.join(found) or 'none'}.",
+            more_tables=[_stress_table(records, names)],
         )
+
+    def _record(self, one: Cell | Stress, contestant: Contestant, is_adam: bool, cache: RunCache) -> Record:
+        """Run one configuration with one optimizer: all of Adam's learning rates, all seeds."""
+        lrs = ADAM_LRS if is_adam else contestant.lrs
+        outcome = partial(_stress_outcome, one) if isinstance(one, Stress) else partial(_outcome, one, fast=self.fast)
+        outcomes = [[outcome(contestant, lr, seed, cache=cache) for lr in lrs] for seed in range(self.seeds)]
+        about: Record = {"stress": one.name} if isinstance(one, Stress) else one._asdict()
+        diverged = any(all(map(_diverged, tried)) for tried in outcomes)
+        return about | {
+            "configuration": one.name if isinstance(one, Stress) else _describe(one),
+            "optimizer": contestant.name,
+            "lrs": lrs,
+            "outcomes": outcomes,
+            "diverged": diverged,
+        }
+
+
+def only_learned(records: Sequence[Record], adam: str) -> list[str]:
+    """Return the configurations on which a learned optimizer diverged and Adam did not, with the optimizer's name."""
+    fine = {record["configuration"] for record in records if record["optimizer"] == adam and not record["diverged"]}
+    return [
+        f"{record['optimizer']}: {record['configuration']}"
+        for record in records
+        if record["diverged"] and record["configuration"] in fine
+    ]
+
+
+def _stress_table(records: Sequence[Record], names: Sequence[str]) -> Table:
+    """Return the loss at the end over that at the start: the worst seed, the best learning rate."""
+    rows: dict[str, list[str]] = {}
+    for record in records:
+        if "stress" in record:
+            ratio = _ratio(record)
+            text = "diverged" if record["diverged"] else f"{ratio:.3g}"
+            rows.setdefault(record["stress"], [record["stress"]]).append(text)
+    return Table("Hard configurations: final loss over initial loss", ["configuration", *names], list(rows.values()))
+
+
+def _ratio(record: Record) -> float:
+    return max(min(one["final"] / one["initial"] for one in tried) for tried in record["outcomes"])
+
+
+def _stress_outcome(stress: Stress, contestant: Contestant, lr: float, seed: int, *, cache: RunCache) -> Record:
+    """Return the mean training loss over the first and over the last steps of one hard run."""
+    setting = Setting(lr, cosine=contestant.cosines[0])
+
+    def compute() -> Record:
+        return _ends(stress_losses(stress, contestant, setting, seed), stress.num_steps, stress.batch_size)
+
+    fields = {name: value for name, value in asdict(stress).items() if name not in ("name", "build")}
+    key: Record = {
+        "stress": fields | {"build": describe(stress.build), "code": code_hash(stress.build)},
+        "data": data_hash("digits", 8),
+        "optimizer": contestant.identity(),
+        "setting": setting._asdict(),
+        "seed": seed,
+        "code": code_hash(stress_losses),
+    }
+    return cache.get(key, compute)
+
+
+def _ends(losses: Sequence[float], num_steps: int, batch_size: int) -> Record:
+    last = losses[-_window(batch_size) :]
+    finite = len(losses) == num_steps and all(map(math.isfinite, losses))
+    return {"initial": losses[0], "final": sum(last) / len(last) if finite else math.inf}
 
 
 def grid() -> list[Cell]:
@@ -140,7 +199,7 @@ def _pairs(cell: Cell) -> set[tuple[tuple[str, object], ...]]:
     return set(combinations(cell._asdict().items(), 2))
 
 
-def _outcome(cell: Cell, contestant: Contestant, lr: float, seed: int, fast: bool, cache: RunCache) -> Record:
+def _outcome(cell: Cell, contestant: Contestant, lr: float, seed: int, *, fast: bool, cache: RunCache) -> Record:
     """Return the mean training loss over the first and over the last steps of one run."""
     steps = 10 if fast else max(MIN_STEPS, min(NUM_STEPS, int(SECONDS_PER_RUN / seconds_per_step(cell))))
     benchmark = Benchmark(
@@ -155,9 +214,7 @@ def _outcome(cell: Cell, contestant: Contestant, lr: float, seed: int, fast: boo
 
     def compute() -> Record:
         losses = train_benchmark(benchmark, contestant, setting, seed).trained.losses
-        last = losses[-_window(cell.batch_size) :]
-        finite = len(losses) == steps and all(map(math.isfinite, losses))
-        return {"initial": losses[0], "final": sum(last) / len(last) if finite else math.inf}
+        return _ends(losses, steps, cell.batch_size)
 
     setting = Setting(lr, cosine=contestant.cosines[0])
     return cache.get({"robustness": True} | run_key(benchmark, contestant, setting, seed), compute)
@@ -173,7 +230,7 @@ def _diverged(outcome: Record) -> bool:
 
 
 def _of(records: Iterable[Record], cell: Cell, optimizer: str) -> Record:
-    return next(r for r in records if r["optimizer"] == optimizer and all(r[k] == v for k, v in cell._asdict().items()))
+    return next(r for r in records if r["optimizer"] == optimizer and r["configuration"] == _describe(cell))
 
 
 def _describe(cell: Cell) -> str:
@@ -201,10 +258,7 @@ def _draw(figure: Figure, records: Sequence[Record], cells: Sequence[Cell], name
     axes = figure.subplots()
     order = sorted(cells, key=lambda cell: (cell.architecture, cell.depth, cell.width))
     for index, name in enumerate(names):
-        ratios = []
-        for cell in order:
-            outcomes = _of(records, cell, name)["outcomes"]
-            ratios.append(max(min(o["final"] / o["initial"] for o in tried) for tried in outcomes))
+        ratios = [_ratio(_of(records, cell, name)) for cell in order]
         axes.plot(
             [min(ratio, 10.0) for ratio in ratios], range(len(order)), "o", color=f"C{index}", label=name, alpha=0.7
         )

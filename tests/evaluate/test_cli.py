@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from flatopt.evaluate import demo, robustness, step_time
-from flatopt.evaluate.cli import main
+from flatopt.evaluate._evaluation import read_options
+from flatopt.evaluate.cli import EVALUATIONS, build_parser, main
+from flatopt.evaluate.quality import Quality
 from flatopt.pretrained import LearnedRule
 from flatopt.rules import OrthogonalizedMomentum
 
@@ -29,7 +34,7 @@ def outputs(folder: Path) -> list[dict[str, object]]:
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize(("command", "num_records"), [("quality", 36), ("flatness", 36), ("robustness", 12)])
+@pytest.mark.parametrize(("command", "num_records"), [("quality", 36), ("flatness", 36), ("robustness", 60)])
 def test_command_writes_its_results_and_a_second_call_trains_nothing(
     command: str, num_records: int, pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,8 +46,8 @@ def test_command_writes_its_results_and_a_second_call_trains_nothing(
     def fail(*arguments: object) -> None:
         raise AssertionError("trained again")
 
-    for module in ("_training", "robustness"):
-        monkeypatch.setattr(f"flatopt.evaluate.{module}.train_benchmark", fail)
+    for name in ("_training.train_benchmark", "robustness.train_benchmark", "stress.build_model"):
+        monkeypatch.setattr(f"flatopt.evaluate.{name}", fail)
     main(arguments)
     assert outputs(tmp_path) == first
 
@@ -124,3 +129,73 @@ def test_wrong_arguments_exit_with_code_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
+
+
+def test_a_missing_package_is_one_line_that_names_the_extra(tmp_path: Path) -> None:
+    code = """
+import sys
+for name in ("matplotlib", "scipy", "sklearn", "tqdm", "schedulefree", "prodigyopt"):
+    sys.modules[name] = None
+from flatopt.evaluate._evaluation import read_options
+from flatopt.evaluate.cli import EVALUATIONS, build_parser, main
+from flatopt.evaluate.quality import Quality
+try:
+    main(["--help"])
+except SystemExit as stopped:
+    assert stopped.code == 0
+main(["quality", "--fast", "--out", sys.argv[1]])
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "pip install 'flatopt[eval]'" in done.stderr
+    assert done.stderr.count("\n") == 1 and "quality" in done.stdout
+
+
+def test_fast_results_have_a_folder_of_their_own_and_say_what_they_are(
+    pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["step-time", "--fast", "--seeds", "1", "--pretrained", pretrained])
+    assert (tmp_path / "runs/eval/step-time-fast/table.md").read_text().startswith("# Toy sizes, not results")
+    assert not (tmp_path / "runs/eval/step-time").exists()
+
+
+def test_every_field_of_a_table_is_an_option_with_its_default_and_a_help() -> None:
+    parser = build_parser()
+    for name, evaluation in EVALUATIONS.items():
+        positional = ["module:function"] if name == "compare" else []
+        chosen = parser.parse_args([name, *positional])
+        for one in dataclasses.fields(evaluation):
+            assert one.metadata["help"]
+            if not one.metadata.get("positional"):
+                assert getattr(chosen, one.name) == one.default, (name, one.name)
+
+
+def test_options_are_read_into_the_table() -> None:
+    chosen = build_parser().parse_args(
+        ["quality", "--seeds", "2", "--tasks", "a", "b", "--no-learned", "--split", "meta"]
+    )
+    table = read_options(EVALUATIONS["quality"], chosen)
+    assert table == Quality(seeds=2, tasks=("a", "b"), learned=False, split="meta")
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_folder_that_cannot_be_made_is_one_line(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        main(["quality", "--fast", "--out", str(tmp_path / out)])
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and "file" in printed and printed.count("\n") == 1
+
+
+def test_a_file_that_is_no_cache_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "runs.sqlite3").write_text("not a data base, and long enough to be seen as something else " * 20)
+    with pytest.raises(SystemExit) as stopped:
+        main(["quality", "--fast", "--out", str(tmp_path)])
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and "runs.sqlite3" in printed and printed.count("\n") == 1
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out.startswith("flatopt ")
