@@ -160,8 +160,9 @@ class OrthogonalizedMomentum(UpdateRule):
         self, weights: Weights, steps_N: Tensor, memory_NM: Tensor, shared: State, context: StepContext
     ) -> Tensor:
         """Return the share of the gradient in what is orthogonalised, and in both moments, ``[N, 3]``."""
-        mix = self.momentum_mix * _factor(weights, "momentum_mix") * memory_NM[:, 1].exp()
-        return torch.stack([mix.clamp(max=1), *(rate.expand_as(mix) for rate in self._rates(weights))], -1)
+        factors = _factors(weights)
+        mix = self.momentum_mix * factors["momentum_mix"] * memory_NM[:, 1].exp()
+        return torch.stack([mix, *self._rates(factors).unsqueeze(-1).expand(-1, len(mix))], -1).clamp(max=1)
 
     def observe(
         self, weights: Weights, state: State, grad: Tensor, param: Tensor, facts: TensorFacts, context: StepContext
@@ -170,8 +171,8 @@ class OrthogonalizedMomentum(UpdateRule):
         _, momentum_rate, square_rate = facts.given
         m = torch.lerp(state["exp_avg"], grad, momentum_rate)
         v = torch.lerp(state["exp_avg_sq"], grad.square(), square_rate)
-        u, x = _adam(m, v), _finite(param)
-        return {"exp_avg": m, "exp_avg_sq": v}, [(u, u), (m, m), v, (grad, grad), (grad, m), (x, x)]
+        u = _adam(m, v)
+        return {"exp_avg": m, "exp_avg_sq": v}, [(u, u), (m, m), v, (grad, grad), (grad, m), (param, param)]
 
     def matrix(self, weights: Weights, state: State, grad: Tensor, facts: TensorFacts) -> Tensor:
         """Return the momentum with a share of the gradient."""
@@ -215,48 +216,40 @@ class OrthogonalizedMomentum(UpdateRule):
         Returns:
             ``[N, 4]`` controls: what multiplies the polar factor, Adam's direction and the parameter, and the step.
         """
-        eps = tiny(summaries_NS)
-        facts = [(shape.numel, shape.num_outputs, shape.num_inputs, shape.is_matrix) for shape in shapes]
-        table = torch.tensor(facts, dtype=summaries_NS.dtype, device=summaries_NS.device)
-        numel, outputs, inputs, is_matrix = table.unbind(-1)
-        is_matrix = is_matrix if self.strip_size else torch.zeros_like(is_matrix)
-        fan = torch.where(inputs > 1, inputs.clamp(min=self.min_inputs), self.vector_inputs)
-        sums = [value / numel.clamp(min=1) for value in summaries_NS.unbind(-1)]
+        eps, factors, known = tiny(summaries_NS), _factors(weights), _is_known(context)
+        table_FN = torch.tensor(self._table(tuple(shapes)), dtype=summaries_NS.dtype, device=summaries_NS.device)
+        per_numel, per_rank, fan, is_matrix = table_FN[:4]
+        sums = (summaries_NS.mT * per_numel).unbind()
         uu, mm, v, gg, gm, xx = sums[:6]
         polar, rank = sums[6:] if self.strip_size else (torch.zeros_like(uu), torch.zeros_like(uu))
-        correction_m, correction_v = (debiasing(1 - rate, context.step) for rate in self._rates(weights))
+        correction_m, correction_v = debiasing(1 - self._rates(factors), context.step).unbind()
         rms = (v * correction_v + eps).sqrt()
         rms_max = torch.maximum(memory_NM[:, 0], rms)
-        short = torch.minimum(outputs, inputs).clamp(min=1)
         log_ratio = (rms / rms_max).log()
-        features = [
-            ((mm + eps) / (v + eps)).log() / 2 + (correction_m / correction_v.sqrt()).log() + 1,
+        measured = [
+            ((mm + eps) / (v + eps) * (correction_m.square() / correction_v)).log() / 2 + 1,
             gm / (gg * mm + eps).sqrt(),
             log_ratio + 1,
-            is_matrix * (2 * rank * numel / short - 1),
-            (xx * fan + eps).log() / 4 + 0.5,
-            2 * is_matrix - 1,
-            (fan.log() - 4) / 2,
-            ((outputs + 1).log() - 4) / 2,
-            ((numel + 1).log() - 7) / 3,
-            torch.ones_like(fan),
-            *(value.to(fan).expand_as(fan) for value in embed_step(context.step, STEP_SCALES)),
-            *(value.to(fan).expand_as(fan) for value in _embed_horizon(context)),
+            rank * per_rank - is_matrix,
+            (xx.nan_to_num() * fan + eps).log() / 4 + 0.5,
         ]
-        x_FN = torch.stack(features).clamp(-FEATURE_BOUND, FEATURE_BOUND)
-        hidden_HN = linear(weights, "controller.0", x_FN).tanh()
-        log_step, log_decay, adam, log_mix = linear(weights, "controller.1", hidden_HN).unbind(0)
+        in_run = torch.stack([*embed_step(context.step, STEP_SCALES), *_embed_horizon(context, known)]).to(fan)
+        x_FN = torch.cat([torch.stack(measured), table_FN[4:], in_run.unsqueeze(-1).expand(-1, len(fan))])
+        hidden_HN = linear(weights, "controller.0", x_FN.clamp(-FEATURE_BOUND, FEATURE_BOUND)).tanh()
+        outputs_4N = linear(weights, "controller.1", hidden_HN)
+        log_step, log_decay, _, log_mix = 2 * torch.tanh(outputs_4N / 2)
+        adam = torch.tanh(outputs_4N[2])
 
         def of_kind(name: str) -> Tensor:
-            return torch.where(is_matrix > 0, _factor(weights, f"matrix_{name}"), _factor(weights, f"vector_{name}"))
+            return torch.where(is_matrix > 0, factors[f"matrix_{name}"], factors[f"vector_{name}"])
 
-        shrink = (CONSTANT_SCALE * weights["constants.gradient_power"] * log_ratio).exp()
-        peak = self.base_step * of_kind("step") * fan.rsqrt() * self._schedule(weights, context)
-        step_size = peak * shrink * (2 * torch.tanh(log_step / 2)).exp()
-        decay = self.base_decay * of_kind("decay") * (2 * torch.tanh(log_decay / 2)).exp()
-        share = torch.where(is_matrix > 0, torch.tanh(adam), torch.ones_like(adam))
+        shrink = CONSTANT_SCALE * weights["constants.gradient_power"] * log_ratio
+        peak = self.base_step * self._schedule(weights, factors, context, known) * of_kind("step")
+        step_size = peak * fan.rsqrt() * (shrink + log_step).exp()
+        decay = self.base_decay * of_kind("decay") * log_decay.exp()
+        share = torch.where(is_matrix > 0, adam, 1.0)
         control = torch.stack([(1 - share.abs()) * _per_rms(polar), share * _per_rms(uu), decay, step_size], -1)
-        return control, torch.stack([rms_max, 2 * torch.tanh(log_mix / 2)], -1), shared
+        return control, torch.stack([rms_max, log_mix], -1), shared
 
     def propose(
         self,
@@ -275,7 +268,8 @@ class OrthogonalizedMomentum(UpdateRule):
             direction = torch.addcmul(direction, facts.coupled, per_polar)
         direction = direction.clamp(-DIRECTION_BOUND, DIRECTION_BOUND)
         moved = state["exp_avg_sq"].sign()
-        return {}, torch.addcmul(direction, _finite(param), decay) * (moved * -step_size)
+        limit = torch.finfo(param.dtype).max ** 0.5  # infinite minus infinite would not be what it was
+        return {}, torch.addcmul(direction, param.clamp(-limit, limit), decay) * (moved * -step_size)
 
     def pull(self, weights: Weights, state: State, param: Tensor, context: StepContext) -> tuple[State, Tensor]:
         """Move slow weights and parameters towards each other where the length of the run is unknown.
@@ -294,26 +288,43 @@ class OrthogonalizedMomentum(UpdateRule):
         """Return the step size of every tensor."""
         return control_NC[:, 3]
 
-    def _rates(self, weights: Weights) -> tuple[Tensor, Tensor]:
-        """Return the share of the gradient in the momentum and of its square in the second moment."""
-        momentum, square = self.betas
-        one = (1 - momentum) * _factor(weights, "momentum")
-        other = (1 - square) * _factor(weights, "square_decay")
-        return one.clamp(max=1), other.clamp(max=1)
+    def _table(self, shapes: tuple[TensorShape, ...]) -> list[list[float]]:
+        """Return what is known of tensors before training, ``[9, N]``: four numbers for formulas, then features."""
+        columns = []
+        for shape in shapes:
+            is_matrix = float(shape.is_matrix and self.strip_size > 0)
+            numel, short = max(shape.numel, 1), max(min(shape.num_inputs, shape.num_outputs), 1)
+            fan = max(shape.num_inputs, self.min_inputs) if shape.is_matrix else self.vector_inputs
+            features = [
+                2 * is_matrix - 1,
+                (math.log(fan) - 4) / 2,
+                (math.log(shape.num_outputs + 1) - 4) / 2,
+                (math.log(shape.numel + 1) - 7) / 3,
+                1.0,
+            ]
+            columns.append([1 / numel, 2 * is_matrix * numel / short, fan, is_matrix, *features])
+        return [list(row) for row in zip(*columns, strict=True)]
 
-    def _schedule(self, weights: Weights, context: StepContext) -> Tensor:
+    def _rates(self, factors: dict[str, Tensor]) -> Tensor:
+        """Return the share of the gradient in the momentum, and of its square in the second moment, ``[2]``."""
+        momentum, square = self.betas
+        rates = [(1 - momentum) * factors["momentum"], (1 - square) * factors["square_decay"]]
+        return torch.stack(rates).clamp(max=1)
+
+    def _schedule(self, weights: Weights, factors: dict[str, Tensor], context: StepContext, known: Tensor) -> Tensor:
         """Return the multiplier of the step over the run, 0-D, between 0 and 1."""
-        warmup = (context.step / (self.warmup_steps * _factor(weights, "warmup"))).clamp(max=1)
+        warmup = (context.step / (self.warmup_steps * factors["warmup"])).clamp(max=1)
         fraction = ((context.step - 1) / context.num_steps).clamp(max=1)
-        cosine = ((1 + torch.cos(math.pi * fraction)) / 2).clamp(min=1e-6) ** _factor(weights, "cosine_power")
+        cosine = ((1 + torch.cos(math.pi * fraction)) / 2).clamp(min=1e-6) ** factors["cosine_power"]
         power = CONSTANT_SCALE * weights["constants.anytime_power"]
         anytime = (-power * (1 + context.step / self.decay_steps).log()).exp()
-        return warmup * torch.where(_is_known(context), cosine, anytime)
+        return warmup * torch.where(known, cosine, anytime)
 
 
-def _factor(weights: Weights, name: str) -> Tensor:
-    """Return the learned factor of a constant, 1 before learning."""
-    return (CONSTANT_SCALE * weights[f"constants.{name}"]).exp()
+def _factors(weights: Weights) -> dict[str, Tensor]:
+    """Return the learned factors of all constants, 1 before learning."""
+    logs = torch.stack([weights[f"constants.{name}"] for name in CONSTANTS])
+    return dict(zip(CONSTANTS, (CONSTANT_SCALE * logs).exp().unbind(), strict=True))
 
 
 def _adam(m: Tensor, v: Tensor) -> Tensor:
@@ -336,11 +347,10 @@ def _is_known(context: StepContext) -> Tensor:
     return torch.isfinite(context.num_steps) & (context.step <= context.num_steps)
 
 
-def _embed_horizon(context: StepContext) -> list[Tensor]:
+def _embed_horizon(context: StepContext, known: Tensor) -> list[Tensor]:
     """Return five 0-D features of the length of the run, all zero when it is unknown."""
-    known = _is_known(context)
-    fraction = (context.step / context.num_steps).clamp(max=1)
-    log_length = torch.where(known, context.num_steps, torch.ones_like(context.num_steps)).log()
+    length = torch.where(known, context.num_steps, 1.0)
+    fraction = (context.step / length).clamp(max=1)
     late = torch.tanh(10 * (fraction - 0.9))
-    features = [torch.ones_like(fraction), 2 * fraction - 1, fraction**2, late, (log_length - 6) / 2]
-    return [torch.where(known, feature, torch.zeros_like(feature)) for feature in features]
+    features = [torch.ones_like(fraction), 2 * fraction - 1, fraction.square(), late, (length.log() - 6) / 2]
+    return list((torch.stack(features) * known).unbind())
