@@ -10,7 +10,8 @@ import torch
 
 from .rules import Phases
 
-COMPILED = ("observe", "matrix", "propose", "pull")
+COMPILED = ("observe", "propose", "pull")
+"""``matrix`` is as fast without: the call of a compiled function costs more than it saves."""
 
 
 class CompiledPhases:

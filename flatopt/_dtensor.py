@@ -28,7 +28,9 @@ def is_dtensor(tensor: Any) -> bool:
 
 def local_view(tensor: Any) -> Tensor:
     """Return the local shard, in the same storage."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor.detach()
+    if is_dtensor(tensor):
+        return tensor.to_local()
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def local_copy(tensor: Any) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -82,8 +83,12 @@ def largest(slots: Sequence[Slot], dtype: torch.dtype) -> list[Tensor]:
 
 def bucket_of(param: Tensor) -> tuple[torch.device, torch.dtype]:
     """Return device and compute dtype of a parameter: those that agree are updated together."""
-    real = param.dtype.to_real()
-    return param.device, torch.promote_types(real, torch.float32)
+    return param.device, _compute_dtype(param.dtype)
+
+
+@cache
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype.to_real(), torch.float32)
 
 
 def real_view(tensor: Tensor) -> Tensor:

@@ -455,14 +455,16 @@ class FlatOpt(Optimizer):
             return torch.full((), value, device=device, dtype=dtype)  # a fill, where torch.tensor would synchronise
 
         def per_slot(key: str) -> Tensor:
-            values = {id(slot.group): scalar(slot.group[key]) for slot in slots}
+            groups = {id(slot.group): slot.group for slot in slots}
+            values = {index: scalar(group[key]) for index, group in groups.items()}
             return torch.stack([values[id(slot.group)] for slot in slots])
 
         rule = self.learned.rule
         shards = [Shard(slot, rule, {key: self.state[slot.param][key] for key in self._layout.keys}) for slot in slots]
         compiled = self._compiled is not None and self._compiled.fast is not None
+        decays = any(isinstance(slot.group["weight_decay"], Tensor) or slot.group["weight_decay"] for slot in slots)
         plan = Plan(
-            update=Update(per_slot("lr"), per_slot("weight_decay")),
+            update=Update(per_slot("lr"), per_slot("weight_decay") if decays else None),
             chunk_size=COMPILED_CHUNK_SIZE if compiled else CHUNK_SIZE,
             pack_size=PACK_SIZE,
             phases=self._phases,

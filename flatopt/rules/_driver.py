@@ -103,12 +103,15 @@ class Update(NamedTuple):
     """How steps are applied in place: ``x <- x (1 - lr step_size weight_decay) + lr step + min(lr, 1) pull``."""
 
     lrs_N: Tensor
-    weight_decays_N: Tensor
+    weight_decays_N: Tensor | None
+    """``None`` for none at all."""
 
     def factors(self, step_sizes_N: Tensor) -> Tensor:
-        """Return what multiplies step, parameter and pull, ``[N, 3]``."""
-        kept_N = 1 - self.lrs_N * step_sizes_N * self.weight_decays_N
-        return torch.stack([self.lrs_N, kept_N, self.lrs_N.clamp(max=1)], -1)
+        """Return what multiplies step, pull and, unless that is 1, parameter: ``[N, 2 or 3]``."""
+        factors = [self.lrs_N, self.lrs_N.clamp(max=1)]
+        if self.weight_decays_N is not None:
+            factors.append(1 - self.lrs_N * step_sizes_N * self.weight_decays_N)
+        return torch.stack(factors, -1)
 
 
 Reduce = Callable[[list[Tensor]], list[Tensor]]
@@ -174,8 +177,9 @@ def apply_rule(
     memory_NM = _stack_memory(rule, states, steps_N, dim)
     given_NG = phases.prepare(weights, steps_N, memory_NM, shared, context)
     known_XN = torch.cat([steps_N.unsqueeze(-2), given_NG.mT], -2)
+    num_given, nothing = given_NG.shape[-1], steps_N[..., :0]
     facts = [
-        TensorFacts(known_Xn.select(-2, 0), known_Xn.narrow(-2, 1, given_NG.shape[-1]), steps_N[..., :0])
+        TensorFacts(known_Xn.select(-2, 0), known_Xn.narrow(-2, 1, num_given), nothing)
         for known_Xn in _spread(layout, known_XN)
     ]
     sums = _Sums(layout, dim)
@@ -440,7 +444,7 @@ class _Pure(_Store):
         state, grad, param = self.held[pack]
         self.held[pack] = (state | new, grad, param)
 
-    def move(self, pack: _Pack, param: Tensor, delta: Tensor, pulled: Tensor | None, factors_3n: Tensor) -> None:
+    def move(self, pack: _Pack, param: Tensor, delta: Tensor, pulled: Tensor | None, factors_Xn: Tensor) -> None:
         delta = delta if pulled is None else delta + pulled
         for tensor, piece in zip(pack.tensors, pack.split(delta), strict=True):
             self.deltas[tensor].append(piece)
@@ -482,12 +486,15 @@ class _InPlace(_Store):
         """Write in the dtype that is kept."""
         torch._foreach_copy_(field.of(pack), list(pack.split(value, 0)))
 
-    def move(self, pack: _Pack, param: Tensor, delta: Tensor, pulled: Tensor | None, factors_3n: Tensor) -> None:
-        lr, kept, at_most_1 = factors_3n.unbind()
-        moved = torch.addcmul(param * kept, delta, lr)
+    def move(self, pack: _Pack, param: Tensor, delta: Tensor, pulled: Tensor | None, factors_Xn: Tensor) -> None:
+        lr, at_most_1, *kept = factors_Xn.unbind()
+        moved = param * kept[0] if kept else param
         if pulled is not None:
             moved = torch.addcmul(moved, pulled, at_most_1)
-        self._scatter(pack, self.param_field, moved)
+        # Into what was read: that is the parameter itself, or a copy of the driver's own.
+        torch.addcmul(moved, delta, lr, out=param)
+        if param is not self.param_field.of(pack)[0]:
+            self._scatter(pack, self.param_field, param)
         self.held.pop(pack, None)
 
     def result(self, steps_N: Tensor, memory_NM: Tensor, shared: State) -> RuleResult:

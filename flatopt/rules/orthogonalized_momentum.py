@@ -168,7 +168,7 @@ class OrthogonalizedMomentum(UpdateRule):
         self, weights: Weights, state: State, grad: Tensor, param: Tensor, facts: TensorFacts, context: StepContext
     ) -> tuple[State, Terms]:
         """Advance both moments; return the squares and products whose means are features and norms."""
-        _, momentum_rate, square_rate = facts.given
+        _, momentum_rate, square_rate = facts.given.unbind()
         m = torch.lerp(state["exp_avg"], grad, momentum_rate)
         v = torch.lerp(state["exp_avg_sq"], grad.square(), square_rate)
         u = _adam(m, v)
@@ -262,7 +262,7 @@ class OrthogonalizedMomentum(UpdateRule):
         context: StepContext,
     ) -> tuple[State, Tensor]:
         """Return the step: the direction of unit size plus decay, times the step size."""
-        per_polar, per_adam, decay, step_size = control
+        per_polar, per_adam, decay, step_size = control.unbind()
         direction = _adam(state["exp_avg"], state["exp_avg_sq"]) * per_adam
         if self.strip_size:
             direction = torch.addcmul(direction, facts.coupled, per_polar)
