@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from cases import OPTIMIZEES, ToyMixer
-from helpers import assert_same_state, learned, make_params, set_grads, step_with, train
+from cases import OPTIMIZEES, RULE_CASES, ToyMixer
+from helpers import assert_same_state, learned, make_params, set_grads, step_with, train, unroll
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -81,6 +83,49 @@ def test_learning_rate_is_of_the_group_and_linear(toy: LearnedRule) -> None:
         torch.testing.assert_close(0.25 * steps[1.0][index], steps[0.25][index])
     for index in range(2, 4):
         torch.testing.assert_close(steps[1.0][index], steps[0.25][index], rtol=0, atol=0)
+
+
+def flagship_step_size(param: Tensor, step: int, num_steps: float = math.inf) -> float:
+    """Step size of the untrained rule, while the gradients do not shrink."""
+    fan = param.shape[1:].numel() if sum(length > 1 for length in param.shape) > 1 else 64
+    cosine = 1.0 if num_steps == math.inf else (1 + math.cos(math.pi * (step - 1) / num_steps)) / 2
+    return 0.03 / math.sqrt(max(fan, 8)) * min(step / 10, 1) * cosine
+
+
+STEP_SIZES: dict[str, Callable[[Tensor, int, float], float]] = {
+    "adam": lambda param, step, num_steps: 0.02,
+    "adam-other": lambda param, step, num_steps: 0.05,
+    "orthogonalized-momentum": flagship_step_size,
+    "orthogonalized-momentum, strips of 3": flagship_step_size,
+    "orthogonalized-momentum, none": flagship_step_size,
+    "l2o-dm": lambda param, step, num_steps: 0.01,
+    "rnnprop": lambda param, step, num_steps: 0.01,
+    "l2o-scale-last": lambda param, step, num_steps: 1e-3 * math.exp(-1),  # log_step_offset of fresh weights
+}
+
+
+@pytest.mark.parametrize("name", STEP_SIZES)
+@pytest.mark.parametrize("num_steps", [None, 6])
+@pytest.mark.parametrize("lr", [1.0, 0.3])
+def test_weight_decay_is_that_of_adamw_with_the_step_size_of_the_rule(
+    name: str, num_steps: int | None, lr: float
+) -> None:
+    weight_decay, rule = 0.25, learned(name)
+    plain, decayed = (make_params("network", dtype=torch.float64) for _ in range(2))
+    opts = [
+        FlatOpt(params, lr, pretrained=rule, num_steps=num_steps, weight_decay=decay)
+        for params, decay in ((plain, 0.0), (decayed, weight_decay))
+    ]
+    for step in range(1, 4):
+        with torch.no_grad():
+            for one, other in zip(plain, decayed, strict=True):
+                other.copy_(one)  # so that both take the same step
+        for opt, params in zip(opts, (plain, decayed), strict=True):
+            before = snapshot(params)
+            step_with(opt, params, 5)  # always the same gradient: its size is the largest so far
+        for one, other, old in zip(plain, decayed, before, strict=True):
+            size = STEP_SIZES[name](old, step, num_steps or math.inf)
+            torch.testing.assert_close(other - one, -lr * size * weight_decay * old, rtol=1e-6, atol=1e-12)
 
 
 # --- constructor ---------------------------------------------------------------------------------------------------
@@ -177,6 +222,39 @@ def test_zero_gradient_history_moves_nothing(toy: LearnedRule) -> None:
         opt.step()
     assert unchanged(params, before)
     assert all(float(state["step"]) == 0 for state in opt.state.values())
+
+
+@pytest.mark.parametrize("name", RULE_CASES)
+def test_a_zero_gradient_after_the_first_is_a_gradient(name: str) -> None:
+    """Momentum goes on, as in torch's Adam."""
+    grads = [torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)) * (seed != 1) for seed in range(3)]
+    param = torch.nn.Parameter(torch.randn(3, 4, generator=torch.Generator().manual_seed(9)))
+    (expected,), (state,), _ = unroll(
+        RULE_CASES[name].rule, learned(name, perturbation=0.05).weights, [param], [[grad] for grad in grads]
+    )
+    opt = FlatOpt([param], pretrained=learned(name, perturbation=0.05))
+    for grad in grads:
+        param.grad, before = grad, param.detach().clone()
+        opt.step()
+        assert not torch.equal(param, before)
+    assert float(opt.state[param]["step"]) == float(state["step"]) == 3
+    torch.testing.assert_close(param.detach(), expected)
+
+
+def test_a_late_parameter_joins_the_shared_state_wherever_it_stands(toy: LearnedRule) -> None:
+    ends = []
+    for order in ((0, 1, 2, 3), (3, 0, 1, 2)):  # the late one is the last, or the first of its bucket
+        params = make_params("network", dtype=torch.float64)
+        opt = FlatOpt([params[index] for index in order], pretrained=toy)
+        for seed in range(6):
+            set_grads(params, seed)
+            if seed < 4:
+                params[3].grad = None
+            opt.step()
+        ends.append(snapshot(params))
+        shared = {float(state["shared.log_scale"]) for state in opt.state.values()}
+        assert len(shared) == 1 and shared != {0.0}
+    torch.testing.assert_close(*ends)
 
 
 def test_clock_runs_for_the_whole_model(toy: LearnedRule) -> None:
@@ -332,6 +410,20 @@ def test_unusable_gradient_counts_as_none(bad: float, toy: LearnedRule) -> None:
         runs.append((snapshot(params), opt))
     assert unchanged(runs[0][0], runs[1][0])
     assert_same_state(runs[0][1], runs[1][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_bound_of_a_usable_gradient_is_where_1e8_squares_still_add_up(dtype: torch.dtype) -> None:
+    bound = math.sqrt(torch.finfo(dtype).max) * 1e-4
+    for factor, is_usable in ((0.99, True), (1.01, False)):
+        param = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+        opt = FlatOpt([param], pretrained=learned(Adam()))
+        param.grad = torch.tensor([0.0, -factor * bound, 1.0], dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opt.step()
+        assert float(opt.state[param]["step"]) == is_usable
+        assert int(opt.state[param]["num_skipped"]) == (not is_usable)
 
 
 def test_warning_comes_once_and_names_the_parameter(toy: LearnedRule) -> None:
@@ -599,6 +691,19 @@ def test_memory_of_a_step_does_not_grow_with_what_is_kept_in_half(monkeypatch: p
     assert peak_bytes(opt.step) < whole_state / 4
 
 
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
+def test_a_copy_makes_and_loads_state_in_half(copier: Callable[[FlatOpt], FlatOpt]) -> None:
+    params = make_params("network")
+    copied = copier(FlatOpt(params, pretrained=learned("l2o-dm"), **HALF))
+    own = copied.param_groups[0]["params"]
+    step_with(copied, own[:2], 0)
+    whole = FlatOpt(params, pretrained=learned("l2o-dm"))
+    step_with(whole, params, 0)
+    assert copied.state[own[0]]["cell_0"].dtype == torch.bfloat16  # made after the copy
+    copied.load_state_dict(whole.state_dict())
+    assert copied.state[own[3]]["cell_0"].dtype == torch.bfloat16  # loaded after the copy
+
+
 def test_state_changes_its_precision_when_loaded_elsewhere() -> None:
     params = make_params("network")
     whole, half = (FlatOpt(params, pretrained=learned("l2o-dm"), **options) for options in ({}, HALF))
@@ -646,7 +751,10 @@ def test_initial_learning_rates_depend_on_the_seed_and_on_nothing_else(monkeypat
     torch.manual_seed(5)
     assert unchanged(initial_learning_rates(seed=1, order=(2, 0, 3, 1)), first)
     other = initial_learning_rates(seed=2)
-    assert not any(torch.equal(one, two) for one, two in zip(first, other, strict=True))
+    for one in first:  # nor does a tensor start as another one of a neighbouring seed
+        for two in other:
+            shorter = min(one.numel(), two.numel())
+            assert not torch.equal(one.flatten()[:shorter], two.flatten()[:shorter])
     assert torch.cat([value.flatten() for value in first]).unique().numel() > 100  # every coordinate has its own
 
 
