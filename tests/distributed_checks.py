@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -37,7 +37,13 @@ def run_all(rank: int, world_size: int, folder: str) -> None:
             check_fsdp2(name, mesh, Path(folder) / name)
         check_bad_gradient_on_one_rank(mesh)
         check_ddp()
-        check_zero_redundancy()
+        check_parameters_of_one_rank()
+        check_zero_redundancy("adam")
+        check_zero_redundancy("orthogonalized-momentum")
+        check_tensor_parallel(mesh)
+        check_hsdp(world_size)
+        check_fsdp1_is_refused()
+        check_whole_state_into_shards(mesh)
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -161,14 +167,121 @@ def check_ddp() -> None:
     assert_same(model.parameters(), oracle.parameters())
 
 
-def check_zero_redundancy() -> None:
-    """Each rank keeps the state of its own parameters; a rule that mixes nothing cannot notice."""
+class WithExpert(nn.Module):
+    """A network with a layer that lives on one rank only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.expert, self.last = nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 1)
+        torch.manual_seed(1 + dist.get_rank())
+        self.expert.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.expert(self.first(x).tanh()).tanh())
+
+
+def check_parameters_of_one_rank() -> None:
+    """Parameters that DDP ignores leave the shared ones equal on all ranks.
+
+    A tensor-local rule needs nothing for it; one that mixes over tensors needs an optimizer of their own for them.
+    """
+    for name, separate in (("orthogonalized-momentum", False), ("l2o-scale", True)):
+        model = WithExpert()
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["expert.weight", "expert.bias"])
+        replica = DistributedDataParallel(model)
+        shared = [*model.first.parameters(), *model.last.parameters()]
+        own = list(model.expert.parameters())
+        rule = learned(name, perturbation=0.1)
+        opts = [FlatOpt(params, pretrained=rule) for params in ([shared, own] if separate else [shared + own])]
+        for step in range(20):
+            x = batch(step).chunk(dist.get_world_size())[dist.get_rank()]
+            replica(x).sub(1).square().mean().backward()
+            for opt in opts:
+                opt.step()
+                opt.zero_grad()
+        for param in shared:
+            copies = [torch.empty_like(param) for _ in range(dist.get_world_size())]
+            dist.all_gather(copies, param.detach())
+            assert all(torch.equal(copy_, copies[0]) for copy_ in copies), name
+
+
+def check_tensor_parallel(mesh: DeviceMesh) -> None:
+    """Columns of one layer and rows of the next on each rank, some parameters plain."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    for name in ("orthogonalized-momentum", "l2o-scale"):
+        rule = learned(name, perturbation=0.1)
+        oracle = make_model()
+        train(oracle, FlatOpt(oracle.parameters(), pretrained=rule, **OPTIONS), range(5))
+        model = parallelize_module(make_model()[3:], mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        whole = nn.Sequential(*make_model()[:3], *model)
+        train(whole, FlatOpt(whole.parameters(), pretrained=rule, **OPTIONS), range(5))
+        assert_same(whole.parameters(), oracle.parameters())
+
+
+def check_hsdp(world_size: int) -> None:
+    """Shards inside groups of ranks that are replicas of one another."""
+    mesh = init_device_mesh("cpu", (world_size, 1) if world_size < 4 else (2, 2), mesh_dim_names=("copies", "shards"))
+    rule = learned("orthogonalized-momentum", perturbation=0.1)
+    oracle = make_model()
+    train(oracle, FlatOpt(oracle.parameters(), pretrained=rule, **OPTIONS), range(5))
+    model = make_model()
+    fully_shard(model, mesh=mesh)
+    train(model, FlatOpt(model.parameters(), pretrained=rule, **OPTIONS), range(5))
+    assert_same(model.parameters(), oracle.parameters())
+
+
+def check_fsdp1_is_refused() -> None:
+    """It hands over flattened parameters: refused at once, with the remedy, also if it wraps them later."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def refused(make: Callable[[], None]) -> None:
+        try:
+            make()
+        except RuntimeError as error:
+            assert "flattened" in str(error) and "FSDP2 (torch.distributed.fsdp.fully_shard)" in str(error)
+            assert "\n" not in str(error)
+        else:
+            raise AssertionError("FSDP1 was accepted")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for keep in (True, False):
+            model = FullyShardedDataParallel(make_model(), use_orig_params=keep, device_id=torch.device("cpu"))
+            refused(lambda model=model: FlatOpt(model.parameters(), pretrained=learned("toy-mixer")))
+        plain = make_model()
+        opt = FlatOpt(plain.parameters(), pretrained=learned("toy-mixer"))
+        model = FullyShardedDataParallel(plain, use_orig_params=True, device_id=torch.device("cpu"))
+        model(batch(0)).square().mean().backward()
+        refused(opt.step)
+
+
+def check_whole_state_into_shards(mesh: DeviceMesh) -> None:
+    """A state saved by one process goes on sharded, and the other way round, by the plain ``load_state_dict``."""
+    rule = learned("orthogonalized-momentum", perturbation=0.1)
+    oracle, model = make_model(), make_model()
+    opt = FlatOpt(oracle.parameters(), pretrained=rule, **OPTIONS)
+    train(oracle, opt, range(3))
+    model.load_state_dict(oracle.state_dict())
+    fully_shard(model, mesh=mesh)
+    sharded = FlatOpt(model.parameters(), pretrained=rule, **OPTIONS)
+    sharded.load_state_dict(opt.state_dict())
+    opt.load_state_dict(sharded.state_dict())
+    train(oracle, opt, range(3, 6))
+    train(model, sharded, range(3, 6))
+    assert_same(model.parameters(), oracle.parameters())
+
+
+def check_zero_redundancy(name: str) -> None:
+    """Each rank keeps the state of its own parameters; a rule that mixes nothing over tensors cannot notice."""
     from torch.distributed.optim import ZeroRedundancyOptimizer  # importing it warns of deprecations inside torch
 
+    rule = learned(name, perturbation=0.1)
     oracle = make_model()
-    train(oracle, FlatOpt(oracle.parameters(), pretrained=learned("adam"), **OPTIONS), range(5))
+    train(oracle, FlatOpt(oracle.parameters(), pretrained=rule, **OPTIONS), range(5))
     model = DistributedDataParallel(make_model())
-    zero = ZeroRedundancyOptimizer(model.parameters(), FlatOpt, pretrained=learned("adam"), **OPTIONS)
+    zero = ZeroRedundancyOptimizer(model.parameters(), FlatOpt, pretrained=rule, **OPTIONS)
     train(model, zero, range(5))
     assert_same(model.parameters(), oracle.parameters())
     zero.consolidate_state_dict(to=0)

@@ -58,7 +58,7 @@ def test_fsdp2_ddp_and_zero_equal_one_process(world_size: int, tmp_path: Path) -
     context = torch.multiprocessing.spawn(
         distributed_checks.run_all, (world_size, str(tmp_path)), nprocs=world_size, join=False
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 270
     while not context.join(timeout=5):  # raises what a rank raised
         if time.monotonic() > deadline:
             for process in context.processes:

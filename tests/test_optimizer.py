@@ -776,6 +776,40 @@ def test_a_parameter_unfrozen_after_resuming_starts_as_it_would_have(how: str) -
     assert unchanged(params, others)
 
 
+# --- many optimizers for one model ----------------------------------------------------------------------------------
+
+TENSOR_LOCAL = ["adam", "orthogonalized-momentum", "orthogonalized-momentum, strips of 3", "l2o-dm", "rnnprop"]
+
+
+def deep_net() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[torch.nn.Module] = [torch.nn.Linear(4, 16)]
+    for _ in range(6):
+        layers += [torch.nn.Tanh(), torch.nn.Linear(16, 16)]
+    return torch.nn.Sequential(*layers, torch.nn.Linear(16, 1)).double()
+
+
+@pytest.mark.parametrize("name", TENSOR_LOCAL)
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("num_steps", [None, 30])
+def test_one_optimizer_per_parameter_or_stage_equals_one_for_all(name: str, size: int, num_steps: int | None) -> None:
+    """Fused backward, layer groups, pipeline stages: no tensor knows of another."""
+    rule, options = learned(name, perturbation=0.05), {"num_steps": num_steps, "weight_decay": 0.1}
+    whole, cut = deep_net(), deep_net()
+    opt = FlatOpt(whole.parameters(), pretrained=rule, **options)
+    params = list(cut.parameters())
+    parts = [FlatOpt(params[at : at + size], pretrained=rule, **options) for at in range(0, len(params), size)]
+    for step in range(25):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        for model, opts in ((whole, [opt]), (cut, parts)):
+            (model(x) - x.sum(1, keepdim=True)).square().mean().backward()
+            for each in opts:
+                each.step()
+                each.zero_grad()
+    for one, other in zip(whole.parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
 # --- what works on any optimizer -----------------------------------------------------------------------------------
 
 

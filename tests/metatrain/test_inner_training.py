@@ -124,6 +124,15 @@ def test_configuration_names_the_estimator():
     assert [unroll.second_derivatives for unroll in estimator.inner.unrolls] == [True]
 
 
+def test_random_scaling_of_a_configuration_is_one_number_per_coordinate():
+    config = smoke().override(["estimator.name=truncated-backprop", "tasks.mlp.random_scaling=2"])
+    (unroll,) = build_estimator(config, config.build_rule(), torch.device("cpu")).inner.unrolls
+    problems = unroll.distribution.sample_problems(3, torch.Generator().manual_seed(0))
+    for scale in problems.param_scales.values():
+        assert len(scale.unique()) == scale.numel()
+        assert 2 > scale.log().abs().max() > 1
+
+
 @pytest.mark.parametrize("name", ["persistent-es", "truncated-backprop"])
 def test_an_unknown_family_is_named(name):
     config = MetaTrainConfig(recipe="", rule="adam", tasks=(TaskConfig(name="rnn"),), num_updates=1).override(

@@ -389,7 +389,7 @@ CURRICULUM = {
 
 
 def test_advancing_goes_back_to_the_best_weights_and_lengthens_the_runs(tmp_path):
-    seen, stages = [], []
+    seen, stages, given = [], [], []
     losses = iter([5.0, 6.0, 9.0, 8.0, 8.5, 20.0, 30.0, 30.0])  # the third and the sixth: the best at another length
 
     def validate(weights, num_steps):
@@ -402,6 +402,7 @@ def test_advancing_goes_back_to_the_best_weights_and_lengthens_the_runs(tmp_path
             return toy_estimator().init(weights, generator)
 
         def estimate(self, weights, state, generator, num_steps=None):
+            given.append({key: value.detach().clone() for key, value in weights.items()})
             stages.append(num_steps)
             return toy_estimator().estimate(weights, state, generator)
 
@@ -411,6 +412,8 @@ def test_advancing_goes_back_to_the_best_weights_and_lengthens_the_runs(tmp_path
     assert_equal(seen[5][0], seen[3][0])
     assert_equal(weights, seen[3][0])  # nothing was better in the last stage, which ended the run
     assert stages == [10] * 6 + [20] * 6 + [50] * 6
+    assert_equal(given[6], seen[0][0])  # the first updates of a stage start from the best weights of the one before
+    assert_equal(given[12], seen[3][0])
     checkpoint = latest(tmp_path / "checkpoints")
     assert (checkpoint.update, checkpoint.progress.finished) == (18, True)
     assert checkpoint.best_validation == {"update": 9, "loss": 20.0, "stage": 2, "num_steps": 50}

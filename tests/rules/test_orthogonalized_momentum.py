@@ -129,6 +129,22 @@ def test_every_shape_and_scale_gives_finite_steps_of_one_size(shape: tuple[int, 
         assert 0.8 < step * inputs**0.5 / 0.03 < 1.2
 
 
+@pytest.mark.parametrize("shape", [(100,), (10, 10)])
+def test_a_direction_is_clipped_to_five_times_its_size(shape: tuple[int, ...]) -> None:
+    """One coordinate goes one way, where the momentum of all others cancels."""
+    param = torch.nn.Parameter(torch.zeros(shape))
+    opt = FlatOpt([param], pretrained=learned(OrthogonalizedMomentum(strip_size=0)))
+    for step in range(1, 41):
+        before = param.detach().clone()
+        param.grad = torch.full(shape, (-1.0) ** step)
+        param.grad.view(-1)[7] = 1.0
+        opt.step()
+    step_size = 0.03 / math.sqrt(64 if len(shape) == 1 else shape[1])
+    direction = (before - param.detach()) / step_size - before  # less the decay
+    assert float(direction.view(-1)[7]) == pytest.approx(5.0, rel=1e-3)
+    assert float(direction.abs().view(-1)[:7].max()) < 1.0
+
+
 def test_what_is_not_finite_stays_where_it_is() -> None:
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((6, 8), (8, 3), (6,))]
