@@ -2,6 +2,7 @@
 
 from ._cache import RunCache as RunCache
 from ._evaluation import Evaluation as Evaluation
+from ._evaluation import option as option
 from ._report import Report as Report
 from ._report import markdown_table as markdown_table
 from ._report import mean_and_std as mean_and_std

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sqlite3
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -12,6 +15,8 @@ from ._cache import RunCache
 from ._report import Report
 
 T = TypeVar("T")
+
+EXTRA = "pip install 'flatopt[eval]'"
 
 
 def option(default: T, help_text: str, *, at_least: int | None = None) -> T:
@@ -90,6 +95,32 @@ def progress(items: Iterable[T], name: str | Callable[[T], str], total: int | No
             if callable(name):
                 bar.set_description(name(item))
             yield item
+
+
+@contextmanager
+def one_line(program: str, after_stop: str) -> Iterator[None]:
+    """Turn what a user can mend, and Ctrl-C, into one line on the standard error.
+
+    Args:
+        program: what the line begins with.
+        after_stop: what it says after Ctrl-C.
+
+    Raises:
+        SystemExit: with code 2, and with 130 after Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        code, text = 130, f"stopped; {after_stop}"
+    except ImportError as error:
+        missing = f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else str(error)
+        code, text = 2, f"{missing}: {EXTRA}"
+    except (ValueError, OSError, sqlite3.Error) as error:
+        code, text = 2, str(error)
+    else:
+        return
+    print(f"{program}: {' '.join(text.split())}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 def matching(names: Sequence[str], parts: Sequence[str], what: str) -> list[str]:

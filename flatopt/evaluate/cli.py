@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from ._cache import RunCache
-from ._evaluation import Evaluation, add_options, read_options
+from ._evaluation import Evaluation, add_options, one_line, read_options
 from ._report import write_report
 from .ablation import Ablation
 from .compare import Compare
@@ -32,8 +31,6 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
 }
 """The tables by the names of their subcommands."""
 
-EXTRA = "pip install 'flatopt[eval]'"
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one subcommand and write ``table.md``, ``results.json`` and figures into the folder ``--out``.
@@ -50,19 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = build_parser().parse_args(arguments)
     evaluation = read_options(EVALUATIONS[chosen.command], chosen)
     out = chosen.out or Path("runs/eval") / (chosen.command + ("-fast" if evaluation.fast else ""))
-    try:
-        cache = RunCache((chosen.cache or out) / "runs.sqlite3")
-        result = evaluation.report(cache)
+    path = (chosen.cache or out) / "runs.sqlite3"
+    with one_line("flatopt-eval", f"the same command goes on from the finished runs in {path}"):
+        result = evaluation.report(RunCache(path))
         if evaluation.fast:
             result = result._replace(title=f"Toy sizes, not results: {result.title}")
         print(write_report(result, out))
-    except KeyboardInterrupt:
-        _stop(130, f"stopped; the same command goes on from the finished runs in {cache.path}")
-    except ImportError as error:
-        missing = f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else str(error)
-        _stop(2, f"{missing}: {EXTRA}")
-    except (ValueError, OSError) as error:
-        _stop(2, str(error))
     figures = ", ".join(f"{name}.png" for name in ("figure", *result.more_figures))
     print(f"Written to {out}: table.md, results.json, {figures}")
 
@@ -78,11 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--cache", type=Path, help="folder of finished runs, if not --out (to share tuning)")
         add_options(command, evaluation)
     return parser
-
-
-def _stop(code: int, line: str) -> None:
-    print(f"flatopt-eval: {' '.join(line.split())}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 if __name__ == "__main__":

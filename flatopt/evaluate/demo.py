@@ -21,6 +21,7 @@ from flatopt.optimizer import FlatOpt
 from flatopt.tasks import Batch, ImageSplits, load_images
 
 from ._cache import Record
+from ._evaluation import one_line
 from ._report import Report, mean_pm_std, write_report
 from ._training import build_model, measure, train
 from .contestants import default_name
@@ -66,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "torch.optim.Adam(lr=1e-3)": lambda params: Adam(params, lr=1e-3),
         "flatopt.FlatOpt": lambda params: FlatOpt(params, pretrained=chosen.pretrained),
     }
-    print(write_report(report(optimizers, chosen.seeds, chosen.steps), chosen.out))
+    with one_line("flatopt.evaluate.demo", "nothing was written"):
+        print(write_report(report(optimizers, chosen.seeds, chosen.steps), chosen.out))
     print(f"Figure: {chosen.out / 'figure.png'}")
 
 

@@ -34,6 +34,7 @@ MODELS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
     "CNN 16-16, 28x28": (28, partial(models.cnn, width=16)),
     "residual net, 28x28": (28, partial(models.residual_net, width=32, num_blocks=4)),
     "transformer, width 128, depth 4": (28, partial(models.transformer, width=128, depth=4)),
+    "transformer, width 320, depth 6": (28, partial(models.transformer, width=320, depth=6)),
     "MLP 784-1024-1024-10": (28, partial(models.mlp, width=1024, depth=2)),
 }
 """Image size and builder by name."""

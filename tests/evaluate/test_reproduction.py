@@ -222,7 +222,7 @@ def test_local_entropy_is_that_of_the_explicit_hessian() -> None:
     data = Batch(
         torch.randn(30, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
     )
-    curvature = Curvature(num_examples=30, num_matvecs=9, gamma=10.0, num_probes=2000, num_lanczos=9)
+    curvature = Curvature(num_examples=30, num_matvecs=9, gamma=10.0, num_probes=200, num_lanczos=9)
     measured = curvature(model, data, 0)
     assert set(measured) == set(MEASURES)
     shapes = [param.shape for param in model.parameters()]
@@ -237,7 +237,7 @@ def test_local_entropy_is_that_of_the_explicit_hessian() -> None:
     shifted = hessian + 10 * torch.eye(9, dtype=torch.float64)
     log_det = torch.linalg.slogdet(shifted / 10)[1]
     expected = -loss(start) + 0.5 * grad @ torch.linalg.solve(shifted, grad) - 0.5 * log_det
-    assert measured["local_entropy"] == pytest.approx(expected.item(), abs=2e-3)
+    assert measured["local_entropy"] == pytest.approx(expected.item(), abs=6e-3)
     assert measured["top_eigenvalue"] == pytest.approx(torch.linalg.eigvalsh(hessian)[-1].item(), rel=1e-3)
 
 
