@@ -143,7 +143,7 @@ def stranded_client(clients):
 
 
 def make_learned(seed=0, card=""):
-    rule = OrthogonalizedMomentum(controller_hidden=3)
+    rule = OrthogonalizedMomentum()
     return LearnedRule(rule, rule.init_weights(torch.Generator().manual_seed(seed)), card)
 
 

@@ -96,9 +96,7 @@ def equal(first, second):
 finite = st.floats(allow_nan=False, allow_infinity=False)
 rules = st.one_of(
     st.builds(Adam, lr=finite, betas=st.tuples(finite, finite), eps=finite),
-    st.builds(
-        OrthogonalizedMomentum, strip_size=st.integers(0, 5), controller_hidden=st.integers(1, 5), base_step=finite
-    ),
+    st.builds(OrthogonalizedMomentum, strip_size=st.integers(0, 5), base_step=finite),
     st.builds(
         Toy,
         width=st.integers(0, 6),
@@ -413,7 +411,7 @@ def test_lengthened_weights_are_refused(tmp_path):
 
 
 def test_flipped_bits_never_change_the_weights(tmp_path):
-    reference = make_learned(OrthogonalizedMomentum(controller_hidden=2))
+    reference = make_learned(OrthogonalizedMomentum())
     folder = save(tmp_path / "rule", reference)
     chosen = random.Random(0)
     path = folder / "model.safetensors"

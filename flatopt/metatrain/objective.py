@@ -4,9 +4,8 @@ r"""The meta-objective: what one step of an inner run is judged by.
     J_t = w_t \big( \alpha\, \ell(f_\text{train}(x_t)) + \beta\, \ell(f_\text{meta}(x_{t+1}))
         + \epsilon\, e_\text{meta}(x_{t+1}) + \gamma\, s_t\, R(x_t) \big), \qquad w_t = w_0 + w_1 (t/T)^q
 
-for a known horizon :math:`T`, and the mean of the same weights, :math:`w_0 + w_1/(q+1)`, at every step of a run whose
-horizon the rule is not told: such a run has to be good whenever it is stopped.  The meta-loss is the mean of
-:math:`J_t` over steps and runs.
+for a run of :math:`T` steps, whether the rule is told that or not: where it is not, runs of many lengths ask it to be
+good whenever it is stopped.  The meta-loss is the mean of :math:`J_t` over steps and runs.
 
 :math:`\ell` is the identity or, with ``transform="log"``,
 
@@ -14,9 +13,9 @@ horizon the rule is not told: such a run has to be good whenever it is stopped. 
     \ell(F) = \ln \Big( \frac{F}{F_0 + 10^{-6}} + 10^{-6} \Big)
 
 with :math:`F_0` the loss at the start of the run, on its first batch; :math:`e` is the fraction of wrong classes, or
-the mean squared error.  :math:`R` is a measure of flatness of the loss
-on the training batch, at the parameters before the step, and :math:`s_t` is 1 where its schedule is on, else 0.
-Truncated backpropagation differentiates :math:`R` in :math:`x_t`; evolution strategies only evaluate it.
+the mean squared error.  :math:`R` is a measure of flatness of the loss on the training batch, at the parameters before
+the step, and :math:`s_t` is 1 where its schedule is on, else 0.  Truncated backpropagation differentiates :math:`R` in
+:math:`x_t`; evolution strategies only evaluate it.
 
 References:
     Wichrowska et al., 2017, https://arxiv.org/abs/1703.04813, for the logarithm.
@@ -66,11 +65,9 @@ def transform_loss(config: ObjectiveConfig, loss: Tensor, initial_loss: Tensor) 
     return (loss.clamp(min=0) / (initial_loss + LOG_EPS) + LOG_EPS).log()
 
 
-def step_weight(config: ObjectiveConfig, step: Tensor, horizon: Tensor, num_steps: Tensor) -> Tensor:
-    """Return ``w_t``, 0-D, for step ``step`` of ``horizon``, of which the rule is told ``num_steps``."""
-    known = config.base_weight + config.final_weight * (step / horizon) ** config.final_power
-    anytime = config.base_weight + config.final_weight / (config.final_power + 1)
-    return torch.where(torch.isfinite(num_steps), known, torch.full_like(known, anytime))
+def step_weight(config: ObjectiveConfig, step: Tensor, horizon: Tensor) -> Tensor:
+    """Return ``w_t``, 0-D, for step ``step`` of ``horizon``."""
+    return config.base_weight + config.final_weight * (step / horizon) ** config.final_power
 
 
 def clip_loss(loss: Tensor, bound: float) -> Tensor:

@@ -241,7 +241,7 @@ class Unroll:
             error = clip_loss(vmap(self.distribution.error)(runs.problem, params, meta), config.clip)
             value = value + config.error_weight * error
         value = value + config.flatness.coefficient * flatness
-        objective = step_weight(config, runs.step + 1, runs.horizon, runs.num_steps) * value
+        objective = step_weight(config, runs.step + 1, runs.horizon) * value
         return StepLosses(objective, train_loss, meta_loss, flatness)
 
 

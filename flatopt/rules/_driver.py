@@ -283,6 +283,8 @@ def _lay_out(
     """Share out all coordinates of what is here of each tensor; an empty one is a part of size 0."""
     numels = [piece.numel() for piece in pieces]
     cuts = [Strips.of(shape, max_strip) for shape in shapes]
+    largest = max((cut.size for cut in cuts if cut is not None), default=0)
+    cuts = [cut and cut._replace(padded=largest) for cut in cuts]
     firsts = first_strips or (0,) * len(pieces)
     groups: list[_Group] = []
     packs: list[_Pack] = []
@@ -590,7 +592,7 @@ def _reduce(
     for index, (tensors, cut) in enumerate(layout.groups):
         for position, tensor in enumerate(tensors if cut is not None else ()):
             assert cut is not None
-            placed = terms_SN.new_zeros(cut.number, cut.max_strip, cut.max_strip)
+            placed = terms_SN.new_zeros(cut.number, cut.padded, cut.padded)
             if index in grams:
                 first, gram = runs[index].first_strip, grams[index][position]
                 placed[first : first + len(gram)] = gram
@@ -598,7 +600,7 @@ def _reduce(
     rows = reduce(rows)
     size = len(terms_SN)
     whole = {
-        index: torch.stack([rows[tensor][size:].view(cut.number, cut.max_strip, cut.max_strip) for tensor in tensors])
+        index: torch.stack([rows[tensor][size:].view(cut.number, cut.padded, cut.padded) for tensor in tensors])
         for index, (tensors, cut) in enumerate(layout.groups)
         if cut is not None
     }

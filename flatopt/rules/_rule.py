@@ -18,8 +18,8 @@ Two of the five rules need no more than ``propose``.  A rule may add
 :func:`flatopt.rules.apply_rule` drives them.  The optimizer, the meta-trainer and the benchmarks all call it.
 
 Shape legend: ``N`` tensors, ``S`` sums per tensor, ``M`` memory per tensor, ``C`` controls per tensor, ``G`` numbers
-per tensor given to ``observe``, ``K`` strips of all tensors, ``s`` rows of a strip, ``n`` coordinates of one call: a
-tensor, a part of a large one, or several small ones side by side.
+per tensor given to ``observe``, ``K`` strips of all tensors, ``s`` rows of the largest strip, ``n`` coordinates of one
+call: a tensor, a part of a large one, or several small ones side by side.
 """
 
 from __future__ import annotations

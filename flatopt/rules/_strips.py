@@ -8,7 +8,7 @@ can be.  A strip ``X`` is as long as the longer axis, and its Gram matrix
 
 is a sum over that axis: pieces of a tensor, and shards of it on several processes, add up.
 
-Legend: ``*`` models and tensors of one shape, ``k`` strips of a tensor, ``S`` the most rows of a strip.
+Legend: ``*`` models and tensors of one shape, ``k`` strips of a tensor, ``S`` rows of a Gram matrix.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Strips(NamedTuple):
     """Rows of a strip, fewer in the last."""
     number: int
     """Strips of the whole tensor."""
-    max_strip: int
+    padded: int
+    """Rows of a Gram matrix, zero beyond those of the strip, so that all of a model are one batch."""
 
     @classmethod
     def of(cls, shape: TensorShape, max_strip: int) -> Strips | None:
@@ -39,20 +40,20 @@ class Strips(NamedTuple):
 
         Example:
             >>> Strips.of(TensorShape(100, 40), 32)
-            Strips(is_tall=True, size=20, number=2, max_strip=32)
+            Strips(is_tall=True, size=20, number=2, padded=20)
         """
         if not (max_strip and shape.is_matrix and shape.numel):
             return None
         short = min(shape[:2])
         at_least = -(-short // max_strip)
         size = -(-short // at_least)
-        return cls(shape.num_inputs < shape.num_outputs, size, -(-short // size), max_strip)
+        return cls(shape.num_inputs < shape.num_outputs, size, -(-short // size), size)
 
     def gram(self, matrix: Tensor) -> Tensor:
         """Return ``[*, k, S, S]`` for ``[*, outputs, inputs]``, for some of the strips or a part of the long axis."""
         parts = []
         for strips in self._cut(matrix):
-            gram, rest = strips @ strips.mT, self.max_strip - strips.shape[-2]
+            gram, rest = strips @ strips.mT, self.padded - strips.shape[-2]
             parts.append(F.pad(gram, (0, rest, 0, rest)) if rest else gram)
         return parts[0] if len(parts) == 1 else torch.cat(parts, -3)
 

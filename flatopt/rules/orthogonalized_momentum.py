@@ -26,10 +26,11 @@ with the directions in brackets clipped to :math:`\pm 5`.  The schedule :math:`s
 cosine to zero where the length of the run is known, and times :math:`(1 + t/100)^{-p}` where it is not;
 :math:`\rho_t` is the root mean square of the gradient over its largest value so far.
 
-The controller, a network of one hidden layer, maps what the tensor's own sums tell (:meth:`OrthogonalizedMomentum.mix`
-lists it) to :math:`\lambda, \omega, \alpha` and the :math:`\mu` of the next step.  No tensor knows of another.  The
-constants above are learned too, each as the logarithm of a factor.  With zero weights :math:`\lambda = \omega = \alpha
-= p = q = 0`: that is the untrained rule.
+The controller is linear: from what the tensor's own sums, its shape and the time tell
+(:meth:`OrthogonalizedMomentum.mix` lists it) it finds :math:`\lambda, \omega, \alpha` and the :math:`\mu` of the next
+step, with weights for matrices and others for vectors.  No tensor knows of another.  The constants above are learned
+too, each as the logarithm of a factor.  With zero weights :math:`\lambda = \omega = \alpha = p = q = 0`: that is the
+untrained rule.
 
 Without a known length, every tenth step goes back towards *slow weights* (lookahead):
 
@@ -83,8 +84,7 @@ CONSTANTS = (
 CONSTANT_SCALE = 4.0
 """What their weights are multiplied by: an evolution strategy perturbs all weights alike, and these matter more."""
 
-NUM_FEATURES = 19
-NUM_OUTPUTS = 4
+NUM_FEATURES = 17
 STEP_SCALES = (10.0, 100.0, 1000.0)
 FEATURE_BOUND = 3.0
 DIRECTION_BOUND = 5.0
@@ -106,12 +106,11 @@ class OrthogonalizedMomentum(UpdateRule):
         warmup_steps: length of the linear warm-up, before learning.
         decay_steps: time scale of the decay when the length of the run is unknown.
         slow_rate: how far the slow weights go to the fast ones, before learning.
-        controller_hidden: width of the hidden layer.
 
     Example:
         >>> rule = OrthogonalizedMomentum()
         >>> sum(weight.numel() for weight in rule.init_weights().values())
-        208
+        120
     """
 
     name: ClassVar[str] = "orthogonalized-momentum"
@@ -129,7 +128,6 @@ class OrthogonalizedMomentum(UpdateRule):
     warmup_steps: float = 10.0
     decay_steps: float = 100.0
     slow_rate: float = 0.3
-    controller_hidden: int = 8
 
     @property
     def max_strip(self) -> int:
@@ -137,11 +135,11 @@ class OrthogonalizedMomentum(UpdateRule):
         return self.strip_size
 
     def init_weights(self, generator: torch.Generator | None = None) -> Weights:
-        """Return zero constants, a random hidden layer and a zero output layer: the untrained rule."""
+        """Return zeros: the untrained rule."""
         return {
             **{f"constants.{name}": torch.zeros(()) for name in CONSTANTS},
-            **init_linear("controller.0", NUM_FEATURES, self.controller_hidden, generator),
-            **init_linear("controller.1", self.controller_hidden, NUM_OUTPUTS, generator, zero=True),
+            **init_linear("matrices", NUM_FEATURES, 4, generator, zero=True),
+            **init_linear("vectors", NUM_FEATURES, 2, generator, zero=True),
         }
 
     def init_state(self, weights: Weights, param: Tensor, generator: torch.Generator | None = None) -> State:
@@ -189,7 +187,7 @@ class OrthogonalizedMomentum(UpdateRule):
         norm_K = torch.linalg.vector_norm(relative, dim=(-2, -1)).clamp(min=self.strip_size**-0.5 / 2)
         gram = relative / norm_K[:, None, None]
         a, b, c = NEWTON_SCHULZ
-        identity = a * torch.eye(self.strip_size, dtype=gram.dtype, device=gram.device)
+        identity = a * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         factor = polynomial = half = gram
         for iteration in range(self.num_iterations):
             if iteration:
@@ -213,6 +211,10 @@ class OrthogonalizedMomentum(UpdateRule):
     ) -> tuple[Tensor, Tensor, State]:
         """Run the controller of every tensor.
 
+        It sees the signal-to-noise ratio of the momentum, its cosine with the gradient, the size of the gradient over
+        its largest so far, the effective rank of the strips, the size of the parameter, inputs, outputs and
+        coordinates, and the time, also as a fraction of the run if that is known.
+
         Returns:
             ``[N, 4]`` controls: what multiplies the polar factor, Adam's direction and the parameter, and the step.
         """
@@ -234,9 +236,11 @@ class OrthogonalizedMomentum(UpdateRule):
             (xx.nan_to_num() * fan + eps).log() / 4 + 0.5,
         ]
         in_run = torch.stack([*embed_step(context.step, STEP_SCALES), *_embed_horizon(context, known)]).to(fan)
-        x_FN = torch.cat([torch.stack(measured), table_FN[4:], in_run.unsqueeze(-1).expand(-1, len(fan))])
-        hidden_HN = linear(weights, "controller.0", x_FN.clamp(-FEATURE_BOUND, FEATURE_BOUND)).tanh()
-        outputs_4N = linear(weights, "controller.1", hidden_HN)
+        features = [torch.stack(measured), table_FN[4:], in_run.unsqueeze(-1).expand(-1, len(fan))]
+        x_FN = torch.cat(features).clamp(-FEATURE_BOUND, FEATURE_BOUND)
+        outputs_4N = linear(weights, "matrices", x_FN)
+        of_vectors = linear(weights, "vectors", x_FN)
+        outputs_4N = torch.where(is_matrix > 0, outputs_4N, torch.cat([of_vectors, outputs_4N[2:]]))
         log_step, log_decay, _, log_mix = 2 * torch.tanh(outputs_4N / 2)
         adam = torch.tanh(outputs_4N[2])
 
@@ -289,18 +293,16 @@ class OrthogonalizedMomentum(UpdateRule):
         return control_NC[:, 3]
 
     def _table(self, shapes: tuple[TensorShape, ...]) -> list[list[float]]:
-        """Return what is known of tensors before training, ``[9, N]``: four numbers for formulas, then features."""
+        """Return what is known of tensors before training, ``[7, N]``: four numbers for formulas, then features."""
         columns = []
         for shape in shapes:
             is_matrix = float(shape.is_matrix and self.strip_size > 0)
             numel, short = max(shape.numel, 1), max(min(shape.num_inputs, shape.num_outputs), 1)
             fan = max(shape.num_inputs, self.min_inputs) if shape.is_matrix else self.vector_inputs
             features = [
-                2 * is_matrix - 1,
                 (math.log(fan) - 4) / 2,
                 (math.log(shape.num_outputs + 1) - 4) / 2,
                 (math.log(shape.numel + 1) - 7) / 3,
-                1.0,
             ]
             columns.append([1 / numel, 2 * is_matrix * numel / short, fan, is_matrix, *features])
         return [list(row) for row in zip(*columns, strict=True)]

@@ -15,7 +15,7 @@ from flatopt.rules import OrthogonalizedMomentum, UpdateRule, Weights
 from flatopt.tasks import CNN, MLP, Images, Optimizee, TaskDistribution
 
 DIGITS = Images(sources=(("digits", 1.0),))
-RULE = OrthogonalizedMomentum(controller_hidden=4)
+RULE = OrthogonalizedMomentum()
 MODELS: dict[str, Optimizee] = {
     "linear": MLP(sizes=(64, 10)),
     "mlp": MLP(sizes=(64, 3, 10), activation="tanh"),

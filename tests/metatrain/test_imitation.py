@@ -98,7 +98,7 @@ def test_gradient_equals_finite_differences_and_no_run_depends_on_the_weights():
 def test_imitation_teaches_the_steps_of_adam():
     forced, generator = make_forced(num_tasks=4), torch.Generator().manual_seed(0)
     estimator = TruncatedBackprop(inner=forced)
-    weights = OrthogonalizedMomentum(strip_size=0, controller_hidden=4).init_weights(torch.Generator().manual_seed(0))
+    weights = OrthogonalizedMomentum(strip_size=0).init_weights(torch.Generator().manual_seed(0))
     leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
     optimizer = torch.optim.Adam(list(leaves.values()), lr=0.03)
     state, losses = estimator.init(weights, generator), []

@@ -61,10 +61,8 @@ def couple_by_hand(rule: UpdateRule, weights: Weights, matrix: Tensor) -> tuple[
     oriented = matrix.flatten(1).T if strips.is_tall else matrix.flatten(1)
     rows, terms = [], []
     for strip in oriented.split(strips.size):
-        gram = matrix.new_zeros(rule.max_strip, rule.max_strip)
-        gram[: len(strip), : len(strip)] = strip @ strip.T
-        factor, term = rule.couple(weights, gram[None])
-        rows.append(factor[0, : len(strip), : len(strip)] @ strip)
+        factor, term = rule.couple(weights, (strip @ strip.T)[None])
+        rows.append(factor[0] @ strip)
         terms.append(torch.cat(term))
     coupled = torch.cat(rows)
     return (coupled.T if strips.is_tall else coupled).reshape(-1), torch.stack(terms).sum(0)
