@@ -59,8 +59,6 @@ def train_one(unroll: Unroll, weights: Weights, runs: Runs, draws: Draws, run: i
         states, shared = dict(zip(states, result.states, strict=True)), result.shared
         after = float(unroll.distribution.loss(problem, params, meta))
         weight = 0.1 + 3 * (step / float(runs.horizon[run])) ** 4
-        if math.isinf(runs.num_steps[run]):
-            weight = 0.1 + 3 / 5
         value = 0.5 * float(loss.detach()) + after + 0.3 * gap
         losses.append([weight * value, float(loss.detach()), after, gap])
     final = runs._replace(params=params, states=states, shared=shared, step=torch.tensor(step))
