@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -33,12 +36,13 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
 
-def plain_loop(rule: LearnedRule, num_steps: int, **options: Any) -> nn.Module:
+def plain_loop(rule: LearnedRule | None, steps: int, period: int = 100, **options: Any) -> nn.Module:
+    """Train in the ordinary way; batches come again after each ``period``."""
     model = make_model()
-    opt = FlatOpt(model.parameters(), pretrained=rule, **options)
-    for step in range(num_steps):
+    opt = FlatOpt(model.parameters(), **(options if rule is None else options | {"pretrained": rule}))
+    for step in range(steps):
         opt.zero_grad()
-        loss_of(model, batch(step)).backward()
+        loss_of(model, batch(step % period)).backward()
         opt.step()
     return model
 
@@ -175,26 +179,80 @@ def test_step_in_a_compiled_training_step_runs(toy: LearnedRule) -> None:
 
 # --- the real ones, where installed; their own warnings are not ours ------------------------------------------------
 
-
-@pytest.mark.filterwarnings("ignore")
-def test_accelerate(toy: LearnedRule) -> None:
-    accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=True)
-    model = make_model()
-    opt = FlatOpt(model.parameters(), pretrained=toy)
-    prepared, prepared_opt = accelerator.prepare(model, opt)
-    for step in range(4):
-        prepared_opt.zero_grad()
-        accelerator.backward(loss_of(prepared, batch(step)))
-        prepared_opt.step()
-    assert_same_model(model, plain_loop(toy, 4))
+TABLE = Path(__file__).parent.parent / "docs" / "results" / "integrations.md"
+HEADER = ["Library", "Version", "What ran", "Against the plain loop", "Resumed run"]
+real = pytest.mark.filterwarnings("ignore", "error:.*[Ff]lat[Oo]pt:UserWarning", "error:.*num_steps:UserWarning")
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_pytorch_lightning(toy: LearnedRule, tmp_path: Path) -> None:
-    lightning = pytest.importorskip("pytorch_lightning")
+def library(name: str, *needed: str) -> Any:
+    """Import a library, or skip: absent, or broken as it is installed here."""
+    try:
+        for other in needed:
+            importlib.import_module(other)
+        return importlib.import_module(name)
+    except Exception as error:
+        pytest.skip(f"{name} cannot be imported: {error}")
 
-    class Module(lightning.LightningModule):
+
+def check_row(package: str, what: str, plain: str, resumed: str) -> None:
+    """Hold the row of docs/integrations.md to what ran here; ``FLATOPT_WRITE_TABLES=1`` writes it instead."""
+    lines = TABLE.read_text(encoding="utf-8").splitlines() if TABLE.exists() else []
+    rows = {cells[0]: cells for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])}
+    row = [package, importlib.metadata.version(package), what, plain, resumed]
+    if os.environ.get("FLATOPT_WRITE_TABLES"):
+        rows[package] = row
+        lines = [HEADER, ["---"] * len(HEADER), *(rows[name] for name in sorted(rows, key=str.lower))]
+        TABLE.write_text("".join("| " + " | ".join(line) + " |\n" for line in lines), encoding="utf-8")
+    else:
+        assert rows[package][2:] == row[2:], "FLATOPT_WRITE_TABLES=1 pytest tests/test_integrations.py renews the table"
+
+
+def compare(one: nn.Module, other: nn.Module) -> str:
+    """Return how well two models agree; fail if they do not."""
+    pairs = list(zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    if all(torch.equal(first, second) for first, second in pairs):
+        return "equal bit for bit"
+    for first, second in pairs:
+        torch.testing.assert_close(first, second)
+    return "equal to rounding"
+
+
+@real
+def test_accelerate(tmp_path: Path) -> None:
+    accelerate = library("accelerate")
+
+    def prepared() -> tuple[Any, nn.Module, Any]:
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = make_model()
+        return accelerator, *accelerator.prepare(model, FlatOpt(model.parameters(), num_steps=8))
+
+    def fit(accelerator: Any, model: nn.Module, opt: Any, first: int, last: int) -> None:
+        for step in range(first, last):
+            for half in batch(step).chunk(2):
+                with accelerator.accumulate(model):
+                    accelerator.backward(loss_of(model, half))
+                    opt.step()
+                    opt.zero_grad()
+
+    accelerator, model, opt = prepared()
+    fit(accelerator, model, opt, 0, 4)
+    accelerator.save_state(str(tmp_path))
+    fit(accelerator, model, opt, 4, 8)
+    other_accelerator, other, other_opt = prepared()
+    other_accelerator.load_state(str(tmp_path))
+    fit(other_accelerator, other, other_opt, 4, 8)
+    assert {float(state["step"]) for state in other_opt.optimizer.state.values()} == {8.0}
+    assert_same_state(opt.optimizer, other_opt.optimizer)
+    plain = compare(model, plain_loop(None, 8, num_steps=8))
+    check_row("accelerate", "`prepare`, accumulation over 2, `save_state`", plain, compare(model, other))
+
+
+@real
+@pytest.mark.parametrize("package", ["lightning", "pytorch-lightning"])
+def test_lightning(package: str, tmp_path: Path) -> None:
+    pl = library({"lightning": "lightning.pytorch"}.get(package, "pytorch_lightning"))
+
+    class Module(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.model = make_model()
@@ -203,61 +261,174 @@ def test_pytorch_lightning(toy: LearnedRule, tmp_path: Path) -> None:
             return loss_of(self.model, x)
 
         def configure_optimizers(self) -> FlatOpt:
-            return FlatOpt(self.model.parameters(), pretrained=toy)
+            return FlatOpt(self.parameters(), num_steps=int(self.trainer.estimated_stepping_batches))
 
-    def fit(num_epochs: int, **options: Any) -> tuple[Any, Any]:
+    def fit(max_steps: int, **options: Any) -> tuple[Any, Any]:
         module = Module()
-        trainer = lightning.Trainer(
-            max_epochs=num_epochs,
+        trainer = pl.Trainer(
+            max_epochs=2,
             accelerator="cpu",
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=tmp_path,
             enable_checkpointing=False,
+            callbacks=[StopAfter(max_steps)],
         )
-        loader = torch.utils.data.DataLoader([batch(step) for step in range(3)], batch_size=None)
+        loader = torch.utils.data.DataLoader([batch(step % 4) for step in range(4)], batch_size=None)
         trainer.fit(module, loader, **options)
         return module, trainer
 
-    module, trainer = fit(1)
-    assert_same_model(module.model, plain_loop(toy, 3))
+    class StopAfter(pl.Callback):
+        def __init__(self, steps: int):
+            self.steps = steps
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step >= self.steps
+
+    module, trainer = fit(4)
+    assert trainer.optimizers[0].param_groups[0]["num_steps"] == 8
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    resumed, resumed_trainer = fit(2, ckpt_path=tmp_path / "half.ckpt")
-    whole, whole_trainer = fit(2)
-    assert_same_model(resumed.model, whole.model)
+    resumed, resumed_trainer = fit(8, ckpt_path=tmp_path / "half.ckpt")
+    whole, whole_trainer = fit(8)
     assert_same_state(resumed_trainer.optimizers[0], whole_trainer.optimizers[0])
+    plain = compare(whole.model, plain_loop(None, 8, period=4, num_steps=8))
+    what = "`Trainer.fit`, `estimated_stepping_batches`, `ckpt_path`"
+    check_row(package, what, plain, compare(resumed.model, whole.model))
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_transformers_trainer(toy: LearnedRule, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
+class ForTrainer(nn.Module):
+    """What the Trainer takes for a model."""
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = make_model()
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
 
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"loss": loss_of(self.net, x)}
-
-    trainer = transformers.Trainer(
-        model=Model(),
-        args=transformers.TrainingArguments(
-            output_dir=str(tmp_path), max_steps=4, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True
-        ),
-        train_dataset=[{"x": row} for step in range(4) for row in batch(step)],
-        optimizer_cls_and_kwargs=(FlatOpt, {"lr": 1.0, "pretrained": toy, "num_steps": 4}),
-    )
-    trainer.train()
-    assert {float(state["step"]) for state in trainer.optimizer.optimizer.state.values()} == {4.0}
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"loss": loss_of(self.net, x)}
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_timm_factory(toy: LearnedRule) -> None:
-    timm_optim = pytest.importorskip("timm.optim")
-    registry = timm_optim._optim_factory.OptimizerRegistry()
-    registry.register(timm_optim.OptimInfo(name="flatopt", opt_class=FlatOpt, description="learned"))
-    opt = registry.create_optimizer(make_model(), "flatopt", lr=1.0, weight_decay=0.1, pretrained=toy)
+@real
+def test_transformers_trainer(tmp_path: Path) -> None:
+    transformers = library("transformers", "transformers.trainer", "accelerate")
+
+    def fit(name: str, **options: Any) -> tuple[nn.Module, Any]:
+        trainer = transformers.Trainer(
+            model=ForTrainer(make_model()),
+            args=transformers.TrainingArguments(
+                output_dir=str(tmp_path / name),
+                max_steps=8,
+                save_steps=4,
+                lr_scheduler_type="constant",
+                use_cpu=True,
+                report_to=[],
+                disable_tqdm=True,
+                max_grad_norm=0.0,
+            ),
+            train_dataset=[{"x": row} for step in range(8) for row in batch(step)],
+            optimizer_cls_and_kwargs=(FlatOpt, {"lr": 1.0, "num_steps": 8}),
+        )
+        trainer._get_train_sampler = lambda *_: None  # the batches of the plain loop, in their order
+        trainer.train(**options)
+        return trainer.model.net, trainer.optimizer.optimizer
+
+    whole, opt = fit("whole")
+    resumed, resumed_opt = fit("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert {float(state["step"]) for state in resumed_opt.state.values()} == {8.0}
+    assert_same_state(opt, resumed_opt)
+    what = "`Trainer`, `optimizer_cls_and_kwargs`, `resume_from_checkpoint`"
+    check_row("transformers", what, compare(whole, plain_loop(None, 8, num_steps=8)), compare(whole, resumed))
+
+
+@real
+def test_peft(tmp_path: Path) -> None:
+    peft = library("peft")
+
+    def adapted() -> tuple[nn.Module, FlatOpt]:
+        model = peft.get_peft_model(make_model(), peft.LoraConfig(r=2, target_modules=["0", "2"]))
+        return model, FlatOpt(model.parameters(), num_steps=8)
+
+    def fit(model: nn.Module, opt: FlatOpt, first: int, last: int) -> None:
+        for step in range(first, last):
+            opt.zero_grad()
+            loss_of(model, batch(step)).backward()
+            opt.step()
+
+    model, opt = adapted()
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    fit(model, opt, 0, 4)
+    model.save_pretrained(tmp_path)
+    torch.save(opt.state_dict(), tmp_path / "opt.pt")
+    fit(model, opt, 4, 8)
+    other, other_opt = adapted()
+    peft.set_peft_model_state_dict(other, peft.load_peft_weights(str(tmp_path), device="cpu"))
+    other_opt.load_state_dict(torch.load(tmp_path / "opt.pt", weights_only=True))
+    fit(other, other_opt, 4, 8)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, start[key]) is ("lora" not in key), key
+    assert len(opt.state) == 4  # the frozen parameters were given too
+    assert_same_state(opt, other_opt)
+    check_row("peft", "`get_peft_model` with LoRA, `save_pretrained`", "frozen weights stay", compare(model, other))
+
+
+@real
+def test_timm() -> None:
+    timm_optim = library("timm.optim")
+    name, registry = "flatopt", timm_optim._optim_factory.default_registry
+    registry.register(timm_optim.OptimInfo(name=name, opt_class=FlatOpt, description="learned"))
+
+    def made() -> tuple[nn.Module, FlatOpt]:
+        model = make_model()
+        return model, timm_optim.create_optimizer_v2(model, name, lr=1.0, weight_decay=0.1, num_steps=8)
+
+    def fit(model: nn.Module, opt: FlatOpt, first: int, last: int) -> None:
+        for step in range(first, last):
+            opt.zero_grad()
+            loss_of(model, batch(step)).backward()
+            opt.step()
+
+    model, opt = made()
     assert isinstance(opt, FlatOpt)
+    assert sorted(group["weight_decay"] for group in opt.param_groups) == [0.0, 0.1]  # none on biases
+    fit(model, opt, 0, 4)
+    other, other_opt = made()
+    other.load_state_dict(model.state_dict())
+    other_opt.load_state_dict(opt.state_dict())
+    fit(model, opt, 4, 8)
+    fit(other, other_opt, 4, 8)
+    plain = make_model()
+    decayed = [{"params": [param], "weight_decay": 0.1 * (param.dim() > 1)} for param in plain.parameters()]
+    fit(plain, FlatOpt(decayed, num_steps=8), 0, 8)
+    what = "`create_optimizer_v2` through its registry, weight decay by groups"
+    check_row("timm", what, compare(model, plain), compare(model, other))
+
+
+@real
+def test_schedulefree_wrapper() -> None:
+    schedulefree = library("schedulefree")
+
+    def made() -> tuple[nn.Module, Any]:
+        model = make_model()
+        return model, schedulefree.ScheduleFreeWrapper(FlatOpt(model.parameters()), momentum=0.9)
+
+    def fit(model: nn.Module, opt: Any, first: int, last: int) -> None:
+        opt.train()
+        for step in range(first, last):
+            opt.zero_grad()
+            loss_of(model, batch(step)).backward()
+            opt.step()
+
+    model, opt = made()
+    before = float(loss_of(model, batch(0)).detach())
+    fit(model, opt, 0, 20)
+    opt.eval()  # as it asks to before saving
+    other, other_opt = made()
+    other.load_state_dict(model.state_dict())
+    other_opt.load_state_dict(opt.state_dict())
+    fit(model, opt, 20, 40)
+    fit(other, other_opt, 20, 40)
+    opt.eval()
+    other_opt.eval()
+    assert float(loss_of(model, batch(0)).detach()) < before
+    what = "`ScheduleFreeWrapper`, `train`, `eval`"
+    check_row("schedulefree", what, "another method", compare(model, other))

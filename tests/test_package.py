@@ -181,7 +181,7 @@ def test_wheel_requires_exactly_three_distributions(wheel: Path) -> None:
         commands = archive.read(scripts).decode()
     required = [line for line in headers.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert sorted(line.split(">")[0] for line in required) == ["huggingface-hub", "safetensors", "torch"]
-    assert set(headers.get_all("Provides-Extra", [])) == {"train", "eval", "test", "docs"}
+    assert set(headers.get_all("Provides-Extra", [])) == {"train", "eval", "test", "docs", "integrations"}
     assert headers["License-Expression"] == "Apache-2.0"
     assert "flatopt-train = flatopt.metatrain.cli:main" in commands
     assert "flatopt-eval = flatopt.evaluate.cli:main" in commands

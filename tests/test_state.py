@@ -243,3 +243,25 @@ def test_a_distributed_checkpoint_knows_its_weights(tmp_path: Path, flatten: boo
         forced_model, forced = fresh(other, allow_other_weights=True)
         load(forced_model, forced)
     assert_same_state(forced, opt)
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_distributed_checkpoint_without_a_record_loads_in_part(tmp_path: Path, flatten: bool) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    one, other = two_sets("toy-mixer")
+    model = nn.Linear(3, 2)
+    opts = [FlatOpt(model.parameters(), pretrained=weights) for weights in (one, other)]
+    for opt in opts:
+        step_with(opt, list(model.parameters()), 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that there is no process group
+        old = get_optimizer_state_dict(model, opts[0], options=options)
+        for values in [old] if flatten else old["param_groups"]:
+            for key in [key for key in values if ".weights_" in f".{key}"]:
+                del values[key]
+        dcp.save({"opt": old}, checkpoint_id=tmp_path, no_dist=True)
+        loaded = {"opt": get_optimizer_state_dict(model, opts[1], options=options)}
+        planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+        dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True, planner=planner)
+        set_optimizer_state_dict(model, opts[1], loaded["opt"], options=options)
+    assert_same_state(*opts)

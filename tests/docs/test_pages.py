@@ -63,6 +63,7 @@ NEEDS = {
     "flatness.md": ("matplotlib",),
     "replace-adam.md": ("sklearn",),
     "lightning.md": ("lightning",),
+    "integrations.md": ("timm.optim",),
     "hf-trainer.md": ("accelerate", "transformers.trainer"),
 }
 """Modules that a page needs, beyond those that flatopt requires."""
