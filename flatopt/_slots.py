@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _dtensor as dtensor
+from ._state import compute_dtype
 from .rules import State, Strips, TensorShape, UpdateRule
 
 
@@ -83,12 +83,7 @@ def largest(slots: Sequence[Slot], dtype: torch.dtype) -> list[Tensor]:
 
 def bucket_of(param: Tensor) -> tuple[torch.device, torch.dtype]:
     """Return device and compute dtype of a parameter: those that agree are updated together."""
-    return param.device, _compute_dtype(param.dtype)
-
-
-@cache
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype.to_real(), torch.float32)
+    return param.device, compute_dtype(param)
 
 
 def real_view(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import _dtensor as dtensor
 from ._groups import name_of
 from .pretrained import LearnedRule
+from .rules import UpdateRule, Weights
 
 SHARED_PREFIX = "shared."
 """Marks the copies of the shared state, which every parameter keeps so that a checkpoint is keyed by parameters."""
@@ -26,25 +27,28 @@ Groups = Sequence[dict[str, Any]]
 class StateLayout(NamedTuple):
     """Keys and shapes of the state that a rule keeps of a parameter."""
 
-    rule: str
+    rule: UpdateRule
     per_tensor: dict[str, torch.Size]
     """Shapes by key."""
     per_coordinate: dict[str, torch.Size]
     """What stands behind the shape of the parameter, by key."""
     shared: frozenset[str]
     """Keys of the shared state, with their prefix."""
+    compressed: torch.dtype | None
+    """What the compressible part is kept in, ``None`` for what all is kept in."""
 
     @classmethod
-    def of(cls, learned: LearnedRule) -> StateLayout:
+    def of(cls, learned: LearnedRule, compressed: torch.dtype | None) -> StateLayout:
         """Return the layout of a rule's state."""
         rule, weights = learned.rule, learned.weights
         example = rule.init_state(weights, torch.zeros(1))
         once = {"step", *rule.memory}
         return cls(
-            rule.name,
+            rule,
             {key: value.shape for key, value in example.items() if key in once},
             {key: value.shape[1:] for key, value in example.items() if key not in once},
             frozenset(SHARED_PREFIX + key for key in rule.init_shared(weights)),
+            compressed,
         )
 
     @property
@@ -57,7 +61,9 @@ class StateLayout(NamedTuple):
         return any(key in state for key in self.per_coordinate or self.per_tensor)
 
     def check_shapes(self, state: Mapping[str, Any], param: Tensor, groups: Groups) -> None:
-        """Raise ``ValueError`` unless every value per coordinate has the shape of the parameter; cheap."""
+        """Raise ``ValueError`` unless all is there and every value per coordinate has the parameter's shape; cheap."""
+        for key in self.per_tensor.keys() - state.keys():
+            self._refuse(key, None, self.per_tensor[key], param, groups)
         shape = torch.Size((*param.shape, 2)) if param.is_complex() else param.shape
         for key, extra in self.per_coordinate.items():
             found = getattr(state.get(key), "shape", None)
@@ -69,7 +75,7 @@ class StateLayout(NamedTuple):
         for key in sorted({*self.keys, *self.shared} - state.keys()):
             raise ValueError(
                 f"state of {name_of(param, groups)} has no {key!r}: it was saved by another optimizer or rule "
-                f"than {self.rule!r}"
+                f"than {self.rule.name!r}"
             )
         self.check_shapes(state, param, groups)
         for key, shape in self.per_tensor.items():
@@ -79,14 +85,43 @@ class StateLayout(NamedTuple):
     def _refuse(self, key: str, found: Any, expected: torch.Size, param: Tensor, groups: Groups) -> None:
         if found is None:
             raise ValueError(
-                f"state of {name_of(param, groups)} has no tensor {key!r}, which the rule {self.rule!r} keeps"
+                f"state of {name_of(param, groups)} has no tensor {key!r}, which the rule {self.rule.name!r} keeps"
             )
         raise ValueError(
             f"state {key!r} of {name_of(param, groups)} has shape {list(found)}, but the parameter needs "
             f"{list(expected)}: load a state of this shape, or delete optimizer.state[param] to start it anew"
         )
 
-    def take(self, key: str, value: Any, param: Tensor, dtype: torch.dtype) -> Any:
+    def make(
+        self, weights: Weights, param: Tensor, generator: torch.Generator, shared: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the state of a parameter before its first step."""
+        dtype = compute_dtype(param)
+        whole = torch.view_as_real(param) if param.is_complex() else param
+        with dtensor.replicated_weights(param):
+            fresh = self.rule.init_state(weights, whole.detach().to(dtype).contiguous(), generator)
+            state = {
+                key: dtensor.local_copy(value)
+                if key in self.per_tensor
+                else dtensor.placed_like(value.to(self._kept_dtype(key, dtype)), param)
+                for key, value in fresh.items()
+            }
+        state["num_skipped"] = torch.zeros((), dtype=torch.int64, device=param.device)
+        return state | {SHARED_PREFIX + key: value.clone() for key, value in shared.items()}
+
+    def take(self, saved: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+        """Return a copy of a saved state, where and how it is kept."""
+        dtype = compute_dtype(param)
+        taken = {key: self._take(key, value, param, self._kept_dtype(key, dtype)) for key, value in saved.items()}
+        return {"num_skipped": torch.zeros((), dtype=torch.int64, device=param.device)} | taken
+
+    def _kept_dtype(self, key: str, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype that a value is kept in between steps."""
+        if key == "num_skipped":
+            return torch.int64
+        return self.compressed if self.compressed and key in self.rule.compressible_state else dtype
+
+    def _take(self, key: str, value: Any, param: Tensor, dtype: torch.dtype) -> Any:
         """Return a copy of a saved value, on the device of ``param``, sharded as it is, in ``dtype`` if of its kind."""
         if isinstance(value, int | float):
             return torch.tensor(value, dtype=dtype, device=param.device)
@@ -99,6 +134,11 @@ class StateLayout(NamedTuple):
         if key in self.per_coordinate and dtensor.is_dtensor(copied) != dtensor.is_dtensor(param):
             return dtensor.placed_like(dtensor.whole_copy(copied), param)
         return copied
+
+
+def compute_dtype(param: Tensor) -> torch.dtype:
+    """Return the real dtype that a parameter is computed on in."""
+    return torch.promote_types(param.dtype.to_real(), torch.float32)
 
 
 def shared_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -99,5 +99,6 @@ class Watch:
         )
 
     def new_length(self) -> None:
-        """Forget that a run went on beyond its length."""
+        """Forget a length that was adopted, and that the run went on beyond one."""
         self.told.discard("over")
+        self.adopted = None

@@ -324,11 +324,13 @@ class FlatOpt(Optimizer):
         if self._compiled is not None:
             self._phases = self._compiled.phases()
         with real_tensors():
-            self._layout = StateLayout.of(self.learned)
+            self._layout = StateLayout.of(self.learned, self._state_dtype)
 
     def _holders(self) -> list[Tensor]:
         """Return the parameters that have a state."""
-        return [param for param, state in self.state.items() if isinstance(param, Tensor) and "step" in state]
+        return [
+            param for param, state in self.state.items() if isinstance(param, Tensor) and self._layout.is_made(state)
+        ]
 
     def _slots(self) -> Iterator[Slot]:
         """Yield every parameter that has a gradient."""
@@ -380,33 +382,18 @@ class FlatOpt(Optimizer):
         return self._weights[device, dtype]
 
     def _init_state(self, param: Tensor) -> None:
-        """Make the state of a parameter."""
-        rule, weights = self.learned.rule, self._weights_for(param)
-        whole = torch.view_as_real(param) if param.is_complex() else param
-        dtype = bucket_of(param)[1]
-        with dtensor.replicated_weights(param):
-            fresh = rule.init_state(weights, whole.detach().to(dtype).contiguous(), self._generator(param))
-            state = {
-                key: dtensor.local_copy(value)
-                if key == "step" or key in rule.memory
-                else dtensor.placed_like(value.to(self._kept_dtype(key, dtype)), param)
-                for key, value in fresh.items()
-            }
-        state["num_skipped"] = torch.zeros((), dtype=torch.int64, device=param.device)
-        relatives = (self.state[other] for other in self._holders() if bucket_of(other) == bucket_of(param))
-        shared = shared_of(next(relatives, {})) or rule.init_shared(weights)
-        state.update({SHARED_PREFIX + key: value.clone() for key, value in shared.items()})
-        self.state[param].update(state)
+        """Make the state of a parameter; it joins in the shared state."""
+        weights, shared = self._weights_for(param), {}
+        if self._layout.shared:
+            relatives = (self.state[other] for other in self._holders() if bucket_of(other) == bucket_of(param))
+            shared = shared_of(next(relatives, {})) or self.learned.rule.init_shared(weights)
+        self.state[param].update(self._layout.make(weights, param, self._generator(param), shared))
 
     def _generator(self, param: Tensor) -> torch.Generator:
         """Return the source of the initial state of a parameter: its own, so that no order of creation matters."""
         everywhere = (other for group in self.param_groups for other in group["params"])
         index = next(index for index, other in enumerate(everywhere) if other is param)
         return state_generator(int(self.param_groups[0]["seed"]), index)
-
-    def _kept_dtype(self, key: str, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype that a floating-point value of the state is kept in between steps."""
-        return self._state_dtype if self._state_dtype and key in self.learned.rule.compressible_state else dtype
 
     def _measure(self, slots: Sequence[Slot], bucket: tuple[torch.device, torch.dtype]) -> float:
         """Fill in gradients, their largest absolute values (inf for NaN) and steps; return the last step of the bucket.
@@ -493,12 +480,8 @@ class FlatOpt(Optimizer):
     def _restore(self, state_dict: dict[str, Any], given: Sequence[float]) -> None:
         """Replace the loaded state by exact copies, on the device and in the dtypes it is kept in."""
         for param_id, param in self._pairs(state_dict):
-            for key, value in state_dict["state"].get(param_id, {}).items():
-                wanted = torch.int64 if key == "num_skipped" else self._kept_dtype(key, bucket_of(param)[1])
-                self.state[param][key] = self._layout.take(key, value, param, wanted)
-            if self.state.get(param):
-                skipped = torch.zeros((), dtype=torch.int64, device=param.device)
-                self.state[param].setdefault("num_skipped", skipped)
+            if saved := state_dict["state"].get(param_id):
+                self.state[param].update(self._layout.take(saved, param))
         for group in self.param_groups:
             group.update(record_of(self.learned))
         self._watch.restore_length(self.param_groups, given)

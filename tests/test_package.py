@@ -34,8 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "_warn": set(),
     "_groups": {"_abstract"},
     "_watch": {"_groups", "_warn"},
-    "_state": {"_dtensor", "_groups", "pretrained"},
-    "_slots": {"_dtensor", "rules"},
+    "_state": {"_dtensor", "_groups", "pretrained", "rules"},
+    "_slots": {"_dtensor", "_state", "rules"},
     "optimizer": {
         *{"_abstract", "_compile", "_dtensor", "_groups", "_slots", "_state", "_warn", "_watch"},
         *{"pretrained", "rules"},
