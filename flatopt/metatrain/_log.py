@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import sys
@@ -45,7 +46,8 @@ class Log(AbstractContextManager["Log"]):
     def __init__(self, config: MetaTrainConfig, out: Path, state: RunState):
         self._config = config
         self._board = _open_tensorboard(out, state.update) if config.tensorboard else None
-        self._file = _open_metrics(out / "metrics.jsonl", state.update)
+        self._path = out / "metrics.jsonl"
+        self._file = _open_metrics(self._path, state.update)
         self._state = state
         self._bar: Any = _open_bar(config.num_updates, state.update, "update") if sys.stderr.isatty() else None
         self._first_update, self._started = state.update, time.monotonic()
@@ -82,16 +84,35 @@ class Log(AbstractContextManager["Log"]):
             self._board.close()
         if self._bar is not None:
             self._bar.close()
-        if error is not None:
-            return
+        if error is None:
+            print(self._summary(), file=sys.stderr)
+
+    def _summary(self) -> str:
+        """Return the last line of a run: how long it took, where the meta-loss began and where it ended."""
         state = self._state
         summary = f"{state.update} of {self._config.num_updates} updates in {timedelta(seconds=round(state.seconds))}"
-        summary += f", meta-loss {_number(state.smoothed_loss)}"
+        first = next(iter(self._path.read_text().splitlines()), None)
+        if first is not None:
+            begin = json.loads(first)
+            summary += f", meta-loss {_number(begin['smoothed_loss'])} at update {begin['update']}, "
+            summary += f"{_number(state.smoothed_loss)} now (moving average of the objective: lower is better)"
         if state.progress.finished:
             summary += ", ended by validation"
         if state.num_dropped:
             summary += f", {state.num_dropped} meta-gradients were not finite and were dropped"
-        print(summary, file=sys.stderr)
+        return summary
+
+
+class NoLog(AbstractContextManager["NoLog"]):
+    """What the other processes of a run tell: nothing."""
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Do nothing."""
 
 
 def _open_metrics(path: Path, update: int) -> Any:
@@ -109,11 +130,15 @@ def _open_metrics(path: Path, update: int) -> Any:
     return path.open("a")
 
 
+def check_tensorboard() -> None:
+    """Raise ``ValueError`` unless TensorBoard events can be written."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("tensorboard=true needs the package: pip install tensorboard")
+
+
 def _open_tensorboard(out: Path, update: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("tensorboard=true needs the package: pip install tensorboard") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(out / "tensorboard"), purge_step=update + 1)
 
 

@@ -60,6 +60,10 @@ class StopOnSignal(AbstractContextManager["StopOnSignal"]):
         finally:
             self._at_once = False
 
+    def requested(self) -> bool:
+        """Return whether a signal has come."""
+        return self.signal_number is not None
+
     def interruption(self, update: int) -> TrainingInterrupted:
         """Return what tells a caller that a signal ended the run after ``update``."""
         assert self.signal_number is not None

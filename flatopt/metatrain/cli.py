@@ -1,4 +1,4 @@
-"""``flatopt-train``: run, resume and export meta-training; import weights that others published.
+"""``flatopt-train``: run, resume, plot and export meta-training; import weights that others published.
 
 Exit codes: 0 when done; 2 for a request that cannot be carried out, with one line that says why; 130 after SIGINT and
 143 after SIGTERM, when the run has been saved and can be resumed.
@@ -11,20 +11,26 @@ import logging
 import shlex
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._extensions import extend
+from .._version import __version__
 from ..flatness import MEASURES
 from ..pretrained import push_to_hub
 from ..rules import RULES
+from ._describe import recipe_table, settings
+from ._ranks import was_restarted
 from ._stop import TrainingInterrupted
+from .checkpoint import RunState, latest
+from .config import MetaTrainConfig
 from .export import export_rule
-from .families import FAMILIES
+from .families import FAMILIES, check_families
 from .import_weights import FORMATS, import_weights
 from .recipes import RECIPES
-from .trainer import check_unused, load_run, train
+from .trainer import ADJUSTABLE, check_device, check_unused, describe_run, load_run, train
 
 REGISTRIES: dict[str, dict[str, Any]] = {
     "RULES": RULES,
@@ -50,15 +56,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         extend(REGISTRIES, arguments.imports)
         command(arguments)
     except (ValueError, OSError) as error:
-        print(f"flatopt-train: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error, str(error), arguments)
+    except ImportError as error:
+        missing = f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else str(error)
+        extra = "eval" if (error.name or "").startswith("matplotlib") else "train"
+        return _refuse(error, f"{missing}: pip install 'flatopt[{extra}]'", arguments)
     except TrainingInterrupted as interruption:
-        print(f"flatopt-train: {interruption}; go on with: flatopt-train resume {arguments.out}", file=sys.stderr)
+        print(f"flatopt-train: {interruption}; {_go_on(arguments.out)}", file=sys.stderr)
         return 128 + interruption.signal_number
     except KeyboardInterrupt:
         print("flatopt-train: interrupted by SIGINT; nothing was lost", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+def _refuse(error: Exception, reason: str, arguments: argparse.Namespace) -> int:
+    """Say in one line why a request cannot be carried out, and how to go on with a run that has begun."""
+    line = " ".join(reason.split())
+    begun = arguments.command in (_run, _resume) and (arguments.out / "checkpoints").is_dir()
+    if begun and isinstance(error, OSError | ImportError):
+        line += f"; then {_go_on(arguments.out)}"
+    print(f"flatopt-train: {line}", file=sys.stderr)
+    return 2
+
+
+def _go_on(out: Path) -> str:
+    return f"go on with: flatopt-train resume {out}"
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -77,6 +100,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flatopt-train", description="Learn the weights of an update rule.")
+    parser.add_argument("--version", action="version", version=f"flatopt {__version__}")
     _add_import(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -85,17 +109,27 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    add("list", _list, "show the recipes")
+    add("list", _list, "show the recipes, and how long their shipped runs took on what hardware")
+
+    show = add("show", _show, "show what a recipe is for, and every key that can be set")
+    show.add_argument("recipe", metavar="RECIPE", help="a name from `flatopt-train list`")
+    show.add_argument("overrides", nargs="*", metavar="key=value", help="settings to show it with")
 
     run = add("run", _run, "start a run")
     run.add_argument("recipe", metavar="RECIPE", help="a name from `flatopt-train list`")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="for example estimator.std=0.02")
     run.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run, empty or absent")
     run.add_argument("--device", default="cpu", help="where to compute, for example cuda (default: cpu)")
+    run.add_argument("--dry-run", action="store_true", help="check everything and show the settings, but do nothing")
 
     resume = add("resume", _resume, "go on from the last whole checkpoint")
     resume.add_argument("out", type=Path, metavar="DIR", help="folder of the run")
+    resume.add_argument("overrides", nargs="*", metavar="key=value", help=f"one of {', '.join(ADJUSTABLE)}")
     resume.add_argument("--device", default="cpu", help="where to compute, for example cuda (default: cpu)")
+
+    plot = add("plot", _plot, "draw meta-loss, gradient norm, signal-to-noise ratio and families of a run")
+    plot.add_argument("out", type=Path, metavar="DIR", help="folder of the run")
+    plot.add_argument("--to", type=Path, metavar="FILE", help="figure to write (default: DIR/metrics.png)")
 
     export = add("export", _export, "save the learned rule of the last whole checkpoint")
     export.add_argument("out", type=Path, metavar="DIR", help="folder of the run")
@@ -122,23 +156,49 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    for name, recipe in RECIPES.items():
-        config = recipe()
-        first_line = (recipe.__doc__ or "").partition("\n")[0]
-        print(f"{name:18} {config.rule}, {config.num_updates} updates.  {first_line}")
+    print("\n".join(recipe_table(RECIPES)))
+    print("took, on: the run behind the shipped set of that name; more of one: flatopt-train show RECIPE")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    print(textwrap.dedent(f"    {RECIPES[arguments.recipe].__doc__ or ''}").strip().replace("Return", "Is", 1))
+    print("\n".join(settings(config)))
+
+
+def _config(arguments: argparse.Namespace) -> MetaTrainConfig:
+    if arguments.recipe not in RECIPES:
+        raise ValueError(f"unknown recipe {arguments.recipe!r}: valid are {', '.join(RECIPES)}")
+    return RECIPES[arguments.recipe]().override(arguments.overrides)
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    if arguments.recipe not in RECIPES:
-        raise ValueError(f"unknown recipe {arguments.recipe!r}: valid are {', '.join(RECIPES)}")
-    config = RECIPES[arguments.recipe]().override(arguments.overrides)
-    check_unused(arguments.out)
-    train(config, arguments.out, device=arguments.device, command=arguments.line)
+    config = _config(arguments)
+    if arguments.dry_run:
+        check_unused(arguments.out)
+        check_families(task.name for task in config.tasks)
+        print("\n".join(settings(config)))
+        print(
+            f"{describe_run(RunState.fresh(config), check_device(arguments.device), arguments.out)} (nothing was done)"
+        )
+    else:
+        # After the loss of a process torchrun gives the same command again.
+        resume = was_restarted() and latest(arguments.out / "checkpoints") is not None
+        train(config, arguments.out, device=arguments.device, resume=resume, command=arguments.line)
 
 
 def _resume(arguments: argparse.Namespace) -> None:
-    config = load_run(arguments.out).config
+    config = load_run(arguments.out).config.override(arguments.overrides)
     train(config, arguments.out, device=arguments.device, resume=True, command=arguments.line)
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    # Imported here: matplotlib is not needed to train.
+    from ._plot import draw_run, read_metrics
+
+    path = arguments.to or arguments.out / "metrics.png"
+    draw_run(read_metrics(arguments.out / "metrics.jsonl")).savefig(path, dpi=150)
+    print(f"drawn in {path}")
 
 
 def _export(arguments: argparse.Namespace) -> None:

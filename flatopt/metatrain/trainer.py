@@ -15,6 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,33 @@ import torch
 from torch import Tensor
 
 from ..rules import Weights
-from ._log import Log, track
+from ._log import Log, NoLog, check_tensorboard, track
+from ._ranks import Ranks, joined
 from ._session import describe_session
 from ._stop import StopOnSignal, Stopped
 from .checkpoint import WRITING, RunState, latest, save
 from .config import MetaTrainConfig
 from .curriculum import Verdict, decide, validation_steps
-from .estimators import GradientEstimator, MetaGradient, build_estimator
+from .estimators import GradientEstimator, build_estimator, untracked
 from .families import check_families
 from .meta_optimizer import build_meta_optimizer, learning_rate, optimizer_state
 
 SMOOTHING = 0.98
 """Decay of the moving average of the meta-loss that is shown and logged."""
+
+ADJUSTABLE = (
+    "num_updates",
+    "schedule_updates",
+    "meta_lr",
+    "meta_lr_final_fraction",
+    "max_grad_norm",
+    "checkpoint_every",
+    "checkpoint_every_seconds",
+    "log_every",
+    "compile",
+    "tensorboard",
+)
+"""What may be changed on resuming: a longer run, another end of its schedule, how it is computed and logged."""
 
 Validate = Callable[[Weights, int | None], Verdict]
 """``validate(weights, num_steps)``: the loss of weights; ``num_steps`` is ``None`` without a curriculum."""
@@ -55,7 +71,7 @@ def train(
     SIGTERM takes the current update back and writes a checkpoint; the second ends the process at once.
 
     Args:
-        config: everything that decides what is computed; on resuming, it must be that of the run.
+        config: everything that decides what is computed; on resuming, that of the run, except for ``ADJUSTABLE``.
         out: folder of the run, empty or absent unless resuming.
         device: where to compute.
         estimator: replaces the one that ``config.estimator`` names.
@@ -75,36 +91,49 @@ def train(
         TrainingInterrupted: after SIGINT or SIGTERM.
     """
     out = Path(out)
-    device = _check_device(device)
+    if config.tensorboard:
+        check_tensorboard()
+    if estimator is None:
+        check_families(task.name for task in config.tasks)
+    with joined(check_device(device)) as (ranks, device):
+        state = _begin(config, out, ranks, resume=resume)
+        if ranks.is_main:
+            print(describe_run(state, device, out), file=sys.stderr)
+        with StopOnSignal() as stop:
+            if estimator is None:
+                show = track if ranks.is_main else untracked
+                estimator = build_estimator(config, config.build_rule(), device, show, ranks)
+            if validate is None and config.validate_every:
+                # Imported here: the inner problems behind it need data.
+                from .validation import build_validation
+
+                validate = build_validation(config, config.build_rule(), device, ranks)
+            state.sessions = [*state.sessions, {**describe_session(device, command), "first_update": state.update}]
+            run = _Run(state.to(device), estimator, validate, ranks)
+            if not resume:
+                run.save(state, out)
+            try:
+                with stop.at_once():
+                    run.prepare()
+            except Stopped:
+                raise stop.interruption(state.update) from None
+            with Log(config, out, run.state) if ranks.is_main else NoLog() as log:
+                _loop(out, run, log, stop)
+        return {name: weight.cpu() for name, weight in run.state.shipped_weights.items()}
+
+
+def _begin(config: MetaTrainConfig, out: Path, ranks: Ranks, *, resume: bool) -> RunState:
+    """Return the state that a run begins or goes on with, on the CPU."""
     if resume:
         state = load_run(out)
         _check_resumable(state, config, out)
+        state.config = config
     else:
-        check_unused(out)
+        if ranks.is_main:
+            check_unused(out)
         state = RunState.fresh(config)
-    if estimator is None:
-        check_families(task.name for task in config.tasks)
-    print(_describe_run(state, device, out), file=sys.stderr)
-    with StopOnSignal() as stop:
-        if estimator is None:
-            estimator = build_estimator(config, config.build_rule(), device, track)
-        if validate is None and config.validate_every:
-            # Imported here: the inner problems behind it need data.
-            from .validation import build_validation
-
-            validate = build_validation(config, config.build_rule(), device)
-        state.sessions = [*state.sessions, {**describe_session(device, command), "first_update": state.update}]
-        if not resume:
-            save(state, out / "checkpoints")
-        run = _Run(state.to(device), estimator, validate)
-        try:
-            with stop.at_once():
-                run.prepare()
-        except Stopped:
-            raise stop.interruption(state.update) from None
-        with Log(config, out, run.state) as log:
-            _loop(out, run, log, stop)
-    return {name: weight.cpu() for name, weight in run.state.shipped_weights.items()}
+    ranks.wait()  # the first to go on writes into the folder
+    return state
 
 
 def load_run(out: Path) -> RunState:
@@ -132,8 +161,8 @@ def check_unused(out: Path) -> None:
 class _Run:
     """A state, and what works on it: its tensors are changed in place by the meta-optimizer alone."""
 
-    def __init__(self, state: RunState, estimator: GradientEstimator, validate: Validate | None):
-        self.state, self.config = state, state.config
+    def __init__(self, state: RunState, estimator: GradientEstimator, validate: Validate | None, ranks: Ranks):
+        self.state, self.config, self.ranks = state, state.config, ranks
         self.estimator, self._validate = estimator, validate
         self.generator = torch.Generator()
         self.generator.set_state(state.generator)
@@ -149,14 +178,21 @@ class _Run:
             state.estimator = self.estimator.init(_copy(state.weights), self.generator, state.num_steps)
             state.generator = self.generator.get_state()
 
+    def save(self, state: RunState, out: Path) -> None:
+        """Write a checkpoint, by one of the processes."""
+        if self.ranks.is_main:
+            save(state, out / "checkpoints")
+
     def update(self) -> dict[str, Any]:
         """Do one meta-update, and the validation that is due after it; return the metrics of both."""
         state = self.state
         meta, state.estimator = self.estimator.estimate(state.weights, state.estimator, self.generator, state.num_steps)
-        norm, loss = float(_norm(meta)), float(meta.loss)
+        # All processes have the same gradient, to rounding if they are not of one kind: they all take the same step.
+        gradient = {name: value / self.ranks.size for name, value in self.ranks.sum(meta.gradient).items()}
+        norm, loss = float(_norm(gradient)), float(meta.loss)
         lr = learning_rate(self.config, state.update)
         if math.isfinite(norm):
-            self._apply(meta.gradient, norm, lr)
+            self._apply(gradient, norm, lr)
         else:
             state.num_dropped += 1
         if math.isfinite(loss):
@@ -225,39 +261,42 @@ class _Run:
         self.state.best_validation = best
 
 
-def _loop(out: Path, run: _Run, log: Log, stop: StopOnSignal) -> None:
+def _loop(out: Path, run: _Run, log: Log | NoLog, stop: StopOnSignal) -> None:
     """Update until the end or a signal, which takes an update back that it meets; the last one done is always saved."""
     state, config = run.state, run.config
     saved_update, saved_time = state.update, time.monotonic()
-    while not state.is_done and stop.signal_number is None:
+    while not state.is_done and not stop.requested():
         before = state.before_update()
         try:
             with stop.at_once():
                 metrics = run.update()
-        except Stopped:
+        except (Stopped, RuntimeError):  # the latter where another process stopped first
+            if not stop.requested():
+                raise
             if before.update != saved_update:
-                save(before, out / "checkpoints")
+                run.save(before, out)
             raise stop.interruption(before.update) from None
         log.write(metrics)
         due = config.checkpoint_every and state.update % config.checkpoint_every == 0
         if due or time.monotonic() - saved_time >= config.checkpoint_every_seconds:
-            save(state, out / "checkpoints")
+            run.save(state, out)
             saved_update, saved_time = state.update, time.monotonic()
     if saved_update != state.update:
-        save(state, out / "checkpoints")
+        run.save(state, out)
     if not state.is_done:
         raise stop.interruption(state.update)
 
 
 def _check_resumable(state: RunState, config: MetaTrainConfig, out: Path) -> None:
     """Raise ``ValueError`` unless the run can go on with a configuration."""
-    if state.config.to_json() != config.to_json():
-        raise ValueError(f"{out} holds a run of another configuration: resume it with its own")
+    kept = replace(config, **{key: getattr(state.config, key) for key in ADJUSTABLE})
+    if state.config.to_json() != kept.to_json():
+        raise ValueError(f"{out} holds a run of another configuration: only {', '.join(ADJUSTABLE)} may be changed")
     if state.estimator is None and state.update > 0:
         raise ValueError(f"{out} was begun by a version that kept its inner runs otherwise: it can only be exported")
 
 
-def _describe_run(state: RunState, device: torch.device, out: Path) -> str:
+def describe_run(state: RunState, device: torch.device, out: Path) -> str:
     """Return the first line of a run."""
     config, num_weights = state.config, sum(weight.numel() for weight in state.weights.values())
     families = ", ".join(task.name for task in config.tasks)
@@ -269,9 +308,9 @@ def _describe_run(state: RunState, device: torch.device, out: Path) -> str:
     )
 
 
-def _norm(meta: MetaGradient) -> Tensor:
+def _norm(gradient: Weights) -> Tensor:
     """Return the Euclidean norm over all weights, in double: a float32 sum of squares overflows at 1e19."""
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in meta.gradient.values()]
+    norms = [torch.linalg.vector_norm(value, dtype=torch.float64) for value in gradient.values()]
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
@@ -279,7 +318,7 @@ def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in tensors.items()}
 
 
-def _check_device(device: str | torch.device) -> torch.device:
+def check_device(device: str | torch.device) -> torch.device:
     """Return the device; ``ValueError`` if it cannot be used."""
     try:
         device = torch.device(device)

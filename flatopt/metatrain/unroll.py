@@ -120,11 +120,15 @@ class Unroll:
             The runs afterwards, and the losses ``[L, N]``.
         """
         parts = []
-        for first in range(0, self.truncation_length, MAX_DRAWN):
-            length = min(MAX_DRAWN, self.truncation_length - first)
+        for length in self.lengths():
             runs, losses = self.unroll(weights_N, runs, self.draw(runs, copies, generator, length), copies)
             parts.append(losses)
         return runs, join_losses(parts)
+
+    def lengths(self) -> list[int]:
+        """Return the steps that are drawn for at a time; they add up to a truncation."""
+        whole, rest = divmod(self.truncation_length, MAX_DRAWN)
+        return [MAX_DRAWN] * whole + [rest] * (rest > 0)
 
     def draw(self, runs: Runs, copies: int, generator: torch.Generator, length: int | None = None) -> Draws:
         """Draw batches and noise of a truncation, or ``length`` steps of it, the same for all copies of a problem."""

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..rules import UpdateRule, Weights
+from ._ranks import Ranks
 from .config import FlatnessConfig, MetaTrainConfig, ObjectiveConfig
 from .curriculum import Verdict
 from .inner_training import Families
@@ -48,6 +49,7 @@ class Validation:
         seed: seed of problems and batches.
         relative: compare with the rule's initial weights, with horizons told and not told.
         num_lengths: lengths of runs that are not told theirs above, from the shortest to the longest horizon.
+        ranks: the processes that share the families.
     """
 
     families: Families
@@ -55,6 +57,7 @@ class Validation:
     seed: int
     relative: bool = False
     num_lengths: int = 1
+    ranks: Ranks = Ranks()
     _untrained: dict[tuple[str, int], Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __call__(self, weights: Weights, num_steps: int | None = None) -> Verdict:
@@ -65,13 +68,17 @@ class Validation:
             num_steps: length of the runs.
         """
         weights = {name: weight.detach() for name, weight in weights.items()}
-        losses: dict[str, float] = {}
+        found = torch.zeros(len(self.families.unrolls), dtype=torch.float64)
         with torch.no_grad():
-            for index, unroll in enumerate(self.families.unrolls):
+            for index in self.ranks.own(len(found)).tolist():
+                unroll = self.families.unrolls[index]
                 judge = self._relative_loss if self.relative else self._loss
                 lengths = self._lengths(unroll, num_steps or self.num_steps)
-                found = [judge(weights, unroll, length, self.seed + index) for length in lengths]
-                losses[unroll.task.name] = sum(found) / len(found)
+                found[index] = sum(judge(weights, unroll, length, self.seed + index) for length in lengths) / len(
+                    lengths
+                )
+        device = next(iter(weights.values())).device
+        losses = dict(zip(self.families.names, self.ranks.sum(found.to(device)).tolist(), strict=True))
         return Verdict(self.families.mean(losses), losses)
 
     def _lengths(self, unroll: Unroll, num_steps: int | None) -> list[int]:
@@ -126,7 +133,9 @@ def _end_losses(weights_N: Weights, runs: Runs, unroll: Unroll, copies: int, gen
     return losses.meta
 
 
-def build_validation(config: MetaTrainConfig, rule: UpdateRule, device: torch.device) -> Validation:
+def build_validation(
+    config: MetaTrainConfig, rule: UpdateRule, device: torch.device, ranks: Ranks | None = None
+) -> Validation:
     """Return the validation of a configuration: its families without random scaling, its inner loss, no penalties.
 
     Raises:
@@ -147,6 +156,7 @@ def build_validation(config: MetaTrainConfig, rule: UpdateRule, device: torch.de
         seed=validation.seed,
         relative=bool(validation.relative),
         num_lengths=validation.num_lengths or 1,
+        ranks=ranks or Ranks(),
     )
 
 

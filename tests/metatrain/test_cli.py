@@ -5,17 +5,22 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from small import assert_trees_equal
 from toy_metatrain import toy_config, toy_estimator
 
 import flatopt
-from flatopt.metatrain import RECIPES, train
+from flatopt._version import __version__
+from flatopt.metatrain import RECIPES, train, trainer
+from flatopt.metatrain._describe import settings
+from flatopt.metatrain._plot import draw_run, read_metrics
 from flatopt.metatrain.checkpoint import latest
 from flatopt.metatrain.cli import main
-from flatopt.pretrained import load_folder
+from flatopt.pretrained import load_folder, load_pretrained
 
 SMOKE = ["run", "smoke", "num_updates=24", "checkpoint_every=5", "seed=3"]
 
@@ -162,10 +167,108 @@ def test_the_command_is_recorded_as_it_was_typed(tmp_path):
     assert (checkpoint.config.num_updates, checkpoint.config.seed) == (1, 7)
 
 
-def test_list_shows_every_recipe(capsys):
+def test_list_shows_every_recipe_with_the_time_of_its_shipped_run(capsys):
     assert main(["list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    header, *lines, _ = capsys.readouterr().out.splitlines()
+    assert header.split() == ["recipe", "rule", "updates", "took", "on", "data"]
     assert [line.split()[0] for line in lines] == list(RECIPES)
+    (line,) = [line for line in lines if line.startswith("rnnprop ")]
+    metadata = load_pretrained("rnnprop").metadata
+    assert str(timedelta(seconds=round(metadata["seconds"]))) in line
+    assert metadata["sessions"][0]["hardware"] in line and line.endswith("fashion-mnist")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_setting_that_is_shown_can_be_given_back(recipe):
+    config = RECIPES[recipe]()
+    assert config.override(settings(config)) == config
+    keys = [line.partition("=")[0] for line in settings(config)]
+    assert len(set(keys)) == len(keys) and f"tasks.{config.tasks[0].name}.num_tasks" in keys
+
+
+def test_show_takes_settings_and_says_what_the_recipe_is(capsys):
+    assert main(["show", "smoke", "tasks.mlp.num_tasks=7"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Is a whole run with several checkpoints")
+    assert "\ntasks.mlp.num_tasks=7\n" in out
+
+
+def test_a_dry_run_checks_and_does_nothing(tmp_path, capsys):
+    assert main(["run", "smoke", "num_updates=3", "--dry-run", "--out", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "num_updates=3\n" in out and out.endswith("tasks: mlp (nothing was done)\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_goes_on_when_it_gets_more_updates(tmp_path, capsys):
+    long, short = tmp_path / "long", tmp_path / "short"
+    assert main(["run", "smoke", "num_updates=6", "--out", str(long)]) == 0
+    assert main(["run", "smoke", "num_updates=3", "schedule_updates=6", "--out", str(short)]) == 0
+    assert main(["resume", str(short), "num_updates=6", "schedule_updates=none"]) == 0
+    one, other = (latest(out / "checkpoints") for out in (long, short))
+    assert other.update == 6 and other.config == one.config
+    assert_trees_equal((one.weights, one.estimator), (other.weights, other.estimator))
+    assert main(["resume", str(short), "seed=5"]) == 2
+    assert "only num_updates, schedule_updates" in capsys.readouterr().err
+
+
+def test_plot_draws_a_run_and_its_log_has_the_signal_to_noise_ratio(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["run", "smoke", "num_updates=4", "validate_every=2", "--out", str(out)]) == 0
+    assert main(["plot", str(out)]) == 0
+    assert (out / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    titles = [axes.get_title() for axes in draw_run(read_metrics(out / "metrics.jsonl")).axes]
+    assert [title.split()[0] for title in titles] == ["meta-loss", "norm", "signal-to-noise", "validation", "held-out"]
+    assert main(["plot", str(tmp_path / "none")]) == 2
+    assert "nothing to draw" in capsys.readouterr().err
+
+
+def test_a_panel_has_points_and_the_mean_of_the_last_lines():
+    metrics = [{"update": update, "loss": float(update)} for update in range(1, 41)]
+    (axes,) = draw_run(metrics).axes
+    points, mean = axes.lines
+    assert list(points.get_ydata()) == [float(update) for update in range(1, 41)]
+    assert mean.get_ydata()[-1] == sum(range(21, 41)) / 20
+
+
+@pytest.mark.parametrize(("module", "extra"), [("matplotlib", "eval"), ("sklearn", "train")])
+def test_a_missing_extra_is_one_line(tmp_path, module, extra):
+    out = tmp_path / "run"
+    arguments = ["run", "smoke", "num_updates=1", "--out", str(out)]
+    code = "import sys; from flatopt.metatrain.cli import main; "
+    if module == "matplotlib":
+        assert main(arguments) == 0
+        arguments = ["plot", str(out)]
+    code += f"sys.modules[{module!r}] = None; sys.exit(main({arguments!r}))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(flatopt.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert f"pip install 'flatopt[{extra}]'" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device", "x"), PermissionError(13, "Permission denied")]
+)
+def test_a_disk_that_cannot_be_written_is_one_line_that_says_how_to_go_on(tmp_path, capsys, monkeypatch, error):
+    original = trainer.save
+
+    def save(state, folder):
+        if state.update > 0:
+            raise error
+        original(state, folder)
+
+    monkeypatch.setattr(trainer, "save", save)
+    assert main(["run", "smoke", "num_updates=2", "--out", str(tmp_path / "run")]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert error.strerror in line
+    assert line.endswith(f"; then go on with: flatopt-train resume {tmp_path / 'run'}")
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert (caught.value.code, capsys.readouterr().out) == (0, f"flatopt {__version__}\n")
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,28 @@ from __future__ import annotations
 import torch
 
 from ...rules import UpdateRule
+from .._ranks import Ranks
 from ..config import MetaTrainConfig
 from ._estimator import EstimatorState, GradientEstimator, MetaGradient, Track, untracked
 from .truncated_backprop import Inner, TruncatedBackprop
 
 
 def build_estimator(
-    config: MetaTrainConfig, rule: UpdateRule, device: torch.device, track: Track = untracked
+    config: MetaTrainConfig,
+    rule: UpdateRule,
+    device: torch.device,
+    track: Track = untracked,
+    ranks: Ranks | None = None,
 ) -> GradientEstimator:
-    """Return the estimator that a configuration names, with its inner problems; ``track`` shows what takes long."""
+    """Return the estimator that a configuration names, with its inner problems.
+
+    Args:
+        config: of the run.
+        rule: what is learned.
+        device: where the inner problems live.
+        track: shows what takes long.
+        ranks: the processes that share the work of an evolution strategy; backpropagation does all of it in each.
+    """
     # Imported here: a toy estimator needs no inner problems, which take half a second.
     from ..inner_training import Families
     from .imitation import with_imitation
@@ -30,6 +43,7 @@ def build_estimator(
             families_per_update=config.estimator.families_per_update,
             persistent=config.estimator.name == "persistent-es",
             track=track,
+            ranks=ranks or Ranks(),
         )
     return with_imitation(estimator, config, rule, device)
 

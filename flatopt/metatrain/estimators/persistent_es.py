@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from ...rules import Weights
+from .._ranks import Ranks
 from ..inner_training import Families, mean_losses, restart
 from ..runs import Runs, choose_runs
 from ..unroll import Unroll
@@ -55,6 +56,7 @@ class PersistentES(GradientEstimator):
         families_per_update: how many families, in turn, one update runs; all by default.
         persistent: sum the perturbations over a run (unbiased), or not (truncated ES).
         track: shows which family is being prepared.
+        ranks: the processes that share the work.
     """
 
     families: Families
@@ -62,12 +64,14 @@ class PersistentES(GradientEstimator):
     families_per_update: int | None = None
     persistent: bool = True
     track: Track = untracked
+    ranks: Ranks = Ranks()
 
     def prepare(self, weights: Weights) -> None:
         """Record, and compile if asked for, the step of every family."""
         for _, unroll in self._tracked("preparing"):
-            num_pairs = unroll.task.num_tasks
-            unroll.prepare(_repeat(weights, 2 * num_pairs), num_pairs, 2)
+            num_pairs = len(self.ranks.own(unroll.task.num_tasks))
+            if num_pairs > 0:
+                unroll.prepare(_repeat(weights, 2 * num_pairs), num_pairs, 2)
 
     def init(self, weights: Weights, generator: torch.Generator, num_steps: int | None = None) -> EstimatorState:
         """Start all runs, each already somewhere between its start and its horizon, trained there by ``weights``."""
@@ -79,7 +83,7 @@ class PersistentES(GradientEstimator):
             start = torch.rand(num_pairs, generator=generator).repeat(2).to(runs.horizon)
             start = (start * runs.horizon / unroll.truncation_length).floor() * unroll.truncation_length
             while bool((runs.step < start).any()):
-                advanced, _ = unroll.run(repeated, runs, 2, generator)
+                advanced, _ = self.ranks.run(unroll, repeated, runs, 2, generator)
                 runs = choose_runs(runs.step < start, advanced, runs)
             sums = {key: weight.new_zeros(num_pairs, *weight.shape) for key, weight in weights.items()}
             state[name] = {"runs": runs, "sums": sums}
@@ -124,7 +128,7 @@ class PersistentES(GradientEstimator):
             key: value.index_fill(0, fresh, 0.0) * self.persistent + noise_P[key]
             for key, value in state["sums"].items()
         }
-        runs, losses = unroll.run(perturbed_N, runs, 2, generator)
+        runs, losses = self.ranks.run(unroll, perturbed_N, runs, 2, generator)
         loss_2P = losses.objective.mean(0).view(2, num_pairs)
         slope_P = (loss_2P[0] - loss_2P[1]) / (2 * self.std**2)
         gradient = {key: torch.tensordot(slope_P, value, dims=1) / num_pairs for key, value in sums_P.items()}
