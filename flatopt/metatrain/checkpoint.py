@@ -174,19 +174,14 @@ def load(path: Path) -> RunState:
             raise ValueError(f"{path / name} is damaged: the manifest says {expected}, the file is {actual}")
     record = _parse(path / "run.json", contents["run.json"])
     version = record.get("format_version")
-    if version not in (2, FORMAT_VERSION):
+    if version != FORMAT_VERSION:
         raise ValueError(f"{path}: format_version {version!r} is not {FORMAT_VERSION}")
     try:
         tensors = safetensors.torch.load(contents["state.safetensors"])
     except SafetensorError as error:
         raise ValueError(f"{path / 'state.safetensors'}: {error}") from None
     values: dict[str, Any] = {key: record[key] for key in _COUNTERS}
-    if version == 2:  # begun before inner runs were kept as trees: can be exported
-        form = {name: dict.fromkeys(record["tensors"][name], 0) for name in ("weights", "average", "best")}
-        values |= _restore({**form, "generator": {"main": 0}}, "", tensors)
-        values["generator"] = values["generator"]["main"]
-    else:
-        values |= _restore(record["form"], "", tensors)
+    values |= _restore(record["form"], "", tensors)
     try:
         config = MetaTrainConfig.from_json(json.dumps(record["config"]))
     except ValueError as error:

@@ -292,8 +292,6 @@ def _check_resumable(state: RunState, config: MetaTrainConfig, out: Path) -> Non
     kept = replace(config, **{key: getattr(state.config, key) for key in ADJUSTABLE})
     if state.config.to_json() != kept.to_json():
         raise ValueError(f"{out} holds a run of another configuration: only {', '.join(ADJUSTABLE)} may be changed")
-    if state.estimator is None and state.update > 0:
-        raise ValueError(f"{out} was begun by a version that kept its inner runs otherwise: it can only be exported")
 
 
 def describe_run(state: RunState, device: torch.device, out: Path) -> str:

@@ -44,11 +44,6 @@ def embed_step(step: Tensor, scales: tuple[float, ...]) -> list[Tensor]:
     return [(log_step - 4) / 2] + [torch.tanh(log_step - math.log(scale)) for scale in scales]
 
 
-def fan_in(param: Tensor) -> int:
-    """Return the number of inputs of one output: coordinates per slice of the first axis."""
-    return math.prod(param.shape[1:])
-
-
 def log_sign(grad: Tensor, exponent: float = 5.0) -> Tensor:
     """Return logarithmic size and clipped value of a gradient, ``[2, n]`` (after Andrychowicz et al., 2016).
 
