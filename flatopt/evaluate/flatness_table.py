@@ -179,4 +179,4 @@ def _draw(figure: Figure, records: Sequence[Record]) -> None:
         axes.set_axis_off()
     figure.supxlabel("top Hessian eigenvalue")
     figure.supylabel("score")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8)
