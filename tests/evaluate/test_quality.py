@@ -108,6 +108,8 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(jobs: str, tmp_path: Path) ->
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
+        # Whoever starts the tests in the background of a script has them ignore SIGINT, and their children too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "runs.sqlite3").exists() or not RunCache(tmp_path / "runs.sqlite3").items():
