@@ -64,6 +64,11 @@ FAMILIES: dict[str, TaskDistribution] = {
         num_train_range=(300, 1000),
         batch_size=64,
     ),
+    "regression-noisy": _rows(
+        model=MLP(sizes=(16, 48, 48, 1), activation="gelu"),
+        data=Tabular(num_features=16, noise_range=(0.5, 2.0), seed=6),
+        num_train_range=(300, 1500),
+    ),
     # Images, dense.
     "mlp": TaskDistribution(model=MLP(sizes=(64, 32, 10))),  # the family of the meta-speed benchmark
     "mlp-gelu": _images(model=MLP(sizes=(64, 40, 10), activation="gelu"), batch_size=64, init_scale_range=(1 / 3, 3.0)),
@@ -73,6 +78,9 @@ FAMILIES: dict[str, TaskDistribution] = {
         model=MLP(sizes=(64, *[16] * 8, 10), initialization="he"), batch_size=64, init_scale_range=(0.8, 1.25)
     ),
     "mlp-wide": _images(model=MLP(sizes=(196, 128, 10)), data=Images(size=14), batch_size=64),
+    "mlp-wider": _images(
+        model=MLP(sizes=(64, 384, 384, 384, 10), initialization="he"), batch_size=8, init_scale_range=(0.8, 1.25)
+    ),
     "mlp-sigmoid": _images(
         model=MLP(sizes=(64, 24, 10), activation="sigmoid"), batch_size=64, init_scale_range=(1 / 3, 3.0)
     ),

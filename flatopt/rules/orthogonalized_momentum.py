@@ -23,27 +23,21 @@ The step of a tensor :math:`x`, and that of a vector, which has :math:`u_t` in p
     \eta_t = \frac{0.03\, s_t\, \rho_t^{\,q}}{\sqrt{\max(\text{inputs}, 8)}}
 
 with the directions in brackets clipped to :math:`\pm 5`.  The schedule :math:`s_t` is a warm-up over 10 steps, times a
-cosine to zero where the length of the run is known, and times :math:`(1 + t/100)^{-p}` where it is not;
+cosine to zero where the length of the run is known, and times :math:`(1 + t/100)^{-0.7}` where it is not;
 :math:`\rho_t` is the root mean square of the gradient over its largest value so far.
 
 The controller is linear: from what the tensor's own sums, its shape and the time tell
 (:meth:`OrthogonalizedMomentum.mix` lists it) it finds :math:`\lambda, \omega, \alpha` and the :math:`\mu` of the next
 step, with weights for matrices and others for vectors.  No tensor knows of another.  The constants above are learned
-too, each as the logarithm of a factor.  With zero weights :math:`\lambda = \omega = \alpha = p = q = 0`: that is the
+too, each as the logarithm of a factor.  With zero weights :math:`\lambda = \omega = \alpha = q = 0`: that is the
 untrained rule.
 
-Without a known length, every tenth step goes back towards *slow weights* (lookahead):
-
-.. math::
-    z \leftarrow z + 0.3\, (x - z) \qquad x \leftarrow z.
-
 A coordinate whose gradients were all exactly zero does not move; one that is not finite stays what it is.  State:
-three floats per coordinate, two per tensor.
+two floats per coordinate, two per tensor.
 
 References:
     Jordan et al., *Muon*, 2024, https://kellerjordan.github.io/posts/muon/ (orthogonalised momentum, the coefficients);
-    Zhang, Lucas, Hinton and Ba, *Lookahead Optimizer: k steps forward, 1 step back*, 2019,
-    https://arxiv.org/abs/1907.08610 (slow weights); Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980 (vectors);
+    Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980 (vectors);
     Metz et al., *Practical tradeoffs between memory, compute, and performance in learned optimizers*, 2022,
     https://arxiv.org/abs/2203.11860 (a network per tensor that sees statistics).
 """
@@ -77,9 +71,8 @@ CONSTANTS = (
     "cosine_power",
     "anytime_power",
     "gradient_power",
-    "slow_rate",
 )
-"""The constants of the rule that are learned, each 0 at the start; see :meth:`OrthogonalizedMomentum._constants`."""
+"""The constants of the rule that are learned, each 0 at the start; see :func:`_factors`."""
 
 CONSTANT_SCALE = 4.0
 """What their weights are multiplied by: an evolution strategy perturbs all weights alike, and these matter more."""
@@ -104,18 +97,17 @@ class OrthogonalizedMomentum(UpdateRule):
         betas: decays of the momentum and of the second moment, before learning.
         momentum_mix: share of the gradient in what is orthogonalised (Nesterov), before learning.
         warmup_steps: length of the linear warm-up, before learning.
-        decay_steps: time scale of the decay when the length of the run is unknown.
-        slow_rate: how far the slow weights go to the fast ones, before learning.
+        decay_steps: time scale of the decay of the step where the length of the run is unknown.
+        anytime_power: power of that decay, before learning.
 
     Example:
         >>> rule = OrthogonalizedMomentum()
         >>> sum(weight.numel() for weight in rule.init_weights().values())
-        120
+        119
     """
 
     name: ClassVar[str] = "orthogonalized-momentum"
     memory: ClassVar[tuple[str, ...]] = ("grad_rms_max", "log_momentum_mix")
-    pull_period: ClassVar[int] = 10
 
     base_step: float = 0.03
     vector_inputs: float = 64.0
@@ -127,7 +119,7 @@ class OrthogonalizedMomentum(UpdateRule):
     momentum_mix: float = 0.1
     warmup_steps: float = 10.0
     decay_steps: float = 100.0
-    slow_rate: float = 0.3
+    anytime_power: float = 0.7
 
     @property
     def max_strip(self) -> int:
@@ -143,7 +135,7 @@ class OrthogonalizedMomentum(UpdateRule):
         }
 
     def init_state(self, weights: Weights, param: Tensor, generator: torch.Generator | None = None) -> State:
-        """Return zero accumulators, and as slow weights the parameter itself."""
+        """Return zero accumulators."""
         scalar = torch.zeros((), dtype=param.dtype, device=param.device)
         return {
             "step": scalar,
@@ -151,7 +143,6 @@ class OrthogonalizedMomentum(UpdateRule):
             "log_momentum_mix": scalar.clone(),
             "exp_avg": torch.zeros_like(param),
             "exp_avg_sq": torch.zeros_like(param),
-            "slow": param.clone(),
         }
 
     def prepare(
@@ -275,19 +266,6 @@ class OrthogonalizedMomentum(UpdateRule):
         limit = torch.finfo(param.dtype).max ** 0.5  # infinite minus infinite would not be what it was
         return {}, torch.addcmul(direction, param.clamp(-limit, limit), decay) * (moved * -step_size)
 
-    def pull(self, weights: Weights, state: State, param: Tensor, context: StepContext) -> tuple[State, Tensor]:
-        """Move slow weights and parameters towards each other where the length of the run is unknown.
-
-        Where it is known the slow weights only follow, so that a run may go on without one.
-        """
-        is_due = (context.step > 1) & ((context.step - 1) % self.pull_period == 0)
-        logit = math.log(self.slow_rate / (1 - self.slow_rate))
-        rate = torch.sigmoid(logit + CONSTANT_SCALE * weights["constants.slow_rate"])
-        rate = torch.where(_is_known(context), torch.ones_like(rate), rate)
-        slow = torch.where(is_due, torch.lerp(state["slow"], param, rate), state["slow"])
-        slow = torch.where(slow.isfinite(), slow, param)
-        return {"slow": slow}, torch.where(is_due, _finite(slow - param), torch.zeros_like(param))
-
     def step_size(self, weights: Weights, control_NC: Tensor, context: StepContext) -> Tensor:
         """Return the step size of every tensor."""
         return control_NC[:, 3]
@@ -318,8 +296,8 @@ class OrthogonalizedMomentum(UpdateRule):
         warmup = (context.step / (self.warmup_steps * factors["warmup"])).clamp(max=1)
         fraction = ((context.step - 1) / context.num_steps).clamp(max=1)
         cosine = ((1 + torch.cos(math.pi * fraction)) / 2).clamp(min=1e-6) ** factors["cosine_power"]
-        power = CONSTANT_SCALE * weights["constants.anytime_power"]
-        anytime = (-power * (1 + context.step / self.decay_steps).log()).exp()
+        power = self.anytime_power * factors["anytime_power"]
+        anytime = (1 + context.step / self.decay_steps) ** -power
         return warmup * torch.where(known, cosine, anytime)
 
 
@@ -337,11 +315,6 @@ def _adam(m: Tensor, v: Tensor) -> Tensor:
 def _per_rms(mean_square: Tensor) -> Tensor:
     """Return what brings a direction to unit size."""
     return mean_square.clamp(min=tiny(mean_square) ** 0.5).rsqrt()
-
-
-def _finite(value: Tensor) -> Tensor:
-    """Return zero for what is not finite."""
-    return torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _is_known(context: StepContext) -> Tensor:

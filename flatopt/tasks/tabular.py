@@ -25,13 +25,14 @@ class Tabular(Data):
 
     Classes come from a random network, sampled at a random temperature, or are mixtures of Gaussian clusters; they
     overlap in all splits.  Values come from a random network, a sum of functions of one or two features, or a quotient
-    of products; they are standardised, and only those of ``train`` have noise, of 0.1 to 1 standard deviations.
+    of products; they are standardised, and only those of ``train`` have noise.
 
     Args:
         num_features: ``F``; of these 3 to all but one decide the target.
         num_classes: ``C``, or 0 for regression.
         num_sets: number of data sets.
         num_train: rows of the training split of each.
+        noise_range: bounds of the noise of values, in standard deviations; log-uniform.
         seed: seed of everything.
 
     Example:
@@ -45,6 +46,7 @@ class Tabular(Data):
     num_classes: int = 0
     num_sets: int = 64
     num_train: int = 5000
+    noise_range: tuple[float, float] = (0.1, 1.0)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -93,7 +95,8 @@ class Tabular(Data):
         function = FUNCTIONS[_integer(0, len(FUNCTIONS) - 1, generator)]
         values = function(relevant, generator)
         values = (values - values.mean()) / values.std()
-        noise = math.exp(_uniform(math.log(0.1), 0, generator)) * torch.randn(self.num_train, generator=generator)
+        noise_scale = math.exp(_uniform(*map(math.log, self.noise_range), generator))
+        noise = noise_scale * torch.randn(self.num_train, generator=generator)
         values[: self.num_train] += noise
         # As users do: by what the training split shows, noise included.
         train = values[: self.num_train]
