@@ -120,7 +120,7 @@ class RuleCase(NamedTuple):
 _ROWS: dict[str, RuleCase] = {
     "adam": RuleCase(Adam(lr=0.02), max_step=0.5),
     "adam-other": RuleCase(Adam(lr=0.05, betas=(0.8, 0.95), eps=1e-10), max_step=0.5),
-    # 0.03 / sqrt(8) at the peak times 5, the controller's factors up to exp(2), and room for decay; pulls come on top.
+    # 0.03 / sqrt(8) at the peak times 5, the controller's factors up to exp(2), and room for decay.
     "orthogonalized-momentum": RuleCase(OrthogonalizedMomentum(), max_step=0.011 * 5 * 7.4 * 3),
     "orthogonalized-momentum, strips of 3": RuleCase(
         OrthogonalizedMomentum(strip_size=3), max_step=0.011 * 5 * 7.4 * 3

@@ -46,11 +46,7 @@ FACTORS = {
     "twice the momentum rate": {"momentum": 2.0},
 }
 POWERS = {"gradient power 1/2": {"gradient_power": 0.5}, "gradient power 1": {"gradient_power": 1.0}}
-UNKNOWN = {
-    "no slow weights": {"slow_rate": 7.0},
-    "decay of the step, power 1/2": {"anytime_power": 0.5},
-    "both": {"slow_rate": 7.0, "anytime_power": 0.5},
-}
+UNKNOWN = {f"step like (1 + t/100)^-{power}": {"anytime_power": math.log(power / 0.7)} for power in (0.35, 0.5, 1.0, 1.4)}
 
 
 def changed(constants: dict[str, float]) -> Weights:

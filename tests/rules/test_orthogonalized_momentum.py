@@ -40,7 +40,6 @@ def polar_by_hand(matrix: numpy.ndarray, size: int = 32) -> numpy.ndarray:
 def run_by_hand(params: list[numpy.ndarray], num_grads: int, num_steps: float) -> list[numpy.ndarray]:
     """Train by the equations of the docstring, untrained weights."""
     momenta, squares = [0 * x for x in params], [0 * x for x in params]
-    slow = [x.copy() for x in params]
     for step in range(1, num_grads + 1):
         for index, x in enumerate(params):
             grad = grad_at(x.shape, step, index).numpy()
@@ -55,10 +54,9 @@ def run_by_hand(params: list[numpy.ndarray], num_grads: int, num_steps: float) -
             schedule = min(1, step / 10)
             if num_steps < INF:
                 schedule *= (1 + math.cos(math.pi * (step - 1) / num_steps)) / 2
+            else:
+                schedule /= (1 + step / 100) ** 0.7
             move = -0.03 / math.sqrt(inputs) * schedule * (numpy.clip(direction, -5, 5) + x)
-            if step % 10 == 1 and step > 1 and num_steps == INF:
-                slow[index] = slow[index] + 0.3 * (x - slow[index])
-                move = move + slow[index] - x
             params[index] = x + move
     return params
 
@@ -139,7 +137,7 @@ def test_a_direction_is_clipped_to_five_times_its_size(shape: tuple[int, ...]) -
         param.grad = torch.full(shape, (-1.0) ** step)
         param.grad.view(-1)[7] = 1.0
         opt.step()
-    step_size = 0.03 / math.sqrt(64 if len(shape) == 1 else shape[1])
+    step_size = 0.03 / math.sqrt(64 if len(shape) == 1 else shape[1]) / (1 + step / 100) ** 0.7
     direction = (before - param.detach()) / step_size - before  # less the decay
     assert float(direction.view(-1)[7]) == pytest.approx(5.0, rel=1e-3)
     assert float(direction.abs().view(-1)[:7].max()) < 1.0
