@@ -22,9 +22,9 @@ from ..flatness import MEASURES
 from ..pretrained import push_to_hub
 from ..rules import RULES
 from ._describe import recipe_table, settings
-from ._ranks import was_restarted
+from ._ranks import LostProcessError, RefusedByFirstError, is_main_process
 from ._stop import TrainingInterrupted
-from .checkpoint import RunState, latest
+from .checkpoint import RunState
 from .config import MetaTrainConfig
 from .export import export_rule
 from .families import FAMILIES, check_families
@@ -55,14 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         extend(REGISTRIES, arguments.imports)
         command(arguments)
+    except RefusedByFirstError:
+        return 2
     except (ValueError, OSError) as error:
         return _refuse(error, str(error), arguments)
     except ImportError as error:
         missing = f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else str(error)
         extra = "eval" if (error.name or "").startswith("matplotlib") else "train"
         return _refuse(error, f"{missing}: pip install 'flatopt[{extra}]'", arguments)
+    except LostProcessError as error:
+        print(f"flatopt-train: {error}; torchrun --max-restarts starts all of them anew", file=sys.stderr)
+        return 1
     except TrainingInterrupted as interruption:
-        print(f"flatopt-train: {interruption}; {_go_on(arguments.out)}", file=sys.stderr)
+        if is_main_process():
+            print(f"flatopt-train: {interruption}; {_go_on(arguments.out)}", file=sys.stderr)
         return 128 + interruption.signal_number
     except KeyboardInterrupt:
         print("flatopt-train: interrupted by SIGINT; nothing was lost", file=sys.stderr)
@@ -182,9 +188,7 @@ def _run(arguments: argparse.Namespace) -> None:
             f"{describe_run(RunState.fresh(config), check_device(arguments.device), arguments.out)} (nothing was done)"
         )
     else:
-        # After the loss of a process torchrun gives the same command again.
-        resume = was_restarted() and latest(arguments.out / "checkpoints") is not None
-        train(config, arguments.out, device=arguments.device, resume=resume, command=arguments.line)
+        train(config, arguments.out, device=arguments.device, command=arguments.line)
 
 
 def _resume(arguments: argparse.Namespace) -> None:
