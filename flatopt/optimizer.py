@@ -144,6 +144,8 @@ class FlatOpt(Optimizer):
         options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "num_steps": num_steps, "seed": seed}
         check_options(options)
         if isinstance(pretrained, LearnedRule):
+            if revision is not None:
+                raise ValueError(f"revision={revision!r} needs a Hub repository, but pretrained is a LearnedRule")
             self.learned = pretrained
         else:
             with real_tensors():

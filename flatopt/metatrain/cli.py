@@ -100,7 +100,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if rest and ("overrides" not in arguments or any(one.startswith("-") for one in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        arguments.overrides += rest
+        arguments.overrides = [*arguments.overrides, *rest]
     return arguments
 
 
@@ -119,18 +119,18 @@ def _parser() -> argparse.ArgumentParser:
 
     show = add("show", _show, "show what a recipe is for, and every key that can be set")
     show.add_argument("recipe", metavar="RECIPE", help="a name from `flatopt-train list`")
-    show.add_argument("overrides", nargs="*", metavar="key=value", help="settings to show it with")
+    show.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings to show it with")
 
     run = add("run", _run, "start a run")
     run.add_argument("recipe", metavar="RECIPE", help="a name from `flatopt-train list`")
-    run.add_argument("overrides", nargs="*", metavar="key=value", help="for example estimator.std=0.02")
+    run.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="for example estimator.std=0.02")
     run.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run, empty or absent")
     run.add_argument("--device", default="cpu", help="where to compute, for example cuda (default: cpu)")
     run.add_argument("--dry-run", action="store_true", help="check everything and show the settings, but do nothing")
 
     resume = add("resume", _resume, "go on from the last whole checkpoint")
     resume.add_argument("out", type=Path, metavar="DIR", help="folder of the run")
-    resume.add_argument("overrides", nargs="*", metavar="key=value", help=f"one of {', '.join(ADJUSTABLE)}")
+    resume.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=f"one of {', '.join(ADJUSTABLE)}")
     resume.add_argument("--device", default="cpu", help="where to compute, for example cuda (default: cpu)")
 
     plot = add("plot", _plot, "draw meta-loss, gradient norm, signal-to-noise ratio and families of a run")
@@ -201,6 +201,8 @@ def _plot(arguments: argparse.Namespace) -> None:
     from ._plot import draw_run, read_metrics
 
     path = arguments.to or arguments.out / "metrics.png"
+    if path.is_dir() or not path.suffix:
+        raise ValueError(f"--to must name a figure, such as {path / 'metrics.png'}, not {path}")
     draw_run(read_metrics(arguments.out / "metrics.jsonl")).savefig(path, dpi=150)
     print(f"drawn in {path}")
 

@@ -12,6 +12,7 @@ whole checkpoint to the very bits that it would have reached uninterrupted (on t
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -162,8 +163,11 @@ def load_run(out: Path) -> RunState:
 
 def check_unused(out: Path) -> None:
     """Raise ``ValueError`` unless a new run may start in ``out``."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is not a folder")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is not a folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{there} cannot be written to")
     # A run killed before its first checkpoint leaves an unfinished one, which is nothing.
     used = [path for path in out.rglob("*") if path.is_file() and not path.parent.name.startswith(WRITING)]
     if used:
@@ -334,4 +338,6 @@ def check_device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise ValueError("device 'meta' cannot be used: it computes no values")
     return device
