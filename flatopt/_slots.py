@@ -41,10 +41,15 @@ class Shard:
         self.slot = slot
         param = slot.param
         self.shape = TensorShape.of(param.shape, is_complex=param.is_complex())
-        first_strip = dtensor.first_strip(param, Strips.of(self.shape, rule.max_strip))
+        is_plain = not dtensor.is_dtensor(param)
+        first_strip = 0 if is_plain else dtensor.first_strip(param, Strips.of(self.shape, rule.max_strip))
         self.first_strip = first_strip or 0
         self.is_gathered = first_strip is None
-        if self.is_gathered:
+        if is_plain:
+            self.sharding = None
+            self.target = real_view(param.detach())
+            self.param, self.grad, self.state = self.target.contiguous(), slot.local, state
+        elif self.is_gathered:
             self.sharding = None
             self.target = self.param = dtensor.whole_copy(param)
             self.grad = dtensor.whole_copy(slot.grad)

@@ -201,7 +201,8 @@ def apply_rule(
         if rule.max_strip:
             matrix_n = phases.matrix(weights, state, grad, known) if pack.is_matrix else grad
             known = known._replace(coupled=_multiply(pack, factors, matrix_n, dim))
-        of_rule, of_update = control_Cn.split([num_controls, control_Cn.shape[-2] - num_controls], -2)
+        of_rule = control_Cn.narrow(-2, 0, num_controls)
+        of_update = control_Cn.narrow(-2, num_controls, control_Cn.shape[-2] - num_controls)
         new, delta = phases.propose(weights, state, grad, param, of_rule, known, context)
         moved = None
         if rule.pull_period and plan.pulls:
@@ -248,16 +249,17 @@ class _Pack:
         self.tensors = [tensor for run in runs for tensor in run.tensors]
         self.sizes = [run.size for run in runs for _ in run.tensors]
         self.run_sizes = [len(run.tensors) * run.size for run in runs]
+        self.counts = [len(run.tensors) for run in runs]
         self.is_single = len(self.tensors) == 1
         self.is_matrix = runs[0].cut is not None
 
     def split(self, values_n: Tensor, dim: int = -1) -> Sequence[Tensor]:
         """Return what belongs to each part."""
-        return (values_n,) if self.is_single else values_n.split(self.sizes, dim)
+        return (values_n,) if self.is_single else values_n.split_with_sizes(self.sizes, dim)
 
     def by_run(self, values_n: Tensor) -> Sequence[Tensor]:
         """Return what belongs to each run."""
-        return (values_n,) if len(self.runs) == 1 else values_n.split(self.run_sizes, -1)
+        return (values_n,) if len(self.runs) == 1 else values_n.split_with_sizes(self.run_sizes, -1)
 
 
 class _Layout(NamedTuple):
@@ -360,10 +362,10 @@ def _spread(layout: _Layout, values_XN: Tensor) -> Iterator[Tensor]:
         if pack.first != last:  # else another piece of the same tensor
             last, values_Xn = pack.first, ordered_XN.narrow(-1, pack.first, len(pack.tensors))
             if not pack.is_single:
-                counts = [len(run.tensors) for run in pack.runs]
+                parts = values_Xn.split_with_sizes(pack.counts, -1)
                 spread = [
                     part.unsqueeze(-1).expand(*part.shape, run.size).flatten(-2)
-                    for run, part in zip(pack.runs, values_Xn.split(counts, -1), strict=True)
+                    for run, part in zip(pack.runs, parts, strict=True)
                 ]
                 values_Xn = spread[0] if len(spread) == 1 else torch.cat(spread, -1)
         yield values_Xn
@@ -381,9 +383,9 @@ class _Field:
         return [view for run in pack.runs for view in self._of_run(run)]
 
     def gather(self, pack: _Pack, dtype: torch.dtype) -> Tensor:
-        """Return the coordinates of a pack, in the dtype to compute in."""
-        flat = self.of(pack)
-        return (torch.cat(flat, self.dim) if len(flat) > 1 else flat[0]).to(dtype)
+        """Return the coordinates of a pack, in the dtype to compute in; of a single part a view, if it has that."""
+        value = self._of_run(pack.runs[0])[0] if pack.is_single else torch.cat(self.of(pack), self.dim)
+        return value if value.dtype == dtype else value.to(dtype)
 
     def _of_run(self, run: _Run) -> list[Tensor]:
         if run.group not in self.views:
@@ -396,6 +398,8 @@ class _Field:
         kept = tensor.dim() - self.extra_dims
         if kept == self.dim + 1:
             return tensor
+        if self.dim == self.extra_dims == 0:
+            return tensor.reshape(-1)
         return tensor.reshape(*tensor.shape[: self.dim], tensor.shape[self.dim : kept].numel(), *tensor.shape[kept:])
 
 
@@ -467,18 +471,23 @@ class _Pure(_Store):
 class _InPlace(_Store):
     """Overwrites states and parameters, part by part; small tensors are gathered once."""
 
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        fields = (self.param_field, self.grad_field, *self.state_fields.values())
+        self.is_viewed = all(tensor.dtype == self.dtype for field in fields for tensor in field.tensors)
+
     def read(self, pack: _Pack) -> tuple[State, Tensor, Tensor]:
         if pack in self.held:
             return self.held[pack]
         values = self.gather(pack)
-        if not pack.is_single:
+        if not pack.is_single or self.is_viewed:
             self.held[pack] = values
         return values
 
     def write(self, pack: _Pack, new: State) -> None:
         for key, value in new.items():
             self._scatter(pack, self.state_fields[key], value)
-        if new and pack in self.held:
+        if new and not pack.is_single:  # else what is held is a view of what was written
             state, grad, param = self.held[pack]
             first = self.states[pack.tensors[0]]
             kept = {key: value.to(first[key].dtype).to(self.dtype) for key, value in new.items()}
@@ -486,7 +495,10 @@ class _InPlace(_Store):
 
     def _scatter(self, pack: _Pack, field: _Field, value: Tensor) -> None:
         """Write in the dtype that is kept."""
-        torch._foreach_copy_(field.of(pack), list(pack.split(value, 0)))
+        if pack.is_single:
+            field.of(pack)[0].copy_(value)
+        else:
+            torch._foreach_copy_(field.of(pack), list(pack.split(value, 0)))
 
     def move(self, pack: _Pack, param: Tensor, delta: Tensor, pulled: Tensor | None, factors_Xn: Tensor) -> None:
         lr, at_most_1, *kept = factors_Xn.unbind()
@@ -550,8 +562,8 @@ def _matrices(pack: _Pack, matrix_n: Tensor) -> Iterable[tuple[_Run, Strips, Ten
     """Return the runs of a pack of matrices, and their coordinates as ``[*, tensors, outputs, inputs]``."""
     for run, coordinates in zip(pack.runs, pack.by_run(matrix_n), strict=True):
         if run.cut is not None and run.size:
-            shape = (len(run.tensors), run.size // run.inputs, run.inputs)
-            yield run, run.cut, coordinates.unflatten(-1, shape)
+            shape = (*coordinates.shape[:-1], len(run.tensors), run.size // run.inputs, run.inputs)
+            yield run, run.cut, coordinates.reshape(shape)
 
 
 def _couple(
