@@ -41,7 +41,8 @@ class Phases(NamedTuple):
     matrix: Callable[..., Tensor]
     couple: Callable[..., tuple[Tensor, list[Tensor]]]
     mix: Callable[..., tuple[Tensor, Tensor, State]]
-    propose: Callable[..., tuple[State, Tensor]]
+    propose: Callable[..., tuple[State, Tensor | None]]
+    """:func:`propose_phase` without its first argument."""
     pull: Callable[..., tuple[State, Tensor]]
     batch_dims: int = 0
     """1 if every tensor, weights included, has an axis of models in front."""
@@ -50,6 +51,7 @@ class Phases(NamedTuple):
 def observe_phase(
     rule: UpdateRule,
     total: bool,
+    in_place: bool,
     weights: Weights,
     state: State,
     grad: Tensor,
@@ -57,7 +59,10 @@ def observe_phase(
     facts: TensorFacts,
     context: StepContext,
 ) -> tuple[State, Tensor]:
-    """Return what ``rule.observe`` does, its terms as one ``[S, n]``, summed to ``[S, 1]`` if ``total``."""
+    """Return what ``rule.observe`` does, its terms as one ``[S, n]``, summed to ``[S, 1]`` if ``total``.
+
+    If ``in_place``, the new state is written over ``state``, and not returned.
+    """
     new, terms = rule.observe(weights, state, grad, param, facts, context)
     rows: list[Tensor] = []
     for term in terms:
@@ -67,33 +72,69 @@ def observe_phase(
             rows += [value] if term.dim() == 1 else value.unbind()
         else:
             rows.append(torch.dot(*term) if total else torch.mul(*term))
-    if not rows:
-        return new, grad.new_zeros(0, 1 if total else len(grad))
-    stacked = torch.stack(rows)
-    return new, stacked.unsqueeze(-1) if total else stacked
+    stacked = torch.stack(rows) if rows else grad.new_zeros(0, *(() if total else grad.shape))
+    return _overwrite(state, new) if in_place else new, stacked.unsqueeze(-1) if total else stacked
+
+
+def propose_phase(
+    rule: UpdateRule,
+    factors_Xn: Tensor | None,
+    weights: Weights,
+    state: State,
+    grad: Tensor,
+    param: Tensor,
+    control_Cn: Tensor,
+    facts: TensorFacts,
+    context: StepContext,
+) -> tuple[State, Tensor | None]:
+    """Return what ``rule.propose`` does; given the factors of :class:`Update`, write it over state and parameter."""
+    new, delta = rule.propose(weights, state, grad, param, control_Cn, facts, context)
+    if factors_Xn is None:
+        return new, delta
+    _move(param, delta, factors_Xn)
+    return _overwrite(state, new), None
+
+
+def _overwrite(state: State, new: State) -> State:
+    for key, value in new.items():
+        state[key].copy_(value)
+    return {}
+
+
+def _move(param: Tensor, delta: Tensor, factors_Xn: Tensor) -> None:
+    """Move a parameter by its step, in place."""
+    lr, _, *kept = factors_Xn.unbind()
+    if kept:
+        param.copy_(torch.addcmul(param * kept[0], delta, lr))
+    else:
+        param.addcmul_(delta, lr)
 
 
 def plain_phases(rule: UpdateRule) -> Phases:
     """Return the phases for one model."""
-    observe = partial(observe_phase, rule)
-    return Phases(rule.prepare, observe, rule.matrix, rule.couple, rule.mix, rule.propose, rule.pull)
+    observe, propose = partial(observe_phase, rule), partial(propose_phase, rule)
+    return Phases(rule.prepare, observe, rule.matrix, rule.couple, rule.mix, propose, rule.pull)
 
 
 def batched_phases(rule: UpdateRule) -> Phases:
     """Return the phases for many models side by side."""
+    vmap = torch.vmap
 
-    def observe(total: bool, *arguments: Any) -> tuple[State, Tensor]:
-        result: tuple[State, Tensor] = torch.vmap(partial(observe_phase, rule, total))(*arguments)
+    def observe(total: bool, in_place: bool, *arguments: Any) -> tuple[State, Tensor]:
+        result: tuple[State, Tensor] = vmap(partial(observe_phase, rule, total, in_place))(*arguments)
         return result
 
-    vmap = torch.vmap
+    def propose(factors_Xn: None, *arguments: Any) -> tuple[State, Tensor | None]:
+        result: tuple[State, Tensor | None] = vmap(partial(propose_phase, rule, factors_Xn))(*arguments)
+        return result
+
     return Phases(
         vmap(rule.prepare),
         observe,
         vmap(rule.matrix),
         vmap(rule.couple),
         vmap(rule.mix),
-        vmap(rule.propose),
+        propose,
         vmap(rule.pull),
         batch_dims=1,
     )
@@ -185,7 +226,8 @@ def apply_rule(
     sums = _Sums(layout, dim)
     for pack, known in zip(layout.packs, facts, strict=True):
         state, grad, param = store.read(pack)
-        new, terms_Sn = phases.observe(pack.is_single, weights, state, grad, param, known, context)
+        in_place = store.is_viewed and pack.is_single
+        new, terms_Sn = phases.observe(pack.is_single, in_place, weights, state, grad, param, known, context)
         store.write(pack, new)
         sums.add_terms(pack, terms_Sn)
         if pack.is_matrix:
@@ -203,11 +245,12 @@ def apply_rule(
             known = known._replace(coupled=_multiply(pack, factors, matrix_n, dim))
         of_rule = control_Cn.narrow(-2, 0, num_controls)
         of_update = control_Cn.narrow(-2, num_controls, control_Cn.shape[-2] - num_controls)
-        new, delta = phases.propose(weights, state, grad, param, of_rule, known, context)
         moved = None
         if rule.pull_period and plan.pulls:
-            pulled, moved = phases.pull(weights, state | new, param, context)
-            new = new | pulled
+            pulled, moved = phases.pull(weights, state, param, context)
+            store.write(pack, pulled)
+        factors_Xn = of_update if store.is_viewed and pack.is_single else None
+        new, delta = phases.propose(factors_Xn, weights, state, grad, param, of_rule, known, context)
         store.write(pack, new)
         store.move(pack, param, delta, moved, of_update)
     return store.result(steps_N, memory_NM, shared)
@@ -426,6 +469,8 @@ class _Store:
             for key, value in states[0].items()
             if key != "step" and key not in rule.memory
         }
+        self.is_viewed = False
+        """Whether what is read of a single part is the storage itself."""
         self.held: dict[_Pack, tuple[State, Tensor, Tensor]] = {}
 
     def gather(self, pack: _Pack) -> tuple[State, Tensor, Tensor]:
@@ -450,7 +495,8 @@ class _Pure(_Store):
         state, grad, param = self.held[pack]
         self.held[pack] = (state | new, grad, param)
 
-    def move(self, pack: _Pack, param: Tensor, delta: Tensor, pulled: Tensor | None, factors_Xn: Tensor) -> None:
+    def move(self, pack: _Pack, param: Tensor, delta: Tensor | None, pulled: Tensor | None, factors_Xn: Tensor) -> None:
+        assert delta is not None
         delta = delta if pulled is None else delta + pulled
         for tensor, piece in zip(pack.tensors, pack.split(delta), strict=True):
             self.deltas[tensor].append(piece)
@@ -500,14 +546,13 @@ class _InPlace(_Store):
         else:
             torch._foreach_copy_(field.of(pack), list(pack.split(value, 0)))
 
-    def move(self, pack: _Pack, param: Tensor, delta: Tensor, pulled: Tensor | None, factors_Xn: Tensor) -> None:
-        lr, at_most_1, *kept = factors_Xn.unbind()
-        moved = param * kept[0] if kept else param
+    def move(self, pack: _Pack, param: Tensor, delta: Tensor | None, pulled: Tensor | None, factors_Xn: Tensor) -> None:
+        # What was read is the parameter itself, or a copy of the driver's own.
+        if delta is not None:
+            _move(param, delta, factors_Xn)
         if pulled is not None:
-            moved = torch.addcmul(moved, pulled, at_most_1)
-        # Into what was read: that is the parameter itself, or a copy of the driver's own.
-        torch.addcmul(moved, delta, lr, out=param)
-        if param is not self.param_field.of(pack)[0]:
+            param.addcmul_(pulled, factors_Xn[1])
+        if not (self.is_viewed and pack.is_single):
             self._scatter(pack, self.param_field, param)
         self.held.pop(pack, None)
 

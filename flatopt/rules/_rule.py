@@ -231,6 +231,7 @@ class UpdateRule(ABC):
     def pull(self, weights: Weights, state: State, param: Tensor, context: StepContext) -> tuple[State, Tensor]:
         """Return the per-coordinate state that changes, and a move ``[n]`` to add that is no step.
 
+        Called before ``propose`` with what ``observe`` left, and the parameter as it was at the start of the step.
         A learning rate multiplies steps, and moves only where it is below 1.
         """
         raise NotImplementedError

@@ -63,7 +63,7 @@ class Strips(NamedTuple):
         for strips in self._cut(matrix):
             rows, k = strips.shape[-2], strips.shape[-3]
             factor = factors.narrow(-3, first, k)
-            if rows < self.max_strip:
+            if rows < self.padded:
                 factor = factor[..., :rows, :rows]
             if self.is_tall:  # of the matrix itself: the result is laid out as it is
                 parts.append((strips.mT @ factor.mT).transpose(-3, -2).flatten(-2))
