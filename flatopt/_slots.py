@@ -51,8 +51,8 @@ class Shard:
             self.param, self.grad, self.state = self.target.contiguous(), slot.local, state
         elif self.is_gathered:
             self.sharding = None
-            self.target = self.param = dtensor.whole_copy(param)
-            self.grad = dtensor.whole_copy(slot.grad)
+            self.whole = dtensor.whole_copy(param)
+            self.param, self.grad = real_view(self.whole), real_view(dtensor.whole_copy(slot.grad))
             self.state = {key: dtensor.whole_copy(value) for key, value in state.items()}
             self.kept = state
         else:
@@ -64,7 +64,7 @@ class Shard:
     def write_back(self) -> None:
         """Write what is not in the storage of the parameter and its state yet."""
         if self.is_gathered:
-            dtensor.write_part_of_whole(self.param, self.slot.param)
+            dtensor.write_part_of_whole(self.whole, self.slot.param)
             for key, value in self.state.items():
                 dtensor.write_part_of_whole(value, self.kept[key])
         elif self.param is not self.target:
