@@ -20,6 +20,10 @@ from torch import Tensor
 from ._rule import State, StepContext, TensorFacts, TensorShape, UpdateRule, Weights
 from ._strips import Strips
 
+WRITES_ARE_KEPT = torch.__version__ >= "2.8"
+"""Earlier, what a compiled phase writes on a GPU is lost if its piece starts off a multiple of 16 bytes
+(pytorch/pytorch#154442): phases then return what is new."""
+
 
 class RuleResult(NamedTuple):
     """What one step of a rule gives."""
@@ -91,8 +95,9 @@ def propose_phase(
     new, delta = rule.propose(weights, state, grad, param, control_Cn, facts, context)
     if factors_Xn is None:
         return new, delta
+    kept = _overwrite(state, new)  # first: a rule may keep the parameter itself
     _move(param, delta, factors_Xn)
-    return _overwrite(state, new), None
+    return kept, None
 
 
 def _overwrite(state: State, new: State) -> State:
@@ -249,6 +254,7 @@ def apply_rule(
         if rule.pull_period and plan.pulls:
             pulled, moved = phases.pull(weights, state, param, context)
             store.write(pack, pulled)
+            state, grad, param = store.read(pack)
         factors_Xn = of_update if store.is_viewed and pack.is_single else None
         new, delta = phases.propose(factors_Xn, weights, state, grad, param, of_rule, known, context)
         store.write(pack, new)
@@ -520,7 +526,9 @@ class _InPlace(_Store):
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         fields = (self.param_field, self.grad_field, *self.state_fields.values())
-        self.is_viewed = all(tensor.dtype == self.dtype for field in fields for tensor in field.tensors)
+        self.is_viewed = WRITES_ARE_KEPT and all(
+            tensor.dtype == self.dtype for field in fields for tensor in field.tensors
+        )
 
     def read(self, pack: _Pack) -> tuple[State, Tensor, Tensor]:
         if pack in self.held:
@@ -533,7 +541,7 @@ class _InPlace(_Store):
     def write(self, pack: _Pack, new: State) -> None:
         for key, value in new.items():
             self._scatter(pack, self.state_fields[key], value)
-        if new and not pack.is_single:  # else what is held is a view of what was written
+        if new and not pack.is_single:  # what is held of a single part is a view of what was written
             state, grad, param = self.held[pack]
             first = self.states[pack.tensors[0]]
             kept = {key: value.to(first[key].dtype).to(self.dtype) for key, value in new.items()}
