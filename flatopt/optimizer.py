@@ -165,7 +165,7 @@ class FlatOpt(Optimizer):
         options |= {"maximize": maximize, "momentum": 0.0} | record_of(self.learned)
         self._had_matrices = False
         super().__init__(params, options)
-        self._watch.look_at_new(self.param_groups)
+        self._watch.look_at_new(self.param_groups, needs_matrices=self.learned.rule.max_strip > 0)
 
     @overload
     def step(self, closure: None = None) -> None: ...
