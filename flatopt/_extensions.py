@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
 from types import ModuleType
@@ -34,9 +35,10 @@ def extend(registries: Mapping[str, dict[str, Any]], modules: Iterable[str] = ()
         modules: names of modules to import, from the current folder or anywhere that Python looks.
 
     Raises:
-        ValueError: if a module cannot be found, or declares a name that something else has already.
+        ValueError: if a module cannot be imported, or declares a name that something else has already.
     """
-    loaded = [_import(name) for name in modules] + [entry.load() for entry in entry_points(group=GROUP)]
+    loaded = [import_here(name, f"--import {name}") for name in modules]
+    loaded += [entry.load() for entry in entry_points(group=GROUP)]
     for module in loaded:
         for attribute, registry in registries.items():
             for name, value in getattr(module, attribute, {}).items():
@@ -46,11 +48,40 @@ def extend(registries: Mapping[str, dict[str, Any]], modules: Iterable[str] = ()
                     raise ValueError(f"{module.__name__}: there is something else called {name!r} in {attribute}")
 
 
-def _import(name: str) -> ModuleType:
+def import_here(name: str, asked: str) -> ModuleType:
+    """Import a module of the user, from the current folder or anywhere that Python looks.
+
+    Args:
+        name: the module.
+        asked: what messages call the request.
+
+    Raises:
+        ValueError: if it cannot be imported.
+    """
     here = os.getcwd()
     if here not in sys.path:  # as `python -m` does; the folder of the command is of no use
         sys.path.insert(0, here)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ValueError(f"--import {name}: {error}") from error
+        raise ValueError(f"{asked}: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{asked}: {where(error)}") from error
+
+
+def where(error: Exception) -> str:
+    """Return kind, place and message of an error in code of the user, in one line.
+
+    Example:
+        >>> try:
+        ...     exec(compile("1 / 0", "my_module.py", "exec"))
+        ... except ZeroDivisionError as error:
+        ...     print(where(error))
+        ZeroDivisionError in my_module.py, line 1: division by zero
+    """
+    if isinstance(error, SyntaxError):
+        path, line, text = error.filename or "", error.lineno, error.msg
+    else:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        path, line, text = last.filename, last.lineno, str(error)
+    return f"{type(error).__name__} in {os.path.basename(path)}, line {line}: {text}"

@@ -41,13 +41,18 @@ class Shard:
         self.slot = slot
         param = slot.param
         self.shape = TensorShape.of(param.shape, is_complex=param.is_complex())
-        first_strip = dtensor.first_strip(param, Strips.of(self.shape, rule.max_strip))
+        is_plain = not dtensor.is_dtensor(param)
+        first_strip = 0 if is_plain else dtensor.first_strip(param, Strips.of(self.shape, rule.max_strip))
         self.first_strip = first_strip or 0
         self.is_gathered = first_strip is None
-        if self.is_gathered:
+        if is_plain:
             self.sharding = None
-            self.target = self.param = dtensor.whole_copy(param)
-            self.grad = dtensor.whole_copy(slot.grad)
+            self.target = real_view(param.detach())
+            self.param, self.grad, self.state = self.target.contiguous(), slot.local, state
+        elif self.is_gathered:
+            self.sharding = None
+            self.whole = dtensor.whole_copy(param)
+            self.param, self.grad = real_view(self.whole), real_view(dtensor.whole_copy(slot.grad))
             self.state = {key: dtensor.whole_copy(value) for key, value in state.items()}
             self.kept = state
         else:
@@ -59,7 +64,7 @@ class Shard:
     def write_back(self) -> None:
         """Write what is not in the storage of the parameter and its state yet."""
         if self.is_gathered:
-            dtensor.write_part_of_whole(self.param, self.slot.param)
+            dtensor.write_part_of_whole(self.whole, self.slot.param)
             for key, value in self.state.items():
                 dtensor.write_part_of_whole(value, self.kept[key])
         elif self.param is not self.target:

@@ -6,11 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ._groups import check_options, highest_lr
+from ._groups import check_options, has_matrices, highest_lr
 from ._warn import warn
 
 SMALL_LR = 0.01
 """Below it, ``lr`` looks like a learning rate of Adam's."""
+
+FLAT_NUMEL = 2**20
+"""A vector this long beside no matrix looks like a flattened model: no bias is as long."""
 
 
 class Watch:
@@ -40,8 +43,15 @@ class Watch:
                         "the value of group 0 counts for all",
                     )
 
-    def look_at_new(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Warn of a learning rate that is none of this optimizer."""
+    def look_at_new(self, groups: Sequence[dict[str, Any]], *, needs_matrices: bool) -> None:
+        """Warn of a learning rate that is none of this optimizer, and of a vector that may have been matrices."""
+        longest = max((param.numel() for group in groups for param in group["params"]), default=0)
+        if needs_matrices and longest >= FLAT_NUMEL and not has_matrices(groups):
+            warn(
+                f"no parameter is a matrix, and one is a vector of {longest:,} coordinates: if it holds the flattened "
+                "parameters of a model, FlatOpt cannot see its matrices and steps them like a bias; give the "
+                "parameters themselves, and shard with FSDP2 (torch.distributed.fsdp.fully_shard)"
+            )
         lr = highest_lr(groups)
         if lr is not None and 0 < lr < SMALL_LR:
             warn(

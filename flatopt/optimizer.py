@@ -144,6 +144,8 @@ class FlatOpt(Optimizer):
         options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "num_steps": num_steps, "seed": seed}
         check_options(options)
         if isinstance(pretrained, LearnedRule):
+            if revision is not None:
+                raise ValueError(f"revision={revision!r} needs a Hub repository, but pretrained is a LearnedRule")
             self.learned = pretrained
         else:
             with real_tensors():
@@ -163,7 +165,7 @@ class FlatOpt(Optimizer):
         options |= {"maximize": maximize, "momentum": 0.0} | record_of(self.learned)
         self._had_matrices = False
         super().__init__(params, options)
-        self._watch.look_at_new(self.param_groups)
+        self._watch.look_at_new(self.param_groups, needs_matrices=self.learned.rule.max_strip > 0)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -403,11 +405,11 @@ class FlatOpt(Optimizer):
         for slot in slots:
             slot.local = real_view(dtensor.local_grad(slot.grad, slot.param)).contiguous()
         holders = [param for param in self._holders() if bucket_of(param) == bucket]
-        for param in holders:
-            state = self.state[param]
+        states = [self.state[param] for param in holders]
+        for param, state in zip(holders, states, strict=True):
             if state["step"].device != param.device:  # Lightning moves all of a state but this
                 state["step"] = state["step"].to(param.device)
-        values = largest(slots, bucket[1]) + [self.state[param]["step"] for param in holders]
+        values = largest(slots, bucket[1]) + [state["step"] for state in states]
         if not values:
             return 0.0
         stacked = torch.stack(values)
@@ -447,7 +449,10 @@ class FlatOpt(Optimizer):
             return torch.stack([values[id(slot.group)] for slot in slots])
 
         rule = self.learned.rule
-        shards = [Shard(slot, rule, {key: self.state[slot.param][key] for key in self._layout.keys}) for slot in slots]
+        keys, states = self._layout.keys, [self.state[slot.param] for slot in slots]
+        shards = [
+            Shard(slot, rule, {key: state[key] for key in keys}) for slot, state in zip(slots, states, strict=True)
+        ]
         compiled = self._compiled is not None and self._compiled.fast is not None
         decays = any(isinstance(slot.group["weight_decay"], Tensor) or slot.group["weight_decay"] for slot in slots)
         plan = Plan(

@@ -6,10 +6,11 @@ import copy
 import difflib
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from . import hub
 from ._cards import address, model_card
@@ -49,6 +50,7 @@ def load_pretrained(
         local_files_only: Hub only: never touch the network.
 
     Raises:
+        TypeError: if ``pretrained`` is neither text nor a path.
         ValueError: if nothing can have that name, if ``revision`` is given without a Hub repository, or if the
             files are not exactly those of a learned rule.
         FileNotFoundError: if the repository, the revision or a file in it does not exist, or is not in the cache
@@ -62,6 +64,14 @@ def load_pretrained(
         ...
         ValueError: 'no-such-optimizer' is neither shipped weights ..., nor a folder, nor a Hub repository 'org/name'...
     """
+    given: Any = pretrained
+    if not isinstance(given, str | os.PathLike):
+        kind = type(given).__name__
+        hint = f"; a rule without weights: LearnedRule({kind}(), {kind}().init_weights())"
+        raise TypeError(
+            f"pretrained must be a name, a folder or 'org/name', not {kind}"
+            + (hint if isinstance(given, UpdateRule) else "")
+        )
     source = os.fspath(pretrained)
     shipped = list_pretrained()
     if source in shipped or os.path.isdir(source):
@@ -151,6 +161,7 @@ class LearnedRule:
         commit: 40-digit commit of the Hub repository it came from.
 
     Raises:
+        TypeError: if they are not a rule and a dict.
         ValueError: if the weights do not fit the rule or are not finite.
 
     Example:
@@ -171,6 +182,10 @@ class LearnedRule:
     commit: str | None = None
 
     def __post_init__(self) -> None:
+        rule, given = cast(Any, self.rule), cast(Any, self.weights)
+        if not isinstance(rule, UpdateRule) or not isinstance(given, Mapping):
+            kinds = f"{type(rule).__name__} and {type(given).__name__}"
+            raise TypeError(f"a LearnedRule takes an UpdateRule and a dict of its weights, not {kinds}")
         weights = {key: value.detach().cpu().clone().contiguous() for key, value in self.weights.items()}
         check_weights(self.rule, weights)
         object.__setattr__(self, "weights", weights)

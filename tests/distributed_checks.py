@@ -78,11 +78,15 @@ def assert_same(params: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
 
 
 def check_placements(name: str, mesh: DeviceMesh) -> None:
-    """Uneven and empty shards, shards along the second axis, replicas and plain tensors, in one optimizer."""
+    """Uneven and empty shards, along either axis, complex ones, replicas and plain tensors, in one optimizer."""
     generator = torch.Generator().manual_seed(0)
     rows = [((5, 3), [Shard(0)]), ((1, 4), [Shard(0)]), ((2, 3), [Shard(1)]), ((4,), [Replicate()]), ((3,), None)]
-    rows += [((), [Replicate()])]
-    plain = [nn.Parameter(torch.randn(shape, generator=generator)) for shape, _ in rows]
+    rows += [((), [Replicate()]), ((9, 2), [Shard(1)])]
+    dtypes = [torch.float32] * (len(rows) - 1) + [torch.complex64]
+    plain = [
+        nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype))
+        for (shape, _), dtype in zip(rows, dtypes, strict=True)
+    ]
     placed = [
         nn.Parameter(value.detach().clone() if how is None else distribute_tensor(value.detach().clone(), mesh, how))
         for value, (_, how) in zip(plain, rows, strict=True)
@@ -90,7 +94,7 @@ def check_placements(name: str, mesh: DeviceMesh) -> None:
     opts = [FlatOpt(params, pretrained=learned(name, perturbation=0.1), **OPTIONS) for params in (plain, placed)]
     for _ in range(4):
         for value, param, (_, how) in zip(plain, placed, rows, strict=True):
-            value.grad = torch.randn(value.shape, generator=generator)
+            value.grad = torch.randn(value.shape, generator=generator, dtype=value.dtype)
             param.grad = value.grad.clone() if how is None else distribute_tensor(value.grad.clone(), mesh, how)
         for opt in opts:
             opt.step()

@@ -345,3 +345,17 @@ def test_half_precision_copies_in_the_place_of_parameters_are_not_flattened(toy:
     opt.param_groups[0]["params"] = copies = [nn.Parameter(param.detach().float()) for param in params]
     step_with(opt, copies, 0)
     assert all(float(opt.state[param]["step"]) == 1 for param in copies)
+
+
+def test_a_lone_vector_as_long_as_a_model_is_told_once() -> None:
+    """A flat buffer that was there before the optimizer, as Apex makes one: nothing but its length tells."""
+    with pytest.warns(UserWarning, match=r"vector of 1,048,576 coordinates.*FSDP2") as caught:
+        opt = FlatOpt([nn.Parameter(torch.ones(2**20)), nn.Parameter(torch.ones(3))])
+    step_with(opt, opt.param_groups[0]["params"], 0)
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_vectors_that_are_no_flattened_model_are_not_told(toy: LearnedRule) -> None:
+    FlatOpt([nn.Parameter(torch.ones(2**20 - 1))])
+    FlatOpt([nn.Parameter(torch.ones(2**20)), nn.Parameter(torch.ones(2, 2))])
+    FlatOpt([nn.Parameter(torch.ones(2**20))], pretrained=toy)  # a rule that looks at coordinates one by one

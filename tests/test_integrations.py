@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -184,14 +186,30 @@ HEADER = ["Library", "Version", "What ran", "Against the plain loop", "Resumed r
 real = pytest.mark.filterwarnings("ignore", "error:.*[Ff]lat[Oo]pt:UserWarning", "error:.*num_steps:UserWarning")
 
 
-def library(name: str, *needed: str) -> Any:
-    """Import a library, or skip: absent, or broken as it is installed here."""
+@cache
+def make_torchvision_importable() -> None:
+    """Declare what stops its import: that on PyPI is compiled for CUDA, and does not load beside a torch without.
+
+    Lightning, transformers and timm import it where it is installed; none of them calls its operators here.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
     try:
-        for other in needed:
-            importlib.import_module(other)
-        return importlib.import_module(name)
-    except Exception as error:
-        pytest.skip(f"{name} cannot be imported: {error}")
+        importlib.import_module("torchvision")
+    except RuntimeError:  # operator torchvision::nms does not exist
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def library(name: str, *needed: str) -> Any:
+    """Import a library, or skip where it is not installed."""
+    for each in (*needed, name):
+        if importlib.util.find_spec(each.partition(".")[0]) is None:
+            pytest.skip(f"{each} is not installed")
+    make_torchvision_importable()
+    for each in needed:
+        importlib.import_module(each)
+    return importlib.import_module(name)
 
 
 def check_row(package: str, what: str, plain: str, resumed: str) -> None:

@@ -44,8 +44,9 @@ ALLOWED: dict[str, set[str]] = {
         *{"_cards", "_dataclass_json", "_extensions", "_folder", "_version"},
         *{"pretrained", "rules", "tasks", "flatness"},
     },
-    "evaluate": {"optimizer", "pretrained", "tasks", "flatness"},
+    "evaluate": {"_extensions", "optimizer", "pretrained", "tasks", "flatness"},
     "__init__": {"_version", "optimizer", "pretrained"},
+    "__main__": {"_version", "pretrained"},
 }
 
 

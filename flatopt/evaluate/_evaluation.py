@@ -52,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser, evaluation: type[Evaluation]) -
         elif hint is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=True, help=text)
         elif hint is int:
-            kind = _number(one.metadata["at_least"])
+            kind = number(one.metadata["at_least"])
             parser.add_argument(name, type=kind, default=one.default, help=f"{text} (default: %(default)s)")
         elif get_origin(hint) is Literal:
             parser.add_argument(name, choices=get_args(hint), default=one.default, help=text)
@@ -70,14 +70,16 @@ def read_options(evaluation: type[Evaluation], chosen: argparse.Namespace) -> Ev
     return evaluation(**values)
 
 
-def _number(at_least: int | None) -> Any:
-    def number(text: str) -> int:
+def number(at_least: int | None) -> Callable[[str], int]:
+    """Return what reads an integer of the command line."""
+
+    def integer(text: str) -> int:
         value = int(text)
         if at_least is not None and value < at_least:
             raise argparse.ArgumentTypeError(f"must be at least {at_least}, not {value}")
         return value
 
-    return number
+    return integer
 
 
 def progress(items: Iterable[T], name: str | Callable[[T], str], total: int | None = None) -> Iterator[T]:

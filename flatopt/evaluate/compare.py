@@ -19,9 +19,7 @@ the test data themselves*, which favours Adam.  FlatOpt knows the number of step
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from flatopt._extensions import import_here, where
 from flatopt.optimizer import FlatOpt
 
 from ._cache import Record, RunCache
@@ -80,7 +79,7 @@ class Compare(Evaluation):
         work = [(optimizer, seed) for optimizer in optimizers for seed in range(self.seeds)]
         runs: dict[str, list[Record]] = {}
         for optimizer, seed in progress(work, lambda one: f"{one[0]}, seed {one[1]}"):
-            problem = Problem(*make(seed))
+            problem = make_problem(make, seed)
             runs.setdefault(optimizer, []).append(
                 train(problem, optimizers[optimizer], num_steps, optimizer != "FlatOpt")
             )
@@ -105,24 +104,31 @@ def load_function(name: str) -> Callable[[int], Any]:
     """Return the function that ``module:function`` names; modules of the current folder are found too.
 
     Raises:
-        ValueError: not of this form, no such module or no such function.
+        ValueError: not of this form, no such module, one that cannot be imported, or no such function.
     """
     module_name, _, function = name.partition(":")
     if not module_name or not function:
         raise ValueError(f"name the function as module:function, not {name!r}")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name != module_name.partition(".")[0]:
-            raise
-        raise ValueError(f"there is no module {module_name!r} here or among the installed ones") from error
-    made = getattr(module, function, None)
+    made = getattr(import_here(module_name, name), function, None)
     if not callable(made):
         raise ValueError(f"{module_name} has no function {function!r}")
     result: Callable[[int], Any] = made
     return result
+
+
+def make_problem(make: Callable[[int], Any], seed: int) -> Problem:
+    """Return what ``make`` returns.
+
+    Raises:
+        ValueError: if it fails, or returns something else than the four parts of a problem.
+    """
+    try:
+        made = make(seed)
+    except Exception as error:
+        raise ValueError(f"make({seed}) failed: {where(error)}") from error
+    if not isinstance(made, Sequence) or len(made) != len(Problem._fields) or not isinstance(made[0], nn.Module):
+        raise ValueError(f"make({seed}) must return (model, train, test, loss_fn), not {type(made).__name__}")
+    return Problem(*made)
 
 
 def train(problem: Problem, build: Callable[[Iterable[Tensor]], Optimizer], num_steps: int, cosine: bool) -> Record:

@@ -18,10 +18,11 @@ from torch.optim import Adam, Optimizer
 
 from flatopt import flatness
 from flatopt.optimizer import FlatOpt
+from flatopt.pretrained import load_pretrained
 from flatopt.tasks import Batch, ImageSplits, load_images
 
 from ._cache import Record
-from ._evaluation import one_line
+from ._evaluation import number, one_line
 from ._report import Report, mean_pm_std, write_report
 from ._training import build_model, measure, train
 from .contestants import default_name
@@ -59,15 +60,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="python -m flatopt.evaluate.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of table and figure")
-    parser.add_argument("--seeds", type=int, default=5, help="runs per optimizer (default: 5)")
-    parser.add_argument("--steps", type=int, default=600, help="steps per run (default: 600)")
+    parser.add_argument("--seeds", type=number(1), default=5, help="runs per optimizer (default: 5)")
+    parser.add_argument("--steps", type=number(1), default=600, help="steps per run (default: 600)")
     parser.add_argument("--pretrained", default=default_name(), help="weights of FlatOpt: name, folder or Hub id")
     chosen = parser.parse_args(arguments)
-    optimizers: dict[str, Build] = {
-        "torch.optim.Adam(lr=1e-3)": lambda params: Adam(params, lr=1e-3),
-        "flatopt.FlatOpt": lambda params: FlatOpt(params, pretrained=chosen.pretrained),
-    }
     with one_line("flatopt.evaluate.demo", "nothing was written"):
+        learned = load_pretrained(chosen.pretrained)
+        chosen.out.mkdir(parents=True, exist_ok=True)  # what cannot be done is said before anything trains
+        optimizers: dict[str, Build] = {
+            "torch.optim.Adam(lr=1e-3)": lambda params: Adam(params, lr=1e-3),
+            "flatopt.FlatOpt": lambda params: FlatOpt(params, pretrained=learned),
+        }
         print(write_report(report(optimizers, chosen.seeds, chosen.steps), chosen.out))
     print(f"Figure: {chosen.out / 'figure.png'}")
 

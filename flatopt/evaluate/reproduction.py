@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from flatopt.pretrained import LearnedRule, list_pretrained, load_pretrained
 
 from ._cache import Record, RunCache
-from ._evaluation import Evaluation, option, progress
+from ._evaluation import Evaluation, matching, option, progress
 from ._report import Interval, Report, Table, confidence_interval, mean_and_std, mean_pm_std
 from ._training import Benchmark, run, tuned
 from .contestants import Contestant, baselines, learned_contestant
@@ -145,12 +145,11 @@ class Reproduction(Evaluation):
         sets may be chosen.
 
         Raises:
-            ValueError: if no optimizee has any of ``self.tasks`` in its name.
+            ValueError: if one of ``self.tasks`` is in the name of no optimizee.
         """
         benchmarks = optimizees(self.data) if self.split == "test" else selection_optimizees(self.data)
-        chosen = [one for one in benchmarks if not self.tasks or any(part in one.name for part in self.tasks)]
-        if not chosen:
-            raise ValueError(f"no optimizee has {self.tasks} in its name: there are {[one.name for one in benchmarks]}")
+        names = matching([one.name for one in benchmarks], self.tasks, "optimizee")
+        chosen = [one for one in benchmarks if one.name in names]
         families = [] if self.learned_only else [with_cosine(one) for one in baselines() if one.name in BASELINE_NAMES]
         if self.fast:
             chosen = [replace(one, num_steps=one.num_steps // 10) for one in chosen]

@@ -49,8 +49,9 @@ def scalar(loss_fn: LossFn) -> LossFn:
 
     def checked(params: Params) -> Tensor:
         loss = loss_fn(params)
-        if loss.shape != ():
-            raise ValueError(f"loss_fn must return a 0-D tensor, got shape {tuple(loss.shape)}")
+        if not isinstance(loss, Tensor) or loss.shape != ():
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss_fn must return a 0-D tensor, got {got}")
         return loss
 
     return checked

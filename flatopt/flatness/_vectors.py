@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,14 @@ def num_coordinates(params: Params) -> int:
     """Return ``d``, the number of scalars in ``params``.
 
     Raises:
+        TypeError: when ``params`` is not a dict of tensors.
         ValueError: when there is none, or a tensor is not real floating point.
     """
+    if not isinstance(params, Mapping) or not all(isinstance(param, Tensor) for param in params.values()):
+        raise TypeError(
+            f"params must be a dict of tensors by name, not {type(params).__name__}: for a module use "
+            "flatness_of(module, criterion, data), or module_loss, which returns loss_fn and params"
+        )
     for name, param in params.items():
         if not param.is_floating_point():
             raise ValueError(f"parameters must be real floating point tensors, got {name!r} with dtype {param.dtype}")

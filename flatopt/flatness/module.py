@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,9 @@ def module_loss(module: nn.Module, criterion: Criterion, data: Batch | Iterable[
         ``(loss_fn, params)`` for any function of this package; ``params`` are detached and share the module's memory.
 
     Raises:
-        ValueError: the module has no trainable parameter, or the data hold no batch.
+        TypeError: one of the arguments is something else.
+        ValueError: the module has no trainable parameter, or the data hold no batch or something else than
+            ``(inputs, targets)``.
 
     Example:
         >>> module = nn.Linear(2, 1, bias=False)
@@ -50,12 +53,19 @@ def module_loss(module: nn.Module, criterion: Criterion, data: Batch | Iterable[
         >>> hutchinson_trace(loss_fn, params, num_matvecs=2) >= 0
         tensor(True)
     """
+    given: tuple[Any, ...] = (module, criterion, data)
+    if not isinstance(given[0], nn.Module) or not callable(given[1]) or not isinstance(given[2], Iterable):
+        kinds = ", ".join(type(argument).__name__ for argument in given)
+        raise TypeError(f"expected a module, a criterion and data, in this order, not {kinds}")
     params = {name: param.detach() for name, param in module.named_parameters() if param.requires_grad}
     if not params:
         raise ValueError("module must have at least one parameter that requires a gradient")
     batches = [data] if isinstance(data, (tuple, list)) and data and isinstance(data[0], Tensor) else list(data)
     if not batches:
         raise ValueError("data must hold at least one batch")
+    for batch in batches:
+        if isinstance(batch, Tensor) or not isinstance(batch, Sequence) or len(batch) != 2:
+            raise ValueError(f"a batch of data must be (inputs, targets), not {type(batch).__name__}")
     sizes = [len(inputs) for inputs, _ in batches]
     terms = [_batch_loss(module, criterion, inputs, targets) for inputs, targets in batches]
     return MeanLoss(terms=terms, weights=[size / sum(sizes) for size in sizes]), params

@@ -5,15 +5,20 @@ their runs became, and their losses, are then added up over the ranks, each of w
 runs.  So every rank has the whole state, a checkpoint does not depend on the number of ranks, and the meta-gradient is
 that of a single process up to the rounding of its steps.  It is averaged over the ranks, that none may drift.
 
-Started by ``torchrun``, whose environment says which rank this is.
+Started by ``torchrun``, whose environment says which rank this is.  When a process dies, ``torchrun`` starts all of
+them anew with the same command, and the run goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import textwrap
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -28,6 +33,19 @@ if TYPE_CHECKING:  # which takes half a second
     from .unroll import Unroll
 
 T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the others: gloo's default, where NCCL's of 10 may be less than one compilation."""
+
+POLL_SECONDS = 0.05
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the run is gone."""
+
+
+class RefusedByFirstError(ValueError):
+    """The first process refuses a request, and says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,37 +97,104 @@ class Ranks:
         for dtype in sorted({leaf.dtype for leaf in leaves}, key=str):  # one transfer for each
             chosen = [index for index, leaf in enumerate(leaves) if leaf.dtype == dtype]
             packed = torch.cat([leaves[index].reshape(-1) for index in chosen])
-            dist.all_reduce(packed)
+            with _together():
+                dist.all_reduce(packed)
             for index, part in zip(chosen, packed.split([leaves[index].numel() for index in chosen]), strict=True):
                 summed[index] = part.view(leaves[index].shape)
         result: T = pytree.tree_unflatten([summed[index] for index in range(len(leaves))], form)
         return result
 
-    def wait(self) -> None:
-        """Wait for all processes."""
-        if self.size > 1:
-            dist.barrier()
+    def share(self, make: Callable[[], T]) -> T:
+        """Return what the first process makes; where it refuses with ``ValueError`` or ``OSError``, all do."""
+        if self.size == 1:
+            return make()
+        made: list[Any] = [None]
+        try:
+            if self.is_main:
+                made = [make()]
+        except (ValueError, OSError) as error:
+            made = [RefusedByFirstError(str(error))]
+            raise
+        finally:
+            with _together():
+                dist.broadcast_object_list(made)
+        if isinstance(made[0], RefusedByFirstError):
+            raise made[0]
+        shared: T = made[0]
+        return shared
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
-    """Join the processes that ``torchrun`` started, and leave them at the end; yield also the device of this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Ranks(), device
-        return
-    if str(device) == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+def _together() -> Iterator[None]:
+    """Say what it means where a call to all processes fails."""
     try:
-        yield Ranks(rank=dist.get_rank(), size=dist.get_world_size()), device
+        yield
+    except RuntimeError as error:
+        reason = textwrap.shorten(str(error), 160)
+        raise LostProcessError(f"another process of this run is gone ({reason})") from error
+
+
+@contextmanager
+def joined(backend: str) -> Iterator[Ranks]:
+    """Join the processes that ``torchrun`` started, and leave them at the end."""
+    if _num_processes() == 1:
+        yield Ranks()
+        return
+    # The store of torchrun outlives the processes, and still has the addresses of those that it replaces
+    # (pytorch/pytorch#135712): gloo would try to connect to the dead, NCCL would take their identifier.
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    prefix = agree(store, rank, size)
+    dist.init_process_group(backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=size, timeout=TIMEOUT)
+    try:
+        yield Ranks(rank=rank, size=size)
     finally:
         dist.destroy_process_group()
 
 
-def was_restarted() -> bool:
-    """Return whether ``torchrun`` has started this process anew, after the loss of a rank."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def agree(store: dist.Store, rank: int, size: int) -> str:
+    """Return a name that no process had before, the same on all ranks, whatever earlier ones left in the store.
+
+    Every rank leaves a random number; the first answers each with the name, until all have taken it.  What it answers
+    to the number of a dead process, nobody reads.
+    """
+    if rank > 0:
+        number = uuid.uuid4().hex
+        store.set(f"flatopt/{rank}", number)
+        name = str(store.get(f"flatopt/{number}").decode())
+        store.set(f"flatopt/{name}/{rank}", "taken")
+        return name
+    name, missing, end = uuid.uuid4().hex, set(range(1, size)), time.monotonic() + TIMEOUT.total_seconds()
+    while missing:
+        if time.monotonic() > end:
+            raise LostProcessError(f"no word of the processes {sorted(missing)} of {size}")
+        for other in tuple(missing):
+            if store.check([f"flatopt/{name}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"flatopt/{other}"]):
+                store.set(f"flatopt/{store.get(f'flatopt/{other}').decode()}", name)
+        time.sleep(POLL_SECONDS)
+    return name
+
+
+def own_device(device: str | torch.device) -> str | torch.device:
+    """Return the device of this process: of several on one machine each has a GPU of its own."""
+    if str(device) == "cuda" and _num_processes() > 1:
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return device
+
+
+def is_main_process() -> bool:
+    """Return whether this process writes and prints, also before the others are joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def job() -> str | None:
+    """Return what is common to all processes that one ``torchrun`` starts, also after the loss of one."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def _num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _select(draws: Draws, pairs: Tensor) -> Draws:

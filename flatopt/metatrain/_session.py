@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ._ranks import job
+
 
 def describe_session(device: torch.device, command: str) -> dict[str, Any]:
     """Return where and how this session runs: what a reader needs to make the run again."""
@@ -17,6 +19,7 @@ def describe_session(device: torch.device, command: str) -> dict[str, Any]:
     if device.type == "cuda":
         hardware = f"{torch.cuda.get_device_name(device)}, {hardware}"
     return {
+        **({} if job() is None else {"torchrun": job()}),
         "command": command,
         "commit": _commit(),
         "device": str(device),

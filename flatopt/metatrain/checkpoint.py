@@ -78,9 +78,11 @@ class RunState:
 
     @classmethod
     def fresh(cls, config: MetaTrainConfig) -> RunState:
-        """Return the state before anything is done, on the CPU."""
+        """Return the state before anything is done, on the CPU; ``ValueError`` if there is nothing to learn."""
         generator = torch.Generator().manual_seed(config.seed)
         weights = config.build_rule().init_weights(generator)
+        if not weights:
+            raise ValueError(f"rule={config.rule} has no weights to learn")
         average = {name: value.clone() for name, value in weights.items()} if config.ema_decay > 0 else {}
         return cls(config=config, weights=weights, average=average, generator=generator.get_state())
 

@@ -22,9 +22,9 @@ from ..flatness import MEASURES
 from ..pretrained import push_to_hub
 from ..rules import RULES
 from ._describe import recipe_table, settings
-from ._ranks import was_restarted
+from ._ranks import LostProcessError, RefusedByFirstError, is_main_process
 from ._stop import TrainingInterrupted
-from .checkpoint import RunState, latest
+from .checkpoint import RunState
 from .config import MetaTrainConfig
 from .export import export_rule
 from .families import FAMILIES, check_families
@@ -55,14 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         extend(REGISTRIES, arguments.imports)
         command(arguments)
+    except RefusedByFirstError:
+        return 2
     except (ValueError, OSError) as error:
         return _refuse(error, str(error), arguments)
     except ImportError as error:
         missing = f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else str(error)
         extra = "eval" if (error.name or "").startswith("matplotlib") else "train"
         return _refuse(error, f"{missing}: pip install 'flatopt[{extra}]'", arguments)
+    except LostProcessError as error:
+        print(f"flatopt-train: {error}; torchrun --max-restarts starts all of them anew", file=sys.stderr)
+        return 1
     except TrainingInterrupted as interruption:
-        print(f"flatopt-train: {interruption}; {_go_on(arguments.out)}", file=sys.stderr)
+        if is_main_process():
+            print(f"flatopt-train: {interruption}; {_go_on(arguments.out)}", file=sys.stderr)
         return 128 + interruption.signal_number
     except KeyboardInterrupt:
         print("flatopt-train: interrupted by SIGINT; nothing was lost", file=sys.stderr)
@@ -94,7 +100,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if rest and ("overrides" not in arguments or any(one.startswith("-") for one in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        arguments.overrides += rest
+        arguments.overrides = [*arguments.overrides, *rest]
     return arguments
 
 
@@ -113,18 +119,18 @@ def _parser() -> argparse.ArgumentParser:
 
     show = add("show", _show, "show what a recipe is for, and every key that can be set")
     show.add_argument("recipe", metavar="RECIPE", help="a name from `flatopt-train list`")
-    show.add_argument("overrides", nargs="*", metavar="key=value", help="settings to show it with")
+    show.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings to show it with")
 
     run = add("run", _run, "start a run")
     run.add_argument("recipe", metavar="RECIPE", help="a name from `flatopt-train list`")
-    run.add_argument("overrides", nargs="*", metavar="key=value", help="for example estimator.std=0.02")
+    run.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="for example estimator.std=0.02")
     run.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run, empty or absent")
     run.add_argument("--device", default="cpu", help="where to compute, for example cuda (default: cpu)")
     run.add_argument("--dry-run", action="store_true", help="check everything and show the settings, but do nothing")
 
     resume = add("resume", _resume, "go on from the last whole checkpoint")
     resume.add_argument("out", type=Path, metavar="DIR", help="folder of the run")
-    resume.add_argument("overrides", nargs="*", metavar="key=value", help=f"one of {', '.join(ADJUSTABLE)}")
+    resume.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=f"one of {', '.join(ADJUSTABLE)}")
     resume.add_argument("--device", default="cpu", help="where to compute, for example cuda (default: cpu)")
 
     plot = add("plot", _plot, "draw meta-loss, gradient norm, signal-to-noise ratio and families of a run")
@@ -182,9 +188,7 @@ def _run(arguments: argparse.Namespace) -> None:
             f"{describe_run(RunState.fresh(config), check_device(arguments.device), arguments.out)} (nothing was done)"
         )
     else:
-        # After the loss of a process torchrun gives the same command again.
-        resume = was_restarted() and latest(arguments.out / "checkpoints") is not None
-        train(config, arguments.out, device=arguments.device, resume=resume, command=arguments.line)
+        train(config, arguments.out, device=arguments.device, command=arguments.line)
 
 
 def _resume(arguments: argparse.Namespace) -> None:
@@ -197,6 +201,8 @@ def _plot(arguments: argparse.Namespace) -> None:
     from ._plot import draw_run, read_metrics
 
     path = arguments.to or arguments.out / "metrics.png"
+    if path.is_dir() or not path.suffix:
+        raise ValueError(f"--to must name a figure, such as {path / 'metrics.png'}, not {path}")
     draw_run(read_metrics(arguments.out / "metrics.jsonl")).savefig(path, dpi=150)
     print(f"drawn in {path}")
 

@@ -20,6 +20,7 @@ EVOLUTION_STRATEGIES = ("persistent-es", "truncated-es")
 Count = Annotated[int, at_least(1)]
 NotNegative = Annotated[int, at_least(0)]
 Positive = Annotated[float, above(0)]
+Seed = Annotated[int, at_least(0), below(2**63)]
 Probability = Annotated[float, at_least(0), at_most(1)]
 
 
@@ -199,7 +200,7 @@ class ValidationConfig:
     """Runs of each family."""
     num_steps: Count | None = None
     """Their steps where there is no curriculum; the longest horizon of each family if ``None``."""
-    seed: int = 1_000
+    seed: Seed = 1_000
     """Seed of their problems and batches."""
     patience: Count | None = None
     """Without a curriculum, end the run after so many validations without improvement; never if ``None``."""
@@ -255,7 +256,7 @@ class MetaTrainConfig:
     """The meta-gradient is scaled down to this norm."""
     ema_decay: Annotated[float, at_least(0), below(1)] = 0.0
     """Decay of an exponential moving average of the weights, which is then what is exported; 0 for none."""
-    seed: int = 0
+    seed: Seed = 0
     checkpoint_every: NotNegative = 500
     """Meta-updates between checkpoints; 0 for none but the first, the last and those by time."""
     checkpoint_every_seconds: float = 300.0

@@ -12,6 +12,7 @@ whole checkpoint to the very bits that it would have reached uninterrupted (on t
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from ..rules import Weights
 from ._log import Log, NoLog, check_tensorboard, track
-from ._ranks import Ranks, joined
+from ._ranks import LostProcessError, Ranks, job, joined, own_device
 from ._session import describe_session
 from ._stop import StopOnSignal, Stopped
 from .checkpoint import WRITING, RunState, latest, save
@@ -72,7 +73,7 @@ def train(
 
     Args:
         config: everything that decides what is computed; on resuming, that of the run, except for ``ADJUSTABLE``.
-        out: folder of the run, empty or absent unless resuming.
+        out: folder of the run, empty or absent unless resuming, or started anew by the ``torchrun`` that began the run.
         device: where to compute.
         estimator: replaces the one that ``config.estimator`` names.
         resume: go on from the last whole checkpoint in ``out``.
@@ -89,16 +90,19 @@ def train(
         ValueError: for an ``out`` that is not empty, or holds no whole checkpoint or another run when resuming, and
             for a device or an estimator that does not exist.
         TrainingInterrupted: after SIGINT or SIGTERM.
+        RuntimeError: if one of several processes is gone.
     """
     out = Path(out)
     if config.tensorboard:
         check_tensorboard()
     if estimator is None:
         check_families(task.name for task in config.tasks)
-    with joined(check_device(device)) as (ranks, device):
-        state = _begin(config, out, ranks, resume=resume)
+    device = check_device(own_device(device))
+    with joined("nccl" if device.type == "cuda" else "gloo") as ranks:
+        state = ranks.share(lambda: _begin(config, out, ranks, resume=resume))
+        is_new = not state.sessions
         if ranks.is_main:
-            print(describe_run(state, device, out), file=sys.stderr)
+            print(describe_run(state, device, out, ranks.size), file=sys.stderr)
         with StopOnSignal() as stop:
             if estimator is None:
                 show = track if ranks.is_main else untracked
@@ -110,12 +114,14 @@ def train(
                 validate = build_validation(config, config.build_rule(), device, ranks)
             state.sessions = [*state.sessions, {**describe_session(device, command), "first_update": state.update}]
             run = _Run(state.to(device), estimator, validate, ranks)
-            if not resume:
+            if is_new:
                 run.save(state, out)
             try:
                 with stop.at_once():
                     run.prepare()
-            except Stopped:
+            except (Stopped, LostProcessError):  # the latter where another process stopped first
+                if not stop.requested():
+                    raise
                 raise stop.interruption(state.update) from None
             with Log(config, out, run.state) if ranks.is_main else NoLog() as log:
                 _loop(out, run, log, stop)
@@ -124,16 +130,23 @@ def train(
 
 def _begin(config: MetaTrainConfig, out: Path, ranks: Ranks, *, resume: bool) -> RunState:
     """Return the state that a run begins or goes on with, on the CPU."""
-    if resume:
-        state = load_run(out)
-        _check_resumable(state, config, out)
-        state.config = config
-    else:
-        if ranks.is_main:
-            check_unused(out)
-        state = RunState.fresh(config)
-    ranks.wait()  # the first to go on writes into the folder
+    if ranks.size > 1 and config.estimator.name == "truncated-backprop":
+        raise ValueError("estimator.name=truncated-backprop is not shared among processes: start one")
+    if not resume and not _is_restart(out):
+        check_unused(out)
+        return RunState.fresh(config)
+    state = load_run(out)
+    _check_resumable(state, config, out)
+    state.config = config
     return state
+
+
+def _is_restart(out: Path) -> bool:
+    """Return whether ``torchrun``, after the loss of a process, gives the command that began the run in ``out``."""
+    if job() is None or not (out / "checkpoints").is_dir():
+        return False
+    state = latest(out / "checkpoints")
+    return state is not None and state.sessions[-1].get("torchrun") == job()
 
 
 def load_run(out: Path) -> RunState:
@@ -150,8 +163,11 @@ def load_run(out: Path) -> RunState:
 
 def check_unused(out: Path) -> None:
     """Raise ``ValueError`` unless a new run may start in ``out``."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is not a folder")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is not a folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{there} cannot be written to")
     # A run killed before its first checkpoint leaves an unfinished one, which is nothing.
     used = [path for path in out.rglob("*") if path.is_file() and not path.parent.name.startswith(WRITING)]
     if used:
@@ -294,16 +310,15 @@ def _check_resumable(state: RunState, config: MetaTrainConfig, out: Path) -> Non
         raise ValueError(f"{out} holds a run of another configuration: only {', '.join(ADJUSTABLE)} may be changed")
 
 
-def describe_run(state: RunState, device: torch.device, out: Path) -> str:
+def describe_run(state: RunState, device: torch.device, out: Path, num_processes: int = 1) -> str:
     """Return the first line of a run."""
     config, num_weights = state.config, sum(weight.numel() for weight in state.weights.values())
     families = ", ".join(task.name for task in config.tasks)
     updates = (
         f"{state.update} of {config.num_updates} updates done" if state.update else f"{config.num_updates} updates"
     )
-    return (
-        f"{config.recipe}: {num_weights:,} weights of {config.rule}, {updates}, {device}, in {out}; tasks: {families}"
-    )
+    where = str(device) if num_processes == 1 else f"{num_processes} processes, {device.type}"
+    return f"{config.recipe}: {num_weights:,} weights of {config.rule}, {updates}, {where}, in {out}; tasks: {families}"
 
 
 def _norm(gradient: Weights) -> Tensor:
@@ -323,4 +338,6 @@ def check_device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise ValueError("device 'meta' cannot be used: it computes no values")
     return device

@@ -20,6 +20,10 @@ from torch import Tensor
 from ._rule import State, StepContext, TensorFacts, TensorShape, UpdateRule, Weights
 from ._strips import Strips
 
+WRITES_ARE_KEPT = torch.__version__ >= "2.8"
+"""Earlier, what a compiled phase writes on a GPU is lost if its piece starts off a multiple of 16 bytes
+(pytorch/pytorch#154442): phases then return what is new."""
+
 
 class RuleResult(NamedTuple):
     """What one step of a rule gives."""
@@ -41,7 +45,8 @@ class Phases(NamedTuple):
     matrix: Callable[..., Tensor]
     couple: Callable[..., tuple[Tensor, list[Tensor]]]
     mix: Callable[..., tuple[Tensor, Tensor, State]]
-    propose: Callable[..., tuple[State, Tensor]]
+    propose: Callable[..., tuple[State, Tensor | None]]
+    """:func:`propose_phase` without its first argument."""
     pull: Callable[..., tuple[State, Tensor]]
     batch_dims: int = 0
     """1 if every tensor, weights included, has an axis of models in front."""
@@ -50,6 +55,7 @@ class Phases(NamedTuple):
 def observe_phase(
     rule: UpdateRule,
     total: bool,
+    in_place: bool,
     weights: Weights,
     state: State,
     grad: Tensor,
@@ -57,7 +63,10 @@ def observe_phase(
     facts: TensorFacts,
     context: StepContext,
 ) -> tuple[State, Tensor]:
-    """Return what ``rule.observe`` does, its terms as one ``[S, n]``, summed to ``[S, 1]`` if ``total``."""
+    """Return what ``rule.observe`` does, its terms as one ``[S, n]``, summed to ``[S, 1]`` if ``total``.
+
+    If ``in_place``, the new state is written over ``state``, and not returned.
+    """
     new, terms = rule.observe(weights, state, grad, param, facts, context)
     rows: list[Tensor] = []
     for term in terms:
@@ -67,33 +76,70 @@ def observe_phase(
             rows += [value] if term.dim() == 1 else value.unbind()
         else:
             rows.append(torch.dot(*term) if total else torch.mul(*term))
-    if not rows:
-        return new, grad.new_zeros(0, 1 if total else len(grad))
-    stacked = torch.stack(rows)
-    return new, stacked.unsqueeze(-1) if total else stacked
+    stacked = torch.stack(rows) if rows else grad.new_zeros(0, *(() if total else grad.shape))
+    return _overwrite(state, new) if in_place else new, stacked.unsqueeze(-1) if total else stacked
+
+
+def propose_phase(
+    rule: UpdateRule,
+    factors_Xn: Tensor | None,
+    weights: Weights,
+    state: State,
+    grad: Tensor,
+    param: Tensor,
+    control_Cn: Tensor,
+    facts: TensorFacts,
+    context: StepContext,
+) -> tuple[State, Tensor | None]:
+    """Return what ``rule.propose`` does; given the factors of :class:`Update`, write it over state and parameter."""
+    new, delta = rule.propose(weights, state, grad, param, control_Cn, facts, context)
+    if factors_Xn is None:
+        return new, delta
+    kept = _overwrite(state, new)  # first: a rule may keep the parameter itself
+    _move(param, delta, factors_Xn)
+    return kept, None
+
+
+def _overwrite(state: State, new: State) -> State:
+    for key, value in new.items():
+        state[key].copy_(value)
+    return {}
+
+
+def _move(param: Tensor, delta: Tensor, factors_Xn: Tensor) -> None:
+    """Move a parameter by its step, in place."""
+    lr, _, *kept = factors_Xn.unbind()
+    if kept:
+        param.copy_(torch.addcmul(param * kept[0], delta, lr))
+    else:
+        param.addcmul_(delta, lr)
 
 
 def plain_phases(rule: UpdateRule) -> Phases:
     """Return the phases for one model."""
-    observe = partial(observe_phase, rule)
-    return Phases(rule.prepare, observe, rule.matrix, rule.couple, rule.mix, rule.propose, rule.pull)
+    observe, propose = partial(observe_phase, rule), partial(propose_phase, rule)
+    return Phases(rule.prepare, observe, rule.matrix, rule.couple, rule.mix, propose, rule.pull)
 
 
 def batched_phases(rule: UpdateRule) -> Phases:
     """Return the phases for many models side by side."""
+    vmap = torch.vmap
 
-    def observe(total: bool, *arguments: Any) -> tuple[State, Tensor]:
-        result: tuple[State, Tensor] = torch.vmap(partial(observe_phase, rule, total))(*arguments)
+    def observe(total: bool, in_place: bool, *arguments: Any) -> tuple[State, Tensor]:
+        result: tuple[State, Tensor] = vmap(partial(observe_phase, rule, total, in_place))(*arguments)
         return result
 
-    vmap = torch.vmap
+    def propose(factors_Xn: None, *arguments: Any) -> tuple[State, Tensor | None]:
+        result: tuple[State, Tensor | None] = vmap(partial(propose_phase, rule, factors_Xn))(*arguments)
+        return result
+
     return Phases(
         vmap(rule.prepare),
         observe,
         vmap(rule.matrix),
         vmap(rule.couple),
         vmap(rule.mix),
-        vmap(rule.propose),
+        propose,
         vmap(rule.pull),
         batch_dims=1,
     )
@@ -185,7 +231,8 @@ def apply_rule(
     sums = _Sums(layout, dim)
     for pack, known in zip(layout.packs, facts, strict=True):
         state, grad, param = store.read(pack)
-        new, terms_Sn = phases.observe(pack.is_single, weights, state, grad, param, known, context)
+        in_place = store.is_viewed and pack.is_single
+        new, terms_Sn = phases.observe(pack.is_single, in_place, weights, state, grad, param, known, context)
         store.write(pack, new)
         sums.add_terms(pack, terms_Sn)
         if pack.is_matrix:
@@ -201,12 +248,15 @@ def apply_rule(
         if rule.max_strip:
             matrix_n = phases.matrix(weights, state, grad, known) if pack.is_matrix else grad
             known = known._replace(coupled=_multiply(pack, factors, matrix_n, dim))
-        of_rule, of_update = control_Cn.split([num_controls, control_Cn.shape[-2] - num_controls], -2)
-        new, delta = phases.propose(weights, state, grad, param, of_rule, known, context)
+        of_rule = control_Cn.narrow(-2, 0, num_controls)
+        of_update = control_Cn.narrow(-2, num_controls, control_Cn.shape[-2] - num_controls)
         moved = None
         if rule.pull_period and plan.pulls:
-            pulled, moved = phases.pull(weights, state | new, param, context)
-            new = new | pulled
+            pulled, moved = phases.pull(weights, state, param, context)
+            store.write(pack, pulled)
+            state, grad, param = store.read(pack)
+        factors_Xn = of_update if store.is_viewed and pack.is_single else None
+        new, delta = phases.propose(factors_Xn, weights, state, grad, param, of_rule, known, context)
         store.write(pack, new)
         store.move(pack, param, delta, moved, of_update)
     return store.result(steps_N, memory_NM, shared)
@@ -248,16 +298,17 @@ class _Pack:
         self.tensors = [tensor for run in runs for tensor in run.tensors]
         self.sizes = [run.size for run in runs for _ in run.tensors]
         self.run_sizes = [len(run.tensors) * run.size for run in runs]
+        self.counts = [len(run.tensors) for run in runs]
         self.is_single = len(self.tensors) == 1
         self.is_matrix = runs[0].cut is not None
 
     def split(self, values_n: Tensor, dim: int = -1) -> Sequence[Tensor]:
         """Return what belongs to each part."""
-        return (values_n,) if self.is_single else values_n.split(self.sizes, dim)
+        return (values_n,) if self.is_single else values_n.split_with_sizes(self.sizes, dim)
 
     def by_run(self, values_n: Tensor) -> Sequence[Tensor]:
         """Return what belongs to each run."""
-        return (values_n,) if len(self.runs) == 1 else values_n.split(self.run_sizes, -1)
+        return (values_n,) if len(self.runs) == 1 else values_n.split_with_sizes(self.run_sizes, -1)
 
 
 class _Layout(NamedTuple):
@@ -360,10 +411,10 @@ def _spread(layout: _Layout, values_XN: Tensor) -> Iterator[Tensor]:
         if pack.first != last:  # else another piece of the same tensor
             last, values_Xn = pack.first, ordered_XN.narrow(-1, pack.first, len(pack.tensors))
             if not pack.is_single:
-                counts = [len(run.tensors) for run in pack.runs]
+                parts = values_Xn.split_with_sizes(pack.counts, -1)
                 spread = [
                     part.unsqueeze(-1).expand(*part.shape, run.size).flatten(-2)
-                    for run, part in zip(pack.runs, values_Xn.split(counts, -1), strict=True)
+                    for run, part in zip(pack.runs, parts, strict=True)
                 ]
                 values_Xn = spread[0] if len(spread) == 1 else torch.cat(spread, -1)
         yield values_Xn
@@ -381,9 +432,9 @@ class _Field:
         return [view for run in pack.runs for view in self._of_run(run)]
 
     def gather(self, pack: _Pack, dtype: torch.dtype) -> Tensor:
-        """Return the coordinates of a pack, in the dtype to compute in."""
-        flat = self.of(pack)
-        return (torch.cat(flat, self.dim) if len(flat) > 1 else flat[0]).to(dtype)
+        """Return the coordinates of a pack, in the dtype to compute in; of a single part a view, if it has that."""
+        value = self._of_run(pack.runs[0])[0] if pack.is_single else torch.cat(self.of(pack), self.dim)
+        return value if value.dtype == dtype else value.to(dtype)
 
     def _of_run(self, run: _Run) -> list[Tensor]:
         if run.group not in self.views:
@@ -396,6 +447,8 @@ class _Field:
         kept = tensor.dim() - self.extra_dims
         if kept == self.dim + 1:
             return tensor
+        if self.dim == self.extra_dims == 0:
+            return tensor.reshape(-1)
         return tensor.reshape(*tensor.shape[: self.dim], tensor.shape[self.dim : kept].numel(), *tensor.shape[kept:])
 
 
@@ -422,6 +475,8 @@ class _Store:
             for key, value in states[0].items()
             if key != "step" and key not in rule.memory
         }
+        self.is_viewed = False
+        """Whether what is read of a single part is the storage itself."""
         self.held: dict[_Pack, tuple[State, Tensor, Tensor]] = {}
 
     def gather(self, pack: _Pack) -> tuple[State, Tensor, Tensor]:
@@ -446,7 +501,8 @@ class _Pure(_Store):
         state, grad, param = self.held[pack]
         self.held[pack] = (state | new, grad, param)
 
-    def move(self, pack: _Pack, param: Tensor, delta: Tensor, pulled: Tensor | None, factors_Xn: Tensor) -> None:
+    def move(self, pack: _Pack, param: Tensor, delta: Tensor | None, pulled: Tensor | None, factors_Xn: Tensor) -> None:
+        assert delta is not None
         delta = delta if pulled is None else delta + pulled
         for tensor, piece in zip(pack.tensors, pack.split(delta), strict=True):
             self.deltas[tensor].append(piece)
@@ -467,18 +523,25 @@ class _Pure(_Store):
 class _InPlace(_Store):
     """Overwrites states and parameters, part by part; small tensors are gathered once."""
 
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        fields = (self.param_field, self.grad_field, *self.state_fields.values())
+        self.is_viewed = WRITES_ARE_KEPT and all(
+            tensor.dtype == self.dtype for field in fields for tensor in field.tensors
+        )
+
     def read(self, pack: _Pack) -> tuple[State, Tensor, Tensor]:
         if pack in self.held:
             return self.held[pack]
         values = self.gather(pack)
-        if not pack.is_single:
+        if not pack.is_single or self.is_viewed:
             self.held[pack] = values
         return values
 
     def write(self, pack: _Pack, new: State) -> None:
         for key, value in new.items():
             self._scatter(pack, self.state_fields[key], value)
-        if new and pack in self.held:
+        if new and not pack.is_single:  # what is held of a single part is a view of what was written
             state, grad, param = self.held[pack]
             first = self.states[pack.tensors[0]]
             kept = {key: value.to(first[key].dtype).to(self.dtype) for key, value in new.items()}
@@ -486,16 +549,18 @@ class _InPlace(_Store):
 
     def _scatter(self, pack: _Pack, field: _Field, value: Tensor) -> None:
         """Write in the dtype that is kept."""
-        torch._foreach_copy_(field.of(pack), list(pack.split(value, 0)))
+        if pack.is_single:
+            field.of(pack)[0].copy_(value)
+        else:
+            torch._foreach_copy_(field.of(pack), list(pack.split(value, 0)))
 
-    def move(self, pack: _Pack, param: Tensor, delta: Tensor, pulled: Tensor | None, factors_Xn: Tensor) -> None:
-        lr, at_most_1, *kept = factors_Xn.unbind()
-        moved = param * kept[0] if kept else param
+    def move(self, pack: _Pack, param: Tensor, delta: Tensor | None, pulled: Tensor | None, factors_Xn: Tensor) -> None:
+        # What was read is the parameter itself, or a copy of the driver's own.
+        if delta is not None:
+            _move(param, delta, factors_Xn)
         if pulled is not None:
-            moved = torch.addcmul(moved, pulled, at_most_1)
-        # Into what was read: that is the parameter itself, or a copy of the driver's own.
-        torch.addcmul(moved, delta, lr, out=param)
-        if param is not self.param_field.of(pack)[0]:
+            param.addcmul_(pulled, factors_Xn[1])
+        if not (self.is_viewed and pack.is_single):
             self._scatter(pack, self.param_field, param)
         self.held.pop(pack, None)
 
@@ -550,8 +615,8 @@ def _matrices(pack: _Pack, matrix_n: Tensor) -> Iterable[tuple[_Run, Strips, Ten
     """Return the runs of a pack of matrices, and their coordinates as ``[*, tensors, outputs, inputs]``."""
     for run, coordinates in zip(pack.runs, pack.by_run(matrix_n), strict=True):
         if run.cut is not None and run.size:
-            shape = (len(run.tensors), run.size // run.inputs, run.inputs)
-            yield run, run.cut, coordinates.unflatten(-1, shape)
+            shape = (*coordinates.shape[:-1], len(run.tensors), run.size // run.inputs, run.inputs)
+            yield run, run.cut, coordinates.reshape(shape)
 
 
 def _couple(

@@ -104,7 +104,7 @@ class UpdateRule(ABC):
 
     Rules are out of place, draw no random numbers outside ``init_*``, and branch on shapes only, never on
     values, so that ``torch.func.vmap`` and ``torch.compile`` accept them.  ``observe``, ``matrix``, ``propose`` and
-    ``pull`` act on each coordinate by itself.
+    ``pull`` act on each coordinate by itself, and return no tensor of ``state``: that may be overwritten at once.
 
     A rule never sees the learning rate, weight decay or the sign of ``maximize``: those belong to the caller.
     """
@@ -225,13 +225,15 @@ class UpdateRule(ABC):
     ) -> tuple[State, Tensor]:
         """Return the per-coordinate state that changes now, and the step ``[n]`` to *add*.
 
-        ``state`` is what ``observe`` left; ``control`` is what ``mix`` returned, as ``[C, 1]`` or ``[C, n]``.
+        ``state`` is what ``observe`` and ``pull`` left; ``control`` is what ``mix`` returned, as ``[C, 1]`` or
+        ``[C, n]``.
         """
 
     def pull(self, weights: Weights, state: State, param: Tensor, context: StepContext) -> tuple[State, Tensor]:
         """Return the per-coordinate state that changes, and a move ``[n]`` to add that is no step.
 
-        A learning rate multiplies steps, and moves only where it is below 1.
+        Called between ``mix`` and ``propose``, with the parameter as it was at the start of the step.  A learning rate
+        multiplies steps, and moves only where it is below 1.
         """
         raise NotImplementedError
 

@@ -62,7 +62,9 @@ class Strips(NamedTuple):
         parts, first = [], 0
         for strips in self._cut(matrix):
             rows, k = strips.shape[-2], strips.shape[-3]
-            factor = factors[..., first : first + k, :rows, :rows]
+            factor = factors.narrow(-3, first, k)
+            if rows < self.padded:
+                factor = factor[..., :rows, :rows]
             if self.is_tall:  # of the matrix itself: the result is laid out as it is
                 parts.append((strips.mT @ factor.mT).transpose(-3, -2).flatten(-2))
             else:
@@ -77,7 +79,8 @@ class Strips(NamedTuple):
         whole = short // self.size
         parts = []
         if whole:
-            parts.append(oriented[..., : whole * self.size, :].unflatten(-2, (whole, self.size)))
+            rows = oriented.narrow(-2, 0, whole * self.size) if whole * self.size < short else oriented
+            parts.append(rows.unflatten(-2, (whole, self.size)))
         if whole * self.size < short:
-            parts.append(oriented[..., whole * self.size :, :].unsqueeze(-3))
+            parts.append(oriented.narrow(-2, whole * self.size, short - whole * self.size).unsqueeze(-3))
         return parts

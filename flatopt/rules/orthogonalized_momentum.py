@@ -211,7 +211,7 @@ class OrthogonalizedMomentum(UpdateRule):
         """
         eps, factors, known = tiny(summaries_NS), _factors(weights), _is_known(context)
         table_FN = torch.tensor(self._table(tuple(shapes)), dtype=summaries_NS.dtype, device=summaries_NS.device)
-        per_numel, per_rank, fan, is_matrix = table_FN[:4]
+        per_numel, per_rank, fan, is_matrix = table_FN[:4].unbind()
         sums = (summaries_NS.mT * per_numel).unbind()
         uu, mm, v, gg, gm, xx = sums[:6]
         polar, rank = sums[6:] if self.strip_size else (torch.zeros_like(uu), torch.zeros_like(uu))

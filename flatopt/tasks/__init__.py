@@ -2,6 +2,7 @@
 
 from ._data import Data as Data
 from ._data import Table as Table
+from ._data import stack_splits as stack_splits
 from ._optimizee import SPLITS as SPLITS
 from ._optimizee import Batch as Batch
 from ._optimizee import Optimizee as Optimizee

@@ -72,7 +72,17 @@ def _cached_table(data: Data, device: str) -> Table:
 
 
 def stack_splits(splits: Sequence[Batch], num_sources: int) -> Table:
-    """Return the table of the splits ``train`` of each source, ``meta`` of each source, ``test`` of each source."""
+    """Return the table of all splits.
+
+    Args:
+        splits: ``train`` of each source, then ``meta`` of each source, then ``test`` of each source.
+        num_sources: number of sources.
+
+    Example:
+        >>> splits = [Batch(torch.zeros(size, 2), torch.zeros(size)) for size in (5, 3, 2)]
+        >>> stack_splits(splits, num_sources=1).starts.T
+        tensor([[0, 5, 8]])
+    """
     sizes = torch.tensor([len(split.targets) for split in splits])
     starts = sizes.cumsum(0) - sizes
     inputs, targets = (torch.cat(parts) for parts in zip(*splits, strict=True))

@@ -81,7 +81,7 @@ def test_the_row_of_flatopt_is_a_plain_training_loop(folder: Path) -> None:
     ("name", "message"),
     [
         ("my_problem", "module:function"),
-        ("no_such_module:make", "no module 'no_such_module'"),
+        ("no_such_module:make", "No module named 'no_such_module'"),
         ("my_problem:missing", "no function 'missing'"),
         ("my_problem:value", "no function 'value'"),
         ("my_problem:bad", "0-D tensor"),

@@ -276,7 +276,7 @@ def test_version_is_that_of_the_package(capsys):
     [
         (["run", "smok", "--out", "OUT"], "unknown recipe 'smok': valid are smoke, flat-v2"),
         (["run", "smoke", "speed=1", "--out", "OUT"], "unknown key 'speed': valid are recipe, rule"),
-        (["run", "smoke", "seed=a", "--out", "OUT"], "seed must be an integer, not 'a'"),
+        (["run", "smoke", "seed=a", "--out", "OUT"], "seed must be an integer of at least 0"),
         (["run", "smoke", "estimator.name=guess", "--out", "OUT"], "estimator.name must be one of persistent-es, "),
         (["run", "smoke", "tasks.mlp.name=tree", "--out", "OUT"], "'tree'"),
         (["run", "smoke", "--out", "OUT", "--device", "nowhere"], "device 'nowhere' cannot be used"),

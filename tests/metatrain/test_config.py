@@ -196,7 +196,7 @@ def test_a_configuration_from_before_an_option_is_one_without_it():
         (lambda data: data["estimator"].pop("std"), "missing key 'estimator.std'"),
         (lambda data: data["tasks"][1].pop("weight"), "missing key 'tasks.cnn.weight'"),
         (lambda data: data.update(speed=1), "unknown key 'speed'"),
-        (lambda data: data.update(seed="1"), "seed must be an integer, not '1'"),
+        (lambda data: data.update(seed="1"), "seed must be an integer of at least 0"),
     ],
 )
 def test_from_json_is_strict(change, message):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from helpers import context_at, learned
 from torch import Tensor
 
 from flatopt.rules import (
+    Adam,
     Plan,
     RuleResult,
     State,
@@ -99,13 +100,14 @@ def step_by_hand(model: Model, grads: Sequence[Tensor], context: StepContext) ->
     controls, memory, shared = rule.mix(weights, torch.stack(sums), memory, model.shared, context, shapes=shapes)
     deltas, states = [], []
     for index, (param, grad) in enumerate(zip(model.params, grads, strict=True)):
-        flat, before = param.reshape(-1), observed[index]
+        flat, before, move = param.reshape(-1), observed[index], 0.0
+        if rule.pull_period:
+            pulled, move = rule.pull(weights, before, flat, context)
+            before = before | pulled
         new, delta = rule.propose(
             weights, before, grad.reshape(-1), flat, controls[index][:, None], facts[index], context
         )
-        if rule.pull_period:
-            pulled, move = rule.pull(weights, before | new, flat, context)
-            new, delta = new | pulled, delta + move
+        delta = delta + move
         deltas.append(delta.view(param.shape))
         final = {**before, **new, "step": steps[index]}
         sizes = [model.states[index][key].numel() for key in rule.memory]
@@ -178,6 +180,35 @@ def test_updating_is_the_same_in_place(name, options):
         assert storage == [{key: value.data_ptr() for key, value in state.items()} for state in model.states]
         pure = pure._replace(params=params, states=expected.states, shared=expected.shared)
         model = model._replace(shared=result.shared)
+
+
+class Anchored(Adam):
+    """Keeps what it is given, and steps from what it kept a moment ago."""
+
+    pull_period: ClassVar[int] = 1
+
+    def init_state(self, weights, param, generator=None):
+        return super().init_state(weights, param) | {"anchor": param + 1, "last": torch.zeros_like(param)}
+
+    def pull(self, weights, state, param, context):
+        return {"anchor": param}, state["last"] - param
+
+    def propose(self, weights, state, grad, param, control, facts, context):
+        return {"last": param}, state["anchor"] - grad
+
+
+@by_options
+@pytest.mark.parametrize("in_phases", [True, False])
+def test_a_rule_may_keep_its_arguments(options, in_phases, monkeypatch):
+    monkeypatch.setattr("flatopt.rules._driver.WRITES_ARE_KEPT", in_phases)
+    params, grads = make_model("toy-mixer").params, make_grads(1)
+    states = [Anchored().init_state({}, param) for param in params]
+    plan = Plan(update=Update(torch.ones(len(params)).double(), None), **options)
+    before = [param.clone() for param in params]
+    apply_rule(Anchored(), {}, params, grads, states, {}, context_at(1, dtype=torch.float64), plan)
+    for param, grad, old, state in zip(params, grads, before, states, strict=True):
+        assert torch.equal(state["anchor"], old) and torch.equal(state["last"], old)
+        torch.testing.assert_close(param, old + (old - grad) + (0 - old))
 
 
 @pytest.mark.parametrize("lr, share", [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0), (3.0, 1.0)])
@@ -297,9 +328,9 @@ def test_calls_are_as_few_as_cutting_and_packing_allow():
 
     plain = plain_phases(model.rule)
 
-    def observe(total, weights, state, grad, *others):
+    def observe(total, in_place, weights, state, grad, *others):
         calls.append(grad.numel())
-        return plain.observe(total, weights, state, grad, *others)
+        return plain.observe(total, in_place, weights, state, grad, *others)
 
     phases = plain._replace(observe=observe)
     for options, expected in (

@@ -1,0 +1,331 @@
+"""Wrong invocations of the commands and of the public functions: one line that says what is wrong, no traceback.
+
+A row is what a user may type by mistake, and words of the answer.  Commands exit with code 2; functions raise the
+exception that their docstring names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from flatopt import FlatOpt, LearnedRule, flatness, load_pretrained, push_to_hub
+from flatopt.__main__ import main as package
+from flatopt.evaluate import demo
+from flatopt.evaluate.cli import main as evaluate
+from flatopt.metatrain.cli import main as train
+from flatopt.rules import L2ODM
+
+pytest.importorskip("sklearn")
+
+MODULES = {
+    "broken": "def make(:",
+    "failing": "1 / 0",
+    "problems": """
+number = 1
+def make(seed): return seed
+def fails(seed): raise RuntimeError("no such data")
+def takes_nothing(): return 1
+""",
+}
+
+# A line, and words of the answer.  `run` is a whole run, `unfinished` one without a checkpoint, `file` a file, `folder`
+# one that holds something else.
+TRAIN = [
+    ("", "the following arguments are required: COMMAND"),
+    ("fly", "invalid choice: 'fly'"),
+    ("list seed=1", "unrecognized arguments: seed=1"),
+    ("list --fast", "unrecognized arguments: --fast"),
+    ("show", "required: RECIPE\n"),
+    ("show smok", "unknown recipe 'smok': valid are smoke, flat-v2"),
+    ("show smoke speed=1", "unknown key 'speed': valid are recipe, rule"),
+    ("show smoke seed", "'seed' is not of the form key=value"),
+    ("show smoke seed=", "seed must be an integer"),
+    ("show smoke seed=1.5", "seed must be an integer"),
+    ("show smoke seed=-1", "seed must be an integer of at least 0"),
+    ("show smoke num_updates=0", "num_updates must be an integer of at least 1, not 0"),
+    ("show smoke meta_lr=nan", "meta_lr must be a number above 0"),
+    ("show smoke meta_lr=-1", "meta_lr must be a number above 0"),
+    ("show smoke tensorboard=maybe", "tensorboard must be true or false"),
+    ("show smoke rule=nope", "unknown rule 'nope': valid are adam"),
+    ("show smoke rule_options.nope=1", "unknown key 'rule_options.nope'"),
+    ("show smoke tasks.nope.num_tasks=3", "valid are tasks.mlp.KEY"),
+    ("show smoke tasks.mlp.num_tasks=0", "tasks.mlp.num_tasks must be an integer of at least 1"),
+    ("show smoke tasks.mlp.min_steps=30 tasks.mlp.max_steps=2", "max_steps must be at least min_steps"),
+    ("show smoke estimator=3", "estimator must be an object"),
+    ("show smoke estimator.name=guess", "estimator.name must be one of persistent-es"),
+    ("show smoke estimator.std=0", "estimator.std must be a number above 0"),
+    ("show smoke objective.flatness.name=nope", "unknown name 'nope' of a measure"),
+    ("show smoke objective.flatness.options.nope=1", "options need a name of a measure"),
+    ("show smoke objective.flatness.name=local-entropy", "use 'perturbation-gap'"),
+    ("run smoke", "required: --out"),
+    ("run smok --out new", "unknown recipe 'smok'"),
+    ("run smoke --out new --fast", "unrecognized arguments: --fast"),
+    ("run smoke --out new --device nowhere", "device 'nowhere' cannot be used"),
+    ("run smoke --out new --device meta", "device 'meta' cannot be used"),
+    ("run smoke --out new rule=adam", "no weights to learn"),
+    ("run smoke --out file", "file is not a folder"),
+    ("run smoke --out file/below", "file is not a folder"),
+    ("run smoke --out file/below --dry-run", "file is not a folder"),
+    ("run smoke --out folder", "folder is not empty"),
+    ("run smoke --out run", "go on with: flatopt-train resume run"),
+    ("run smoke --out run --dry-run", "go on with: flatopt-train resume run"),
+    ("resume nowhere", "no whole checkpoint in nowhere/checkpoints"),
+    ("resume unfinished", "no whole checkpoint in unfinished/checkpoints"),
+    ("resume file", "no whole checkpoint"),
+    ("resume run seed=2", "only num_updates, schedule_updates"),
+    ("resume run num_updates=x", "num_updates must be an integer"),
+    ("resume run --device nowhere", "device 'nowhere' cannot be used"),
+    ("plot nowhere", "nothing to draw"),
+    ("plot run --to folder", "--to must name a figure"),
+    ("plot run --to figure.nope", "Format 'nope' is not supported"),
+    ("plot run --to file/figure.png", "file/figure.png"),
+    ("export nowhere --to new", "no whole checkpoint"),
+    ("export run", "required: --to"),
+    ("export run --to folder", "not part of a saved rule: not replacing it"),
+    ("export run --to file", "file exists and is not a folder"),
+    ("import nowhere --rule l2o-dm --to new", "nowhere: no such file"),
+    ("import file --rule l2o-dm --to new", "file: not a pickle of arrays"),
+    ("import file --rule nope --to new", "invalid choice: 'nope'"),
+    ("push nowhere org/name", "'nowhere' is neither shipped weights"),
+    ("push run org/name", "flatopt-train export run --to FOLDER"),
+    ("push l2o-dm name", "repo_id must be 'org/name', got 'name'"),
+    ("push l2o-dm org/name --pr --tag v1", "tag='v1' cannot be used with it"),
+    ("push l2o-dm org/name --pr --revision b", "revision='b' cannot be used with it"),
+    ("--import nowhere list", "--import nowhere: No module named 'nowhere'"),
+    ("--import broken list", "SyntaxError in broken.py, line 1"),
+    ("--import failing list", "ZeroDivisionError in failing.py, line 1: division by zero"),
+]
+
+EVALUATE = [
+    ("", "the following arguments are required: command"),
+    ("nonsense", "invalid choice: 'nonsense'"),
+    ("quality --seeds 0", "must be at least 1, not 0"),
+    ("quality --seeds x", "invalid integer value: 'x'"),
+    ("quality --jobs -1", "must be at least 1, not -1"),
+    ("quality --split train", "invalid choice: 'train'"),
+    ("quality --tasks nonsense --out new", "no task has 'nonsense' in its name: there are digits MLP"),
+    ("quality --optimizers nonsense --out new", "no optimizer has 'nonsense' in its name"),
+    ("quality --fast --out new --pretrained nope", "'nope' is neither shipped weights"),
+    ("quality --fast --out new --pretrained run", "flatopt-train export run --to FOLDER"),
+    ("quality --fast --out file", "file"),
+    ("quality --fast --out file/below", "file/below"),
+    ("quality --fast --out new --cache file", "file"),
+    ("flatness --tasks nonsense --out new", "no task has 'nonsense'"),
+    ("robustness --fast --out new --pretrained nope", "'nope' is neither shipped weights"),
+    ("step-time --fast --out new --pretrained nope", "'nope' is neither shipped weights"),
+    ("ablation --fast --out new --sets nope", "nope"),
+    ("reproduction --fast --out new --sets nope", "nope"),
+    ("reproduction --fast --out new --tasks nope", "no optimizee has 'nope' in its name: there are ReLU MLP"),
+    ("compare", "the following arguments are required: make"),
+    ("compare problems --out new", "module:function, not 'problems'"),
+    ("compare nowhere:make --out new", "No module named 'nowhere'"),
+    ("compare broken:make --out new", "SyntaxError in broken.py, line 1"),
+    ("compare failing:make --out new", "ZeroDivisionError in failing.py, line 1"),
+    ("compare problems:nope --out new", "problems has no function 'nope'"),
+    ("compare problems:number --out new", "problems has no function 'number'"),
+    ("compare problems:make --out new", "must return (model, train, test, loss_fn), not int"),
+    ("compare problems:fails --out new", "RuntimeError in problems.py, line 3: no such data"),
+    ("compare problems:takes_nothing --out new", "takes 0 positional arguments but 1 was given"),
+    ("compare problems:make --lrs x --out new", "--lrs must be numbers, not 'x'"),
+    ("compare problems:make --steps 0 --out new", "must be at least 1, not 0"),
+]
+
+DEMO = [
+    ("--seeds 0", "must be at least 1, not 0"),
+    ("--steps 0", "must be at least 1, not 0"),
+    ("--out file", "file"),
+    ("--pretrained nope", "'nope' is neither shipped weights"),
+]
+
+PACKAGE = [("fly", "unknown command 'fly': valid are train, eval, demo"), ("train show smok", "unknown recipe 'smok'")]
+
+Main = Callable[[list[str]], Any]
+COMMANDS: list[tuple[Main, list[tuple[str, str]]]] = [
+    (train, TRAIN),
+    (evaluate, EVALUATE),
+    (demo.main, DEMO),
+    (package, PACKAGE),
+]
+LINES = [(main, line, words) for main, rows in COMMANDS for line, words in rows]
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A current folder with what the lines name, and modules of a user."""
+    folder = tmp_path_factory.mktemp("room")
+    before, path = os.getcwd(), list(sys.path)
+    os.chdir(folder)
+    assert train(["run", "smoke", "num_updates=1", "--out", "run"]) == 0
+    (folder / "unfinished" / "checkpoints").mkdir(parents=True)
+    (folder / "folder").mkdir()
+    for name in ("file", "folder/something"):
+        (folder / name).write_text("something else")
+    for name, source in MODULES.items():
+        (folder / f"{name}.py").write_text(source.removeprefix("\n"))
+    importlib.invalidate_caches()
+    yield folder
+    os.chdir(before)
+    sys.path[:] = path
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(("main", "line", "words"), LINES, ids=lambda value: getattr(value, "__module__", None))
+def test_a_wrong_line_gets_one_line_and_code_2(
+    main: Main, line: str, words: str, room: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(path for path in room.rglob("*") if path.parts[-1] != "__pycache__")
+    capsys.readouterr()
+    try:
+        code = main(shlex.split(line))
+    except SystemExit as stopped:
+        code = stopped.code
+    error = capsys.readouterr().err
+    assert code == 2 and words in error, error
+    if not error.startswith("usage: "):  # argparse says first what may be typed
+        assert error.count("\n") == 1
+    if main is train:  # and nothing was begun
+        assert sorted(path for path in room.rglob("*") if path.parts[-1] != "__pycache__") == before
+
+
+def model() -> nn.Linear:
+    return nn.Linear(3, 2)
+
+
+def optimizer(params: Any = None, **options: Any) -> FlatOpt:
+    return FlatOpt(model().parameters() if params is None else params, **options)
+
+
+def state_of_adam() -> dict[str, Any]:
+    module = model()
+    adam = torch.optim.Adam(module.parameters())
+    module(torch.ones(1, 3)).sum().backward()
+    adam.step()
+    return adam.state_dict()
+
+
+X, Y = torch.ones(4, 3), torch.zeros(4, dtype=torch.int64)
+ONES = {"x": torch.ones(2)}
+
+
+def square(params: dict[str, torch.Tensor]) -> torch.Tensor:
+    return params["x"].square().sum()
+
+
+INVALID: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
+    ("no parameters", lambda: optimizer([]), ValueError, "empty parameter list"),
+    ("a module for parameters", lambda: optimizer(model()), TypeError, "not iterable"),
+    ("a tensor for parameters", lambda: optimizer(X), TypeError, "iterable of Tensors"),
+    ("names for parameters", lambda: optimizer(model().state_dict()), TypeError, "is str"),
+    ("a product", lambda: optimizer([nn.Parameter(X) * 2]), ValueError, "non-leaf"),
+    ("lr of the wrong sign", lambda: optimizer(lr=-1), ValueError, "Invalid learning rate: -1"),
+    ("lr not a number", lambda: optimizer(lr=float("nan")), ValueError, "Invalid learning rate: nan"),
+    ("lr as text", lambda: optimizer(lr="1"), ValueError, "Invalid learning rate: '1'"),
+    ("lr of two", lambda: optimizer(lr=torch.ones(2)), ValueError, "Tensor lr must be 1-element"),
+    ("weight decay below 0", lambda: optimizer(weight_decay=-1), ValueError, "Invalid weight_decay value: -1"),
+    ("no steps", lambda: optimizer(num_steps=0), ValueError, "num_steps value: 0, must be an integer >= 1"),
+    ("half a step", lambda: optimizer(num_steps=1.5), ValueError, "num_steps value: 1.5, must be an integer"),
+    ("steps as text", lambda: optimizer(num_steps="10"), ValueError, "num_steps value: '10', must be an integer"),
+    ("half a step later", lambda: optimizer().set_num_steps(1.5), ValueError, "must be an integer"),
+    ("seed below 0", lambda: optimizer(seed=-1), ValueError, "Invalid seed value: -1"),
+    ("an option of Adam", lambda: optimizer(betas=(0.9, 0.99)), TypeError, "'betas'"),
+    (
+        "int8 state",
+        lambda: optimizer(pretrained="l2o-dm", state_dtype=torch.int8),
+        ValueError,
+        "must be torch.bfloat16",
+    ),
+    ("state not to shorten", lambda: optimizer(state_dtype=torch.bfloat16), ValueError, "needs full precision"),
+    ("lr of a group", lambda: optimizer([{"params": [nn.Parameter(X)], "lr": -1}]), ValueError, "in parameter group 0"),
+    (
+        "weights by number",
+        lambda: optimizer(pretrained=3),
+        TypeError,
+        "must be a name, a folder or 'org/name', not int",
+    ),
+    ("a rule alone", lambda: optimizer(pretrained=L2ODM()), TypeError, "LearnedRule(L2ODM(), L2ODM().init_weights())"),
+    ("a misspelled name", lambda: optimizer(pretrained="l2o-dn"), ValueError, "did you mean 'l2o-dm'"),
+    ("a file of weights", lambda: optimizer(pretrained="weights.pt"), ValueError, "neither shipped weights"),
+    ("an address", lambda: load_pretrained("https://hub/org/name"), ValueError, "nor a Hub repository 'org/name'"),
+    ("a revision of shipped weights", lambda: optimizer(revision="v1"), ValueError, "needs a Hub repository"),
+    ("a folder of something else", lambda: load_pretrained("folder"), FileNotFoundError, "config.json: no such file"),
+    ("a run", lambda: load_pretrained("run"), FileNotFoundError, "flatopt-train export run"),
+    (
+        "a revision of weights in memory",
+        lambda: optimizer(pretrained=load_pretrained("l2o-dm"), revision="v1"),
+        ValueError,
+        "pretrained is a LearnedRule",
+    ),
+    (
+        "what is not in the cache",
+        lambda: load_pretrained("org/name", local_files_only=True, cache_dir="nowhere"),
+        FileNotFoundError,
+        "not complete in the cache",
+    ),
+    ("state of Adam", lambda: optimizer().load_state_dict(state_of_adam()), ValueError, "saved by another optimizer"),
+    (
+        "state of fewer parameters",
+        lambda: optimizer().load_state_dict(optimizer([nn.Parameter(X)]).state_dict()),
+        ValueError,
+        "doesn't match the size",
+    ),
+    ("a repository without owner", lambda: push_to_hub("l2o-dm", "name"), ValueError, "repo_id must be 'org/name'"),
+    (
+        "a tag of a pull request",
+        lambda: push_to_hub("l2o-dm", "org/name", tag="v1", create_pr=True),
+        ValueError,
+        "cannot be used with it",
+    ),
+    ("a rule to push", lambda: push_to_hub(L2ODM(), "org/name"), TypeError, "must be a name, a folder"),  # type: ignore[arg-type]
+    ("no weights", lambda: LearnedRule(L2ODM(), {}), ValueError, "missing 'lstm_0.bias'"),
+    ("no rule", lambda: LearnedRule(None, {}), TypeError, "takes an UpdateRule"),  # type: ignore[arg-type]
+    ("another's folder", lambda: load_pretrained("l2o-dm").save_pretrained("folder"), FileExistsError, "not replacing"),
+    ("a list of tensors", lambda: flatness.top_eigenvalue(square, [X]), TypeError, "dict of tensors by name, not list"),
+    ("a module", lambda: flatness.sam_gap(square, model()), TypeError, "flatness_of(module, criterion, data)"),
+    ("no tensor", lambda: flatness.hutchinson_trace(square, {}), ValueError, "at least one scalar"),
+    (
+        "a loss for each",
+        lambda: flatness.gradient_norm(lambda p: p["x"], ONES),
+        ValueError,
+        "0-D tensor, got shape (2,)",
+    ),
+    ("a loss as float", lambda: flatness.gradient_norm(lambda p: 1.0, ONES), ValueError, "0-D tensor, got float"),
+    ("no probe", lambda: flatness.hutchinson_trace(square, ONES, num_matvecs=0), ValueError, "num_matvecs must be > 0"),
+    ("no such order", lambda: flatness.top_eigenvalue(square, ONES, which="max"), ValueError, "which must be"),
+    ("a radius below 0", lambda: flatness.sam_gap(square, ONES, rho=-1), ValueError, "rho must be > 0"),
+    ("no data", lambda: flatness.flatness_of(model(), cross_entropy, []), ValueError, "at least one batch"),
+    ("inputs alone", lambda: flatness.flatness_of(model(), cross_entropy, X), ValueError, "(inputs, targets)"),
+    ("changed places", lambda: flatness.flatness_of(cross_entropy, model(), (X, Y)), TypeError, "in this order"),
+    (
+        "nothing to train",
+        lambda: flatness.flatness_of(nn.ReLU(), cross_entropy, (X, Y)),
+        ValueError,
+        "at least one par",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "words"), [row[1:] for row in INVALID], ids=[row[0] for row in INVALID])
+def test_a_wrong_call_raises_what_is_documented(
+    call: Callable[[], Any], kind: type[Exception], words: str, room: Path
+) -> None:
+    with pytest.raises(kind) as caught:
+        call()
+    message = str(caught.value)
+    assert type(caught.value) is kind and words in message and "\n" not in message
+
+
+def test_there_are_enough_wrong_lines_and_each_stands_once() -> None:
+    assert len(LINES) >= 60 and len(INVALID) >= 40
+    assert len({(main, line) for main, line, _ in LINES}) == len(LINES)
