@@ -46,7 +46,9 @@ FACTORS = {
     "twice the momentum rate": {"momentum": 2.0},
 }
 POWERS = {"gradient power 1/2": {"gradient_power": 0.5}, "gradient power 1": {"gradient_power": 1.0}}
-UNKNOWN = {f"step like (1 + t/100)^-{power}": {"anytime_power": math.log(power / 0.7)} for power in (0.35, 0.5, 1.0, 1.4)}
+UNKNOWN = {
+    f"step like (1 + t/100)^-{power}": {"anytime_power": math.log(power / 0.7)} for power in (0.35, 0.5, 1.0, 1.4)
+}
 
 
 def changed(constants: dict[str, float]) -> Weights:

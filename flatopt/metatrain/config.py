@@ -35,6 +35,9 @@ class EstimatorConfig:
     """Standard deviation of the perturbations of the weights (evolution strategies only)."""
     families_per_update: Count | None = None
     """Task families that one update runs, in turn; all if ``None`` (evolution strategies only)."""
+    only: tuple[str, ...] = ()
+    """Patterns of the names of weights that are perturbed, as in a shell; the others stay as they begin; all if empty
+    (evolution strategies only)."""
     second_derivatives: bool = False
     """Differentiate through the inner gradients too (``truncated-backprop`` only)."""
 

@@ -19,17 +19,18 @@ The step of a tensor :math:`x`, and that of a vector, which has :math:`u_t` in p
 
 .. math::
     \Delta_t = -\eta_t\, e^{\lambda} \Big( (1 - |\alpha|)\, \frac{\bar X}{\mathrm{rms}(\bar X)}
-    + \alpha\, \frac{u_t}{\mathrm{rms}(u_t)} + e^{\omega} x \Big), \qquad
+    + \alpha\, \frac{u_t}{\mathrm{rms}(u_t)} + e^{\omega} \sigma_t^{-h} s_t^{-l}\, x \Big), \qquad
     \eta_t = \frac{0.03\, s_t\, \rho_t^{\,q}}{\sqrt{\max(\text{inputs}, 8)}}
 
 with the directions in brackets clipped to :math:`\pm 5`.  The schedule :math:`s_t` is a warm-up over 10 steps, times a
 cosine to zero where the length of the run is known, and times :math:`(1 + t/100)^{-0.7}` where it is not;
-:math:`\rho_t` is the root mean square of the gradient over its largest value so far.
+:math:`\rho_t` is the root mean square of the gradient over its largest value so far, and :math:`\sigma_t` that of the
+momentum over that of the gradient: near 1 for a gradient without noise.  So decay may grow with the noise, and late.
 
 The controller is linear: from what the tensor's own sums, its shape and the time tell
 (:meth:`OrthogonalizedMomentum.mix` lists it) it finds :math:`\lambda, \omega, \alpha` and the :math:`\mu` of the next
 step, with weights for matrices and others for vectors.  No tensor knows of another.  The constants above are learned
-too, each as the logarithm of a factor.  With zero weights :math:`\lambda = \omega = \alpha = q = 0`: that is the
+too, each as the logarithm of a factor.  With zero weights :math:`\lambda = \omega = \alpha = q = h = l = 0`: that is the
 untrained rule.
 
 A coordinate whose gradients were all exactly zero does not move; one that is not finite stays what it is.  State:
@@ -69,8 +70,11 @@ CONSTANTS = (
     "momentum_mix",
     "warmup",
     "cosine_power",
+    "anytime_step",
     "anytime_power",
     "gradient_power",
+    "noise_decay",
+    "late_decay",
 )
 """The constants of the rule that are learned, each 0 at the start; see :func:`_factors`."""
 
@@ -81,6 +85,7 @@ NUM_FEATURES = 17
 STEP_SCALES = (10.0, 100.0, 1000.0)
 FEATURE_BOUND = 3.0
 DIRECTION_BOUND = 5.0
+MIN_SCHEDULE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +108,7 @@ class OrthogonalizedMomentum(UpdateRule):
     Example:
         >>> rule = OrthogonalizedMomentum()
         >>> sum(weight.numel() for weight in rule.init_weights().values())
-        119
+        122
     """
 
     name: ClassVar[str] = "orthogonalized-momentum"
@@ -219,8 +224,9 @@ class OrthogonalizedMomentum(UpdateRule):
         rms = (v * correction_v + eps).sqrt()
         rms_max = torch.maximum(memory_NM[:, 0], rms)
         log_ratio = (rms / rms_max).log()
+        log_signal = ((mm + eps) / (v + eps) * (correction_m.square() / correction_v)).log() / 2
         measured = [
-            ((mm + eps) / (v + eps) * (correction_m.square() / correction_v)).log() / 2 + 1,
+            log_signal + 1,
             gm / (gg * mm + eps).sqrt(),
             log_ratio + 1,
             rank * per_rank - is_matrix,
@@ -238,10 +244,15 @@ class OrthogonalizedMomentum(UpdateRule):
         def of_kind(name: str) -> Tensor:
             return torch.where(is_matrix > 0, factors[f"matrix_{name}"], factors[f"vector_{name}"])
 
-        shrink = CONSTANT_SCALE * weights["constants.gradient_power"] * log_ratio
-        peak = self.base_step * self._schedule(weights, factors, context, known) * of_kind("step")
-        step_size = peak * fan.rsqrt() * (shrink + log_step).exp()
-        decay = self.base_decay * of_kind("decay") * log_decay.exp()
+        def power(name: str) -> Tensor:
+            return CONSTANT_SCALE * weights[f"constants.{name}"]
+
+        schedule = self._schedule(weights, factors, context, known)
+        peak = self.base_step * schedule * of_kind("step")
+        step_size = peak * fan.rsqrt() * (power("gradient_power") * log_ratio + log_step).exp()
+        growth = power("noise_decay") * log_signal.clamp(-FEATURE_BOUND, FEATURE_BOUND)
+        growth = growth + power("late_decay") * schedule.clamp(min=MIN_SCHEDULE).log()
+        decay = self.base_decay * of_kind("decay") * (log_decay - growth).exp()
         share = torch.where(is_matrix > 0, adam, 1.0)
         control = torch.stack([(1 - share.abs()) * _per_rms(polar), share * _per_rms(uu), decay, step_size], -1)
         return control, torch.stack([rms_max, log_mix], -1), shared
@@ -292,12 +303,12 @@ class OrthogonalizedMomentum(UpdateRule):
         return torch.stack(rates).clamp(max=1)
 
     def _schedule(self, weights: Weights, factors: dict[str, Tensor], context: StepContext, known: Tensor) -> Tensor:
-        """Return the multiplier of the step over the run, 0-D, between 0 and 1."""
+        """Return the multiplier of the step over the run, 0-D; before learning at most 1."""
         warmup = (context.step / (self.warmup_steps * factors["warmup"])).clamp(max=1)
         fraction = ((context.step - 1) / context.num_steps).clamp(max=1)
         cosine = ((1 + torch.cos(math.pi * fraction)) / 2).clamp(min=1e-6) ** factors["cosine_power"]
         power = self.anytime_power * factors["anytime_power"]
-        anytime = (1 + context.step / self.decay_steps) ** -power
+        anytime = factors["anytime_step"] * (1 + context.step / self.decay_steps) ** -power
         return warmup * torch.where(known, cosine, anytime)
 
 

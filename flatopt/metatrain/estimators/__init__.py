@@ -30,7 +30,7 @@ def build_estimator(
     # Imported here: a toy estimator needs no inner problems, which take half a second.
     from ..inner_training import Families
     from .imitation import with_imitation
-    from .persistent_es import PersistentES
+    from .persistent_es import PersistentES, chosen_names
 
     families = Families.from_config(config, rule, device)
     estimator: GradientEstimator
@@ -41,6 +41,7 @@ def build_estimator(
             families=families,
             std=config.estimator.std,
             families_per_update=config.estimator.families_per_update,
+            only=chosen_names(config.estimator.only, rule.init_weights()),
             persistent=config.estimator.name == "persistent-es",
             track=track,
             ranks=ranks or Ranks(),

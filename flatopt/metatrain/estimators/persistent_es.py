@@ -27,8 +27,9 @@ Legend: ``P`` pairs, ``D`` scalars of the weights.
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ class PersistentES(GradientEstimator):
         families: what is trained.
         std: standard deviation of the perturbations.
         families_per_update: how many families, in turn, one update runs; all by default.
+        only: names of the weights that are perturbed; all by default.
         persistent: sum the perturbations over a run (unbiased), or not (truncated ES).
         track: shows which family is being prepared.
         ranks: the processes that share the work.
@@ -62,6 +64,7 @@ class PersistentES(GradientEstimator):
     families: Families
     std: float
     families_per_update: int | None = None
+    only: frozenset[str] | None = None
     persistent: bool = True
     track: Track = untracked
     ranks: Ranks = Ranks()
@@ -119,7 +122,7 @@ class PersistentES(GradientEstimator):
     ) -> _Estimate:
         name, num_pairs = unroll.task.name, unroll.task.num_tasks
         noise_P = {
-            key: self.std * torch.randn(num_pairs, *weight.shape, generator=generator).to(weight)
+            key: self._std_of(key) * torch.randn(num_pairs, *weight.shape, generator=generator).to(weight)
             for key, weight in weights.items()
         }
         perturbed_N = {key: torch.cat([weights[key] + noise, weights[key] - noise]) for key, noise in noise_P.items()}
@@ -136,6 +139,9 @@ class PersistentES(GradientEstimator):
         metrics = {**mean_losses(losses, name), f"{name}/snr": signal_to_noise(gradient, variance)}
         return _Estimate(gradient, loss_2P.mean(), variance, metrics, runs, sums_P)
 
+    def _std_of(self, name: str) -> float:
+        return self.std if self.only is None or name in self.only else 0.0
+
     def _tracked(self, doing: str) -> Iterator[tuple[str, Unroll]]:
         for name in self.track(self.families.names, doing):
             yield name, self.families.select([name]).unrolls[0]
@@ -151,6 +157,25 @@ class _Estimate(NamedTuple):
     metrics: dict[str, float]
     runs: Runs
     sums_P: Weights
+
+
+def chosen_names(patterns: Sequence[str], names: Collection[str]) -> frozenset[str] | None:
+    """Return the names that match a pattern, ``None`` for all without patterns.
+
+    Raises:
+        ValueError: for a pattern that matches none; the message lists the names.
+
+    Example:
+        >>> sorted(chosen_names(["a.*"], ["a.x", "a.y", "b.x"]))
+        ['a.x', 'a.y']
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        matching = fnmatch.filter(names, pattern)
+        if not matching:
+            raise ValueError(f"estimator.only: no weight is called {pattern!r}: there are {', '.join(names)}")
+        found.update(matching)
+    return frozenset(found) if patterns else None
 
 
 def variance_of_mean(slope_P: Tensor, sums_P: Weights, mean: Weights) -> float:
