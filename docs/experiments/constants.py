@@ -45,7 +45,11 @@ FACTORS = {
     "half the momentum rate": {"momentum": 0.5},
     "twice the momentum rate": {"momentum": 2.0},
 }
-POWERS = {"gradient power 1/2": {"gradient_power": 0.5}, "gradient power 1": {"gradient_power": 1.0}}
+POWERS = {
+    "gradient power 1/2": {"gradient_power": 0.5},
+    "decay with noise, power 1/2": {"noise_decay": 0.5},
+    "decay late, power 1/2": {"late_decay": 0.5},
+}
 UNKNOWN = {
     f"step like (1 + t/100)^-{power}": {"anytime_power": math.log(power / 0.7)} for power in (0.35, 0.5, 1.0, 1.4)
 }

@@ -30,8 +30,8 @@ momentum over that of the gradient: near 1 for a gradient without noise.  So dec
 The controller is linear: from what the tensor's own sums, its shape and the time tell
 (:meth:`OrthogonalizedMomentum.mix` lists it) it finds :math:`\lambda, \omega, \alpha` and the :math:`\mu` of the next
 step, with weights for matrices and others for vectors.  No tensor knows of another.  The constants above are learned
-too, each as the logarithm of a factor.  With zero weights :math:`\lambda = \omega = \alpha = q = h = l = 0`: that is the
-untrained rule.
+too, each as the logarithm of a factor, and the powers.  With zero weights
+:math:`\lambda = \omega = \alpha = q = h = l = 0`: that is the untrained rule.
 
 A coordinate whose gradients were all exactly zero does not move; one that is not finite stays what it is.  State:
 two floats per coordinate, two per tensor.

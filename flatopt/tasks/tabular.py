@@ -95,7 +95,8 @@ class Tabular(Data):
         function = FUNCTIONS[_integer(0, len(FUNCTIONS) - 1, generator)]
         values = function(relevant, generator)
         values = (values - values.mean()) / values.std()
-        noise_scale = math.exp(_uniform(*map(math.log, self.noise_range), generator))
+        low, high = map(math.log, self.noise_range)
+        noise_scale = math.exp(_uniform(low, high, generator))
         noise = noise_scale * torch.randn(self.num_train, generator=generator)
         values[: self.num_train] += noise
         # As users do: by what the training split shows, noise included.

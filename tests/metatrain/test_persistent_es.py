@@ -12,7 +12,7 @@ from small import assert_trees_equal, make_unroll, random_weights
 from torch import Tensor
 
 from flatopt.metatrain import TaskConfig
-from flatopt.metatrain.estimators.persistent_es import PersistentES, signal_to_noise, variance_of_mean
+from flatopt.metatrain.estimators.persistent_es import PersistentES, chosen_names, signal_to_noise, variance_of_mean
 from flatopt.metatrain.inner_training import Families
 from flatopt.metatrain.runs import map_tree
 
@@ -221,6 +221,21 @@ def test_families_that_do_not_take_part_stay_as_they_are():
     _, after = estimator.estimate(weights, state, generator)
     assert_trees_equal(state["b"], after["b"])
     assert not torch.equal(restore(state, "a").x, restore(after, "a").x)
+
+
+def test_what_is_not_chosen_is_not_perturbed():
+    names = ["constants.a", "constants.b", "matrices.weight"]
+    assert chosen_names([], names) is None
+    assert chosen_names(["constants.*", "matrices.weight"], names) == frozenset(names)
+    with pytest.raises(ValueError, match="no weight is called 'vectors.*': there are constants.a, "):
+        chosen_names(["constants.a", "vectors.*"], names)
+    estimator = make_estimator(make_toy("a"), only=frozenset())
+    weights, state, generator = begin(estimator)
+    meta, after = estimator.estimate(weights, state, generator)
+    assert not meta.gradient["w"].any()
+    assert not torch.equal(restore(state, "a").x, restore(after, "a").x)
+    up, down = restore(after, "a").x.chunk(2)
+    assert torch.equal(up, down)
 
 
 def test_families_count_by_their_weight():
