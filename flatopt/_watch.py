@@ -99,7 +99,8 @@ class Watch:
                 replaced.append((group["num_steps"], num_steps))
                 group["num_steps"] = num_steps
         if not replaced:
-            self.adopted = groups[0]["num_steps"]
+            if groups[0]["num_steps"] != given[0]:  # an equal one is still that of the user
+                self.adopted = groups[0]["num_steps"]
             return
         self.new_length()
         saved, num_steps = replaced[0]

@@ -187,7 +187,8 @@ class FlatOpt(Optimizer):
 
         Raises:
             RuntimeError: if a gradient is sparse, or a parameter flattened.
-            ValueError: if an option of a group is out of range, or a state does not have the shape of its parameter.
+            ValueError: if an option of a group is out of range, or a state or gradient does not have the shape of its
+                parameter.
             TypeError: if a parameter with a gradient is neither floating-point nor complex.
         """
         loss = None
@@ -350,6 +351,11 @@ class FlatOpt(Optimizer):
                     refuse_flattened(param, self.param_groups, self._had_matrices)
                 else:
                     self._layout.check_shapes(state, param, self.param_groups)
+                if param.grad.shape != param.shape:
+                    raise ValueError(
+                        f"the gradient of {name_of(param, self.param_groups)} has shape {list(param.grad.shape)}, but "
+                        f"the parameter {list(param.shape)}: clear gradients when a parameter changes its shape"
+                    )
                 yield Slot(param, param.grad, group, is_new)
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:

@@ -163,6 +163,16 @@ def test_the_length_given_wins_over_the_one_saved(saved: int | None) -> None:
     assert torch.equal(model.weight, copied.weight)
 
 
+def test_the_length_given_wins_also_after_a_state_with_the_same(toy: LearnedRule) -> None:
+    """accelerate, and with it the Trainer of transformers, loads an optimizer's own state into it before all else."""
+    _, saved = started(10, 3)
+    other = FlatOpt(nn.Linear(4, 1).parameters(), num_steps=30, pretrained=saved.learned)
+    other.load_state_dict(other.state_dict())
+    with pytest.warns(UserWarning, match="num_steps=30, given to this optimizer, takes the place of the num_steps=10"):
+        other.load_state_dict(saved.state_dict())
+    assert other.param_groups[0]["num_steps"] == 30
+
+
 def test_without_a_length_given_the_saved_one_stays_until_another_is_loaded() -> None:
     model, opt = started(10, 3)
     copied, other = resumed(model, opt, None)

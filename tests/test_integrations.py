@@ -330,12 +330,12 @@ class ForTrainer(nn.Module):
 def test_transformers_trainer(tmp_path: Path) -> None:
     transformers = library("transformers", "transformers.trainer", "accelerate")
 
-    def fit(name: str, **options: Any) -> tuple[nn.Module, Any]:
+    def fit(name: str, max_steps: int = 8, **options: Any) -> tuple[nn.Module, Any]:
         trainer = transformers.Trainer(
             model=ForTrainer(make_model()),
             args=transformers.TrainingArguments(
                 output_dir=str(tmp_path / name),
-                max_steps=8,
+                max_steps=max_steps,
                 save_steps=4,
                 lr_scheduler_type="constant",
                 use_cpu=True,
@@ -344,7 +344,7 @@ def test_transformers_trainer(tmp_path: Path) -> None:
                 max_grad_norm=0.0,
             ),
             train_dataset=[{"x": row} for step in range(8) for row in batch(step)],
-            optimizer_cls_and_kwargs=(FlatOpt, {"lr": 1.0, "num_steps": 8}),
+            optimizer_cls_and_kwargs=(FlatOpt, {"lr": 1.0, "num_steps": max_steps}),
         )
         trainer._get_train_sampler = lambda *_: None  # the batches of the plain loop, in their order
         trainer.train(**options)
@@ -354,6 +354,9 @@ def test_transformers_trainer(tmp_path: Path) -> None:
     resumed, resumed_opt = fit("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert {float(state["step"]) for state in resumed_opt.state.values()} == {8.0}
     assert_same_state(opt, resumed_opt)
+    with pytest.warns(UserWarning, match="num_steps=12, given to this optimizer, takes the place of the num_steps=8"):
+        longer, longer_opt = fit("longer", 12, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
+    assert longer_opt.param_groups[0]["num_steps"] == 12 and not torch.equal(longer[0].weight, whole[0].weight)
     what = "`Trainer`, `optimizer_cls_and_kwargs`, `resume_from_checkpoint`"
     check_row("transformers", what, compare(whole, plain_loop(None, 8, num_steps=8)), compare(whole, resumed))
 

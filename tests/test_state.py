@@ -99,6 +99,23 @@ def test_a_parameter_that_changed_its_shape_is_refused_before_anything_moves(nam
     assert [float(opt.state[param]["step"]) for param in params] == [2, 1]
 
 
+@every_rule
+@pytest.mark.parametrize("change", [cut_rows, grow, transpose])
+def test_a_gradient_of_another_shape_is_refused_before_anything_moves(name: str, change: Any) -> None:
+    """A parameter that changed before the first step, with the gradient that it had."""
+    params = list(model_of([(4,), (6, 3)]))
+    opt = FlatOpt(params, pretrained=learned(name))
+    for param in params:
+        param.grad = torch.ones_like(param)
+    change(params[1])
+    with pytest.raises(
+        ValueError, match=r"gradient of parameter 1 of group 0 has shape \[6, 3\], but the parameter \["
+    ):
+        opt.step()
+    assert not opt.state
+    step_with(opt, params, 0)
+
+
 def test_surgery_on_one_of_two_moments_is_refused() -> None:
     (old,), opt = stepped("orthogonalized-momentum", [(10, 3)])
     keep = torch.arange(10) >= 3
