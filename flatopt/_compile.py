@@ -10,7 +10,7 @@ import torch
 
 from .rules import Phases
 
-COMPILED = ("observe", "propose", "pull")
+COMPILED = ("observe", "propose")
 """``matrix`` is as fast without: the call of a compiled function costs more than it saves."""
 
 

@@ -466,7 +466,6 @@ class FlatOpt(Optimizer):
             chunk_size=COMPILED_CHUNK_SIZE if compiled else CHUNK_SIZE,
             pack_size=PACK_SIZE,
             phases=self._phases,
-            pulls=bool(rule.pull_period) and (context[0] - 1) % rule.pull_period == 0,
             shapes=[shard.shape for shard in shards],
             first_strips=[shard.first_strip for shard in shards],
             reduce=dtensor.sum_over_shards([shard.sharding for shard in shards]),

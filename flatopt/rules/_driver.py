@@ -31,8 +31,6 @@ class Plan(NamedTuple):
     """Tensors of at most so many coordinates are handled side by side, which saves calls."""
     phases: Phases | None = None
     """How to call the rule; plainly by default."""
-    pulls: bool = True
-    """Whether to call ``pull``; may be False in a step that is not one after a whole period."""
     shapes: Sequence[TensorShape] | None = None
     """Of the whole tensors; those of ``params`` by default."""
     first_strips: Sequence[int] | None = None
@@ -106,13 +104,8 @@ def apply_rule(
             known = known._replace(coupled=multiply_strips(pack, factors, matrix_n, dim))
         of_rule = control_Cn.narrow(-2, 0, num_controls)
         of_update = control_Cn.narrow(-2, num_controls, control_Cn.shape[-2] - num_controls)
-        moved = None
-        if rule.pull_period and plan.pulls:
-            pulled, moved = phases.pull(weights, state, param, context)
-            store.write(pack, pulled)
-            state, grad, param = store.read(pack)
         factors_Xn = of_update if store.is_viewed and pack.is_single else None
         new, delta = phases.propose(factors_Xn, weights, state, grad, param, of_rule, known, context)
         store.write(pack, new)
-        store.move(pack, param, delta, moved, of_update)
+        store.move(pack, param, delta, of_update)
     return store.result(steps_N, memory_NM, shared)

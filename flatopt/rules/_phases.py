@@ -27,7 +27,6 @@ class Phases(NamedTuple):
     mix: Callable[..., tuple[Tensor, Tensor, State]]
     propose: Callable[..., tuple[State, Tensor | None]]
     """:func:`propose_phase` without its first argument."""
-    pull: Callable[..., tuple[State, Tensor]]
     batch_dims: int = 0
     """1 if every tensor, weights included, has an axis of models in front."""
 
@@ -35,7 +34,7 @@ class Phases(NamedTuple):
 def plain_phases(rule: UpdateRule) -> Phases:
     """Return the phases for one model."""
     observe, propose = partial(observe_phase, rule), partial(propose_phase, rule)
-    return Phases(rule.prepare, observe, rule.matrix, rule.couple, rule.mix, propose, rule.pull)
+    return Phases(rule.prepare, observe, rule.matrix, rule.couple, rule.mix, propose)
 
 
 def batched_phases(rule: UpdateRule) -> Phases:
@@ -57,7 +56,6 @@ def batched_phases(rule: UpdateRule) -> Phases:
         vmap(rule.couple),
         vmap(rule.mix),
         propose,
-        vmap(rule.pull),
         batch_dims=1,
     )
 
@@ -118,7 +116,7 @@ def _overwrite(state: State, new: State) -> State:
 
 def move_param(param: Tensor, delta: Tensor, factors_Xn: Tensor) -> None:
     """Move a parameter by its step, in place."""
-    lr, _, *kept = factors_Xn.unbind()
+    lr, *kept = factors_Xn.unbind()
     if kept:
         param.copy_(torch.addcmul(param * kept[0], delta, lr))
     else:

@@ -12,8 +12,7 @@ Two of the five rules need no more than ``propose``.  A rule may add
 - ``prepare``, before them all: what is remembered of the earlier steps, as a few numbers per tensor;
 - ``matrix`` and ``couple``, between ``observe`` and ``mix``, for a rule that treats matrices as matrices: ``matrix``
   says what is cut into *strips* (:mod:`flatopt.rules._strips`), whose Gram matrices are sums over the longer axis,
-  and ``couple`` turns those into the matrices that mix the rows of each strip;
-- ``pull``, now and then: a move that is not a step, such as going back to an average.
+  and ``couple`` turns those into the matrices that mix the rows of each strip.
 
 :func:`flatopt.rules.apply_rule` drives them.  The optimizer, the meta-trainer and the benchmarks all call it.
 
@@ -103,8 +102,8 @@ class UpdateRule(ABC):
     """A pure update rule: fields are static hyper-parameters, tensors are arguments.
 
     Rules are out of place, draw no random numbers outside ``init_*``, and branch on shapes only, never on
-    values, so that ``torch.func.vmap`` and ``torch.compile`` accept them.  ``observe``, ``matrix``, ``propose`` and
-    ``pull`` act on each coordinate by itself, and return no tensor of ``state``: that may be overwritten at once.
+    values, so that ``torch.func.vmap`` and ``torch.compile`` accept them.  ``observe``, ``matrix`` and
+    ``propose`` act on each coordinate by itself, and return no tensor of ``state``: that may be overwritten at once.
 
     A rule never sees the learning rate, weight decay or the sign of ``maximize``: those belong to the caller.
     """
@@ -120,9 +119,6 @@ class UpdateRule(ABC):
     """Keys of the per-coordinate state that may be *kept* in ``bfloat16``; all is computed in ``float32`` at least.
 
     For the state of networks, most of which is replaced in each step, not for averages that advance by little."""
-
-    pull_period: ClassVar[int] = 0
-    """``pull`` is called at the steps after every so many, and changes nothing at others; 0 for never."""
 
     @property
     def max_strip(self) -> int:
@@ -225,17 +221,9 @@ class UpdateRule(ABC):
     ) -> tuple[State, Tensor]:
         """Return the per-coordinate state that changes now, and the step ``[n]`` to *add*.
 
-        ``state`` is what ``observe`` and ``pull`` left; ``control`` is what ``mix`` returned, as ``[C, 1]`` or
+        ``state`` is what ``observe`` left; ``control`` is what ``mix`` returned, as ``[C, 1]`` or
         ``[C, n]``.
         """
-
-    def pull(self, weights: Weights, state: State, param: Tensor, context: StepContext) -> tuple[State, Tensor]:
-        """Return the per-coordinate state that changes, and a move ``[n]`` to add that is no step.
-
-        Called between ``mix`` and ``propose``, with the parameter as it was at the start of the step.  A learning rate
-        multiplies steps, and moves only where it is below 1.
-        """
-        raise NotImplementedError
 
     @abstractmethod
     def step_size(self, weights: Weights, control_NC: Tensor, context: StepContext) -> Tensor:

@@ -34,15 +34,15 @@ class RuleResult(NamedTuple):
 
 
 class Update(NamedTuple):
-    """How steps are applied in place: ``x <- x (1 - lr step_size weight_decay) + lr step + min(lr, 1) pull``."""
+    """How steps are applied in place: ``x <- x (1 - lr step_size weight_decay) + lr step``."""
 
     lrs_N: Tensor
     weight_decays_N: Tensor | None
     """``None`` for none at all."""
 
     def factors(self, step_sizes_N: Tensor) -> Tensor:
-        """Return what multiplies step, pull and, unless that is 1, parameter: ``[N, 2 or 3]``."""
-        factors = [self.lrs_N, self.lrs_N.clamp(max=1)]
+        """Return what multiplies the step and, unless that is 1, the parameter: ``[N, 1 or 2]``."""
+        factors = [self.lrs_N]
         if self.weight_decays_N is not None:
             factors.append(1 - self.lrs_N * step_sizes_N * self.weight_decays_N)
         return torch.stack(factors, -1)
@@ -83,8 +83,8 @@ class Store(ABC):
         """Take over the state that a phase changed."""
 
     @abstractmethod
-    def move(self, pack: Pack, param: Tensor, delta: Tensor | None, pulled: Tensor | None, factors_Xn: Tensor) -> None:
-        """Take over step and pull, the last of a pack; the step is ``None`` where ``propose`` took it already."""
+    def move(self, pack: Pack, param: Tensor, delta: Tensor | None, factors_Xn: Tensor) -> None:
+        """Take over the step, the last of a pack; ``None`` where ``propose`` took it already."""
 
     @abstractmethod
     def result(self, steps_N: Tensor, memory_NM: Tensor, shared: State) -> RuleResult:
@@ -112,9 +112,8 @@ class Pure(Store):
         state, grad, param = self.held[pack]
         self.held[pack] = (state | new, grad, param)
 
-    def move(self, pack: Pack, param: Tensor, delta: Tensor | None, pulled: Tensor | None, factors_Xn: Tensor) -> None:
+    def move(self, pack: Pack, param: Tensor, delta: Tensor | None, factors_Xn: Tensor) -> None:
         assert delta is not None
-        delta = delta if pulled is None else delta + pulled
         for tensor, piece in zip(pack.tensors, pack.split(delta), strict=True):
             self.deltas[tensor].append(piece)
         for key, value in self.held.pop(pack)[0].items():
@@ -165,12 +164,10 @@ class InPlace(Store):
         else:
             torch._foreach_copy_(field.of(pack), list(pack.split(value, 0)))
 
-    def move(self, pack: Pack, param: Tensor, delta: Tensor | None, pulled: Tensor | None, factors_Xn: Tensor) -> None:
+    def move(self, pack: Pack, param: Tensor, delta: Tensor | None, factors_Xn: Tensor) -> None:
         # What was read is the parameter itself, or a copy of the driver's own.
         if delta is not None:
             move_param(param, delta, factors_Xn)
-        if pulled is not None:
-            param.addcmul_(pulled, factors_Xn[1])
         if not (self.is_viewed and pack.is_single):
             self._scatter(pack, self.param_field, param)
         self.held.pop(pack, None)

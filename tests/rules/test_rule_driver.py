@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -100,14 +100,10 @@ def step_by_hand(model: Model, grads: Sequence[Tensor], context: StepContext) ->
     controls, memory, shared = rule.mix(weights, torch.stack(sums), memory, model.shared, context, shapes=shapes)
     deltas, states = [], []
     for index, (param, grad) in enumerate(zip(model.params, grads, strict=True)):
-        flat, before, move = param.reshape(-1), observed[index], 0.0
-        if rule.pull_period:
-            pulled, move = rule.pull(weights, before, flat, context)
-            before = before | pulled
+        flat, before = param.reshape(-1), observed[index]
         new, delta = rule.propose(
             weights, before, grad.reshape(-1), flat, controls[index][:, None], facts[index], context
         )
-        delta = delta + move
         deltas.append(delta.view(param.shape))
         final = {**before, **new, "step": steps[index]}
         sizes = [model.states[index][key].numel() for key in rule.memory]
@@ -168,7 +164,7 @@ def test_updating_is_the_same_in_place(name, options):
         context, grads = context_at(step, 5, torch.float64), make_grads(step)
         expected = step_by_hand(pure, grads, context)
         storage = [{key: value.data_ptr() for key, value in state.items()} for state in model.states]
-        result = apply_rule(rule, *model[1:3], grads, *model[3:], context, Plan(update=update, pulls=False, **options))
+        result = apply_rule(rule, *model[1:3], grads, *model[3:], context, Plan(update=update, **options))
         assert result.deltas == []
         assert_close(result, expected, deltas=False)
         params = [
@@ -185,13 +181,11 @@ def test_updating_is_the_same_in_place(name, options):
 class Anchored(Adam):
     """Keeps what it is given, and steps from what it kept a moment ago."""
 
-    pull_period: ClassVar[int] = 1
-
     def init_state(self, weights, param, generator=None):
         return super().init_state(weights, param) | {"anchor": param + 1, "last": torch.zeros_like(param)}
 
-    def pull(self, weights, state, param, context):
-        return {"anchor": param}, state["last"] - param
+    def observe(self, weights, state, grad, param, facts, context):
+        return {"anchor": param}, []
 
     def propose(self, weights, state, grad, param, control, facts, context):
         return {"last": param}, state["anchor"] - grad
@@ -208,20 +202,7 @@ def test_a_rule_may_keep_its_arguments(options, in_phases, monkeypatch):
     apply_rule(Anchored(), {}, params, grads, states, {}, context_at(1, dtype=torch.float64), plan)
     for param, grad, old, state in zip(params, grads, before, states, strict=True):
         assert torch.equal(state["anchor"], old) and torch.equal(state["last"], old)
-        torch.testing.assert_close(param, old + (old - grad) + (0 - old))
-
-
-@pytest.mark.parametrize("lr, share", [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0), (3.0, 1.0)])
-def test_a_learning_rate_never_goes_beyond_a_pull(lr, share):
-    model = make_model("orthogonalized-momentum")
-    grads = [torch.zeros_like(param) for param in model.params]
-    far = [state | {"slow": param - 1} for state, param in zip(model.states, model.params, strict=True)]
-    update = Update(torch.full((len(grads),), lr).double(), torch.zeros(len(grads)).double())
-    before = [param.clone() for param in model.params]
-    apply_rule(*model[:3], grads, far, {}, context_at(11, dtype=torch.float64), Plan(update=update))
-    for param, old, state in zip(model.params, before, far, strict=True):
-        torch.testing.assert_close(param, old + share * (state["slow"] - old))
-        assert bool((state["slow"] < old).all())
+        torch.testing.assert_close(param, old + (old - grad))
 
 
 @RULES
