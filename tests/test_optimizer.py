@@ -88,8 +88,9 @@ def test_learning_rate_is_of_the_group_and_linear(toy: LearnedRule) -> None:
 def flagship_step_size(param: Tensor, step: int, num_steps: float = math.inf) -> float:
     """Step size of the untrained rule, while the gradients do not shrink."""
     fan = param.shape[1:].numel() if sum(length > 1 for length in param.shape) > 1 else 64
-    cosine = 1.0 if num_steps == math.inf else (1 + math.cos(math.pi * (step - 1) / num_steps)) / 2
-    return 0.03 / math.sqrt(max(fan, 8)) * min(step / 10, 1) * cosine
+    known = (1 + math.cos(math.pi * (step - 1) / num_steps)) / 2
+    schedule = known if num_steps < math.inf else (1 + step / 100) ** -0.7
+    return 0.03 / math.sqrt(max(fan, 8)) * min(step / 10, 1) * schedule
 
 
 STEP_SIZES: dict[str, Callable[[Tensor, int, float], float]] = {
