@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -129,6 +131,19 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert [own_device(device) for device in ("cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:1", "cpu"]
+
+
+def test_the_documented_commands_are_those_of_torchrun_and_of_ours():
+    parse_args = importlib.import_module("torch.distributed.run").parse_args
+    page = (Path(__file__).parents[2] / "docs" / "meta-training.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^(?:srun .*?)?torchrun (.*)$", page, re.MULTILINE)
+    assert len(lines) == 3
+    for line in lines:
+        launch = parse_args(shlex.split(line.replace('"$SLURM_NNODES"', "4")))
+        assert launch.module and launch.training_script == "flatopt.metatrain"
+        arguments = cli._parse(launch.training_script_args)
+        assert arguments.device == "cuda" and arguments.out.name == "flat-v2"
+        assert launch.standalone or (launch.rdzv_backend == "c10d" and launch.rdzv_id and launch.rdzv_endpoint)
 
 
 @pytest.mark.slow
