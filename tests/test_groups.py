@@ -242,6 +242,17 @@ def test_after_a_new_length_the_end_is_told_again(toy: LearnedRule) -> None:
         step_with(opt, params, 3)
 
 
+def test_the_clock_is_that_of_the_dtype_that_has_come_farthest(toy: LearnedRule) -> None:
+    early, late = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    opt = FlatOpt([early, late], pretrained=toy, num_steps=3)
+    early.grad = torch.ones_like(early)
+    for _ in range(3):
+        opt.step()
+    late.grad = torch.ones_like(late)
+    with pytest.warns(UserWarning, match="step 4 is beyond num_steps=3"):
+        opt.step()
+
+
 def test_a_call_that_can_use_no_gradient_does_not_count(toy: LearnedRule) -> None:
     params = make_params("network")
     opt = FlatOpt(params, pretrained=toy, num_steps=2)

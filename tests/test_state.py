@@ -50,6 +50,15 @@ def test_state_holds_scalars_and_tensors_of_the_shape_of_the_parameter(name: str
                 assert value.shape[: len(shape)] == shape, key
 
 
+@every_rule
+def test_no_two_values_of_the_state_are_one_tensor_nor_a_weight(name: str) -> None:
+    """What is changed in place would change the other; safetensors refuses to save them."""
+    params, opt = stepped(name, [(4,), (6, 3), (5,)])
+    held = [value for state in opt.state.values() for value in state.values()]
+    places = [value.untyped_storage().data_ptr() for value in (*held, *opt.learned.weights.values(), *params)]
+    assert len(set(places)) == len(places)
+
+
 def test_the_default_rule_keeps_scalars_and_tensors_of_the_shape_of_the_parameter() -> None:
     params, opt = stepped("orthogonalized-momentum", SHAPES)
     assert all(value.shape in ((), param.shape) for param in params for value in opt.state[param].values())
