@@ -1,8 +1,11 @@
 """Pure update rules: the contract, the driver, and one file per rule."""
 
-from ._driver import Phases, Plan, Reduce, RuleResult, Update, apply_rule, batched_phases, plain_phases
+from ._driver import Plan, apply_rule
+from ._phases import Phases, batched_phases, plain_phases
 from ._rule import State, StepContext, TensorFacts, TensorShape, UpdateRule, Weights
+from ._stores import RuleResult, Update
 from ._strips import Strips
+from ._sums import Reduce
 from .adam import Adam
 from .l2o_dm import L2ODM
 from .l2o_scale import L2OScale

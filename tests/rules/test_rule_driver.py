@@ -200,7 +200,7 @@ class Anchored(Adam):
 @by_options
 @pytest.mark.parametrize("in_phases", [True, False])
 def test_a_rule_may_keep_its_arguments(options, in_phases, monkeypatch):
-    monkeypatch.setattr("flatopt.rules._driver.WRITES_ARE_KEPT", in_phases)
+    monkeypatch.setattr("flatopt.rules._stores.WRITES_ARE_KEPT", in_phases)
     params, grads = make_model("toy-mixer").params, make_grads(1)
     states = [Anchored().init_state({}, param) for param in params]
     plan = Plan(update=Update(torch.ones(len(params)).double(), None), **options)

@@ -1,0 +1,125 @@
+"""The phases of a rule as the driver calls them: what it may ask of them besides what the rule returns.
+
+A phase on coordinates can be told to sum its terms and to write what is new over what is old, so that a compiler does
+all of that in the pass that computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._rule import State, StepContext, TensorFacts, UpdateRule, Weights
+
+
+class Phases(NamedTuple):
+    """The phases of a rule as the driver calls them: plainly, or vectorised over many models, or compiled."""
+
+    prepare: Callable[..., Tensor]
+    observe: Callable[..., tuple[State, Tensor]]
+    """:func:`observe_phase` without its first argument."""
+    matrix: Callable[..., Tensor]
+    couple: Callable[..., tuple[Tensor, list[Tensor]]]
+    mix: Callable[..., tuple[Tensor, Tensor, State]]
+    propose: Callable[..., tuple[State, Tensor | None]]
+    """:func:`propose_phase` without its first argument."""
+    pull: Callable[..., tuple[State, Tensor]]
+    batch_dims: int = 0
+    """1 if every tensor, weights included, has an axis of models in front."""
+
+
+def plain_phases(rule: UpdateRule) -> Phases:
+    """Return the phases for one model."""
+    observe, propose = partial(observe_phase, rule), partial(propose_phase, rule)
+    return Phases(rule.prepare, observe, rule.matrix, rule.couple, rule.mix, propose, rule.pull)
+
+
+def batched_phases(rule: UpdateRule) -> Phases:
+    """Return the phases for many models side by side."""
+    vmap = torch.vmap
+
+    def observe(total: bool, in_place: bool, *arguments: Any) -> tuple[State, Tensor]:
+        result: tuple[State, Tensor] = vmap(partial(observe_phase, rule, total, in_place))(*arguments)
+        return result
+
+    def propose(factors_Xn: None, *arguments: Any) -> tuple[State, Tensor | None]:
+        result: tuple[State, Tensor | None] = vmap(partial(propose_phase, rule, factors_Xn))(*arguments)
+        return result
+
+    return Phases(
+        vmap(rule.prepare),
+        observe,
+        vmap(rule.matrix),
+        vmap(rule.couple),
+        vmap(rule.mix),
+        propose,
+        vmap(rule.pull),
+        batch_dims=1,
+    )
+
+
+def observe_phase(
+    rule: UpdateRule,
+    total: bool,
+    in_place: bool,
+    weights: Weights,
+    state: State,
+    grad: Tensor,
+    param: Tensor,
+    facts: TensorFacts,
+    context: StepContext,
+) -> tuple[State, Tensor]:
+    """Return what ``rule.observe`` does, its terms as one ``[S, n]``, summed to ``[S, 1]`` if ``total``.
+
+    If ``in_place``, the new state is written over ``state``, and not returned.
+    """
+    new, terms = rule.observe(weights, state, grad, param, facts, context)
+    rows: list[Tensor] = []
+    for term in terms:
+        # Each is summed by itself: a compiler does that in the pass that computes it, and never stores the terms.
+        if isinstance(term, Tensor):
+            value = term.sum(-1) if total else term
+            rows += [value] if term.dim() == 1 else value.unbind()
+        else:
+            rows.append(torch.dot(*term) if total else torch.mul(*term))
+    stacked = torch.stack(rows) if rows else grad.new_zeros(0, *(() if total else grad.shape))
+    return _overwrite(state, new) if in_place else new, stacked.unsqueeze(-1) if total else stacked
+
+
+def propose_phase(
+    rule: UpdateRule,
+    factors_Xn: Tensor | None,
+    weights: Weights,
+    state: State,
+    grad: Tensor,
+    param: Tensor,
+    control_Cn: Tensor,
+    facts: TensorFacts,
+    context: StepContext,
+) -> tuple[State, Tensor | None]:
+    """Return what ``rule.propose`` does; given the factors of :class:`Update`, write it over state and parameter."""
+    new, delta = rule.propose(weights, state, grad, param, control_Cn, facts, context)
+    if factors_Xn is None:
+        return new, delta
+    kept = _overwrite(state, new)  # first: a rule may keep the parameter itself
+    move_param(param, delta, factors_Xn)
+    return kept, None
+
+
+def _overwrite(state: State, new: State) -> State:
+    for key, value in new.items():
+        state[key].copy_(value)
+    return {}
+
+
+def move_param(param: Tensor, delta: Tensor, factors_Xn: Tensor) -> None:
+    """Move a parameter by its step, in place."""
+    lr, _, *kept = factors_Xn.unbind()
+    if kept:
+        param.copy_(torch.addcmul(param * kept[0], delta, lr))
+    else:
+        param.addcmul_(delta, lr)

@@ -1,0 +1,128 @@
+"""What is summed over the coordinates of each tensor, and the strips that are coupled by such sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from ._layout import Layout, Pack, Run, reorder
+from ._phases import Phases
+from ._rule import UpdateRule, Weights
+from ._strips import Strips
+
+Reduce = Callable[[list[Tensor]], list[Tensor]]
+"""Sums one vector per tensor over the processes that hold shards of the tensor; others come back as they are."""
+
+
+class Sums:
+    """What was summed over the coordinates of the tensors of each group."""
+
+    def __init__(self, layout: Layout, dim: int):
+        self.layout, self.dim = layout, dim
+        self.terms: list[list[Tensor]] = [[] for _ in layout.groups]
+        self.grams: list[list[Tensor]] = [[] for _ in layout.groups]
+
+    def add_terms(self, pack: Pack, terms_Sn: Tensor) -> None:
+        if pack.is_single:  # summed already
+            self.terms[pack.runs[0].group].append(terms_Sn)
+            return
+        for run, terms in zip(pack.runs, pack.by_run(terms_Sn), strict=True):
+            self.terms[run.group].append(terms.unflatten(-1, (len(run.tensors), run.size)).sum(-1))
+
+    def add_grams(self, pack: Pack, matrix_n: Tensor) -> None:
+        for run, cut, matrices in _matrices(pack, matrix_n):
+            self.grams[run.group].append(cut.gram(matrices))
+
+    def total_terms(self) -> Tensor:
+        """Return the sums ``[*, S, N]``, in the order of the layout."""
+        totals = [parts[0] if len(parts) == 1 else torch.cat(parts, -1).sum(-1, keepdim=True) for parts in self.terms]
+        return totals[0] if len(totals) == 1 else torch.cat(totals, -1)
+
+    def total_grams(self) -> dict[int, Tensor]:
+        """Return the Gram matrices ``[*, tensors, k, S, S]`` of the groups of matrices."""
+        totals = {}
+        for index, parts in enumerate(self.grams):
+            if len(parts) == 1:
+                totals[index] = parts[0]
+            elif parts:
+                cut = self.layout.groups[index].cut
+                assert cut is not None
+                totals[index] = torch.stack(parts).sum(0) if cut.is_tall else torch.cat(parts, self.dim + 1)
+        return totals
+
+
+def couple_strips(
+    sums: Sums, rule: UpdateRule, phases: Phases, weights: Weights, reduce: Reduce | None
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Return the factors ``[*, tensors, k, S, S]`` of each group of matrices, and the sums of all ``[*, N, S]``."""
+    layout, dim = sums.layout, sums.dim
+    terms_SN, grams = sums.total_terms(), sums.total_grams()
+    if reduce is not None:
+        terms_SN, grams = _reduce(reduce, terms_SN, grams, layout)
+    if not rule.max_strip:
+        return {}, reorder(terms_SN, layout.places).mT
+    nothing = terms_SN.new_zeros(*terms_SN.shape[:dim], 0, rule.max_strip, rule.max_strip)
+    flat = [gram.flatten(dim, dim + 1) for gram in grams.values()]
+    factors_Kss, terms = phases.couple(weights, torch.cat(flat or [nothing], dim))
+    terms_TK = torch.stack(terms, dim)
+    numbers = [gram.shape[dim] for gram in flat]
+    terms_of = dict(zip(grams, terms_TK.split(numbers, -1), strict=True)) if grams else {}
+    more = []
+    for index, (tensors, _) in enumerate(layout.groups):
+        if index in terms_of:
+            more.append(terms_of[index].unflatten(-1, (len(tensors), -1)).sum(-1))
+        else:  # zero, for vectors
+            more.append(terms_TK.new_zeros(*terms_TK.shape[:-1], len(tensors)))
+    summaries_SN = torch.cat([terms_SN, torch.cat(more, -1)], -2)
+    factors = factors_Kss.split(numbers, dim) if grams else ()
+    shaped = [
+        factor.unflatten(dim, gram.shape[dim : dim + 2]) for factor, gram in zip(factors, grams.values(), strict=True)
+    ]
+    return dict(zip(grams, shaped, strict=True)), reorder(summaries_SN, layout.places).mT
+
+
+def multiply_strips(pack: Pack, factors: dict[int, Tensor], matrix_n: Tensor, dim: int) -> Tensor:
+    """Return the strips of a pack times their factors, ``[*, n]``; zero for vectors."""
+    coupled = []
+    for run, cut, matrices in _matrices(pack, matrix_n):
+        chosen = factors[run.group]
+        if chosen.shape[dim + 1] != run.num_strips:
+            chosen = chosen.narrow(dim + 1, run.first_strip, run.num_strips)
+        coupled.append(cut.couple(chosen, matrices).flatten(-3))
+    if not coupled:
+        return torch.zeros_like(matrix_n)
+    return coupled[0] if len(coupled) == 1 else torch.cat(coupled, -1)
+
+
+def _reduce(
+    reduce: Reduce, terms_SN: Tensor, grams: dict[int, Tensor], layout: Layout
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Sum over shards; a shard puts the Gram matrices of its strips in their places among those of the tensor."""
+    rows = list(reorder(terms_SN, layout.places).unbind(-1))
+    runs = {run.group: run for pack in layout.packs for run in reversed(pack.runs)}
+    for index, (tensors, cut) in enumerate(layout.groups):
+        for position, tensor in enumerate(tensors if cut is not None else ()):
+            assert cut is not None
+            placed = terms_SN.new_zeros(cut.number, cut.padded, cut.padded)
+            if index in grams:
+                first, gram = runs[index].first_strip, grams[index][position]
+                placed[first : first + len(gram)] = gram
+            rows[tensor] = torch.cat([rows[tensor], placed.flatten()])
+    rows = reduce(rows)
+    size = len(terms_SN)
+    whole = {
+        index: torch.stack([rows[tensor][size:].view(cut.number, cut.padded, cut.padded) for tensor in tensors])
+        for index, (tensors, cut) in enumerate(layout.groups)
+        if cut is not None
+    }
+    return torch.stack([rows[tensor][:size] for tensor in layout.order], -1), whole
+
+
+def _matrices(pack: Pack, matrix_n: Tensor) -> Iterable[tuple[Run, Strips, Tensor]]:
+    """Return the runs of a pack of matrices, and their coordinates as ``[*, tensors, outputs, inputs]``."""
+    for run, coordinates in zip(pack.runs, pack.by_run(matrix_n), strict=True):
+        if run.cut is not None and run.size:
+            shape = (*coordinates.shape[:-1], len(run.tensors), run.size // run.inputs, run.inputs)
+            yield run, run.cut, coordinates.reshape(shape)
