@@ -1,7 +1,7 @@
 """``FlatOpt``: an update rule with learned weights behind the interface of ``torch.optim.Optimizer``.
 
 No update maths is here.  The class keeps options and state, finds the parameters that have a usable gradient, and
-hands them to :class:`flatopt._applied.AppliedRule`, one device and dtype at a time.
+hands them to ``AppliedRule``, one device and dtype at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ._abstract import real_tensors, without_autocast
 from ._applied import AppliedRule
-from ._groups import check_options, has_matrices, name_of, refuse_flattened
+from ._groups import check_gradient, check_options, has_matrices, name_of, refuse_flattened
 from ._slots import OVERFLOW_MARGIN, Slot, bucket_of, measure
 from ._state import (
     RECORD,
@@ -322,21 +322,13 @@ class FlatOpt(Optimizer):
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                if param.grad.layout != torch.strided:
-                    raise RuntimeError("FlatOpt does not support sparse gradients, use sparse=False or SparseAdam")
-                if not (param.is_floating_point() or param.is_complex()):
-                    raise TypeError(f"FlatOpt cannot optimize a parameter of dtype {param.dtype}")
                 state = self.state.get(param, {})
                 is_new = not self._layout.is_made(state)
                 if is_new:
                     refuse_flattened(param, self.param_groups, self._had_matrices)
                 else:
                     self._layout.check_shapes(state, param, self.param_groups)
-                if param.grad.shape != param.shape:
-                    raise ValueError(
-                        f"the gradient of {name_of(param, self.param_groups)} has shape {list(param.grad.shape)}, but "
-                        f"the parameter {list(param.shape)}: clear gradients when a parameter changes its shape"
-                    )
+                check_gradient(param, param.grad, self.param_groups)
                 yield Slot(param, param.grad, group, is_new)
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:

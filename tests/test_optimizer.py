@@ -953,6 +953,7 @@ def test_without_a_compiler_the_step_is_eager(monkeypatch: pytest.MonkeyPatch, t
             step_with(opt, eager, seed)
             step_with(other, params, seed)
     assert [str(each.message)[:38] for each in caught] == ["FlatOpt goes on without torch.compile:"]
+    assert Path(caught[0].filename).name == "helpers.py"  # where the step is called
     assert unchanged(params, eager)
 
 
