@@ -37,6 +37,6 @@ class CompiledPhases:
             except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
                 reason = str(error).strip().splitlines()[0]
                 message = f"FlatOpt goes on without torch.compile: {reason}"
-                warnings.warn(message, RuntimeWarning, stacklevel=7)
+                warnings.warn(message, RuntimeWarning, stacklevel=10)
                 self.fast = None
         return getattr(self.plain, name)(*arguments)

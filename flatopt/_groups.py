@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._abstract import is_abstract
@@ -83,6 +84,19 @@ def highest_lr(groups: Iterable[dict[str, Any]]) -> float | None:
     if any(isinstance(lr, Tensor) and (lr.device.type != "cpu" or is_abstract(lr)) for lr in lrs):
         return None
     return max(map(float, lrs), default=None)
+
+
+def check_gradient(param: Tensor, grad: Tensor, groups: Iterable[dict[str, Any]]) -> None:
+    """Raise unless a parameter can be optimized with this gradient."""
+    if grad.layout != torch.strided:
+        raise RuntimeError("FlatOpt does not support sparse gradients, use sparse=False or SparseAdam")
+    if not (param.is_floating_point() or param.is_complex()):
+        raise TypeError(f"FlatOpt cannot optimize a parameter of dtype {param.dtype}")
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"the gradient of {name_of(param, groups)} has shape {list(grad.shape)}, but the parameter "
+            f"{list(param.shape)}: clear gradients when a parameter changes its shape"
+        )
 
 
 def refuse_flattened(param: Tensor, groups: Sequence[dict[str, Any]], had_matrices: bool) -> None:

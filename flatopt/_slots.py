@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from . import _dtensor as dtensor
+from ._abstract import is_abstract
 from ._state import compute_dtype
 from .rules import State, Strips, TensorShape, UpdateRule
+
+OVERFLOW_MARGIN = 1e-4
+"""Gradients up to this fraction of the square root of the largest number can be squared and summed 1e8 times."""
 
 
 @dataclass(eq=False)
@@ -71,7 +75,33 @@ class Shard:
             self.target.copy_(self.param)
 
 
-def largest(slots: Sequence[Slot], dtype: torch.dtype) -> list[Tensor]:
+def measure(slots: Sequence[Slot], states: Mapping[Tensor, State], dtype: torch.dtype) -> float:
+    """Fill in gradients, their largest absolute values (inf for NaN) and steps; return the last step of all.
+
+    One transfer to the host.
+
+    Args:
+        slots: parameters of one device and dtype.
+        states: of these parameters and all others there.
+        dtype: the dtype to compute in.
+    """
+    for slot in slots:
+        slot.local = real_view(dtensor.local_grad(slot.grad, slot.param)).contiguous()
+    for param, state in states.items():
+        if state["step"].device != param.device:  # Lightning moves all of a state but this
+            state["step"] = state["step"].to(param.device)
+    values = _largest(slots, dtype) + [state["step"] for state in states.values()]
+    if not values:
+        return 0.0
+    stacked = torch.stack(values)
+    measured = [1.0] * len(values) if is_abstract(stacked) else stacked.tolist()
+    steps = dict(zip(states, measured[len(slots) :], strict=True))
+    for slot, norm in zip(slots, measured, strict=False):
+        slot.norm, slot.step = norm, steps[slot.param]
+    return max(steps.values())
+
+
+def _largest(slots: Sequence[Slot], dtype: torch.dtype) -> list[Tensor]:
     """Return the largest absolute value of each gradient, inf for NaN, 0-D."""
     if not slots:
         return []

@@ -19,6 +19,9 @@ SHARED_PREFIX = "shared."
 RECORD = ("weights_name", "weights_sha256", "weights_commit")
 """Options of a group that record the weights.  Integers: flattened distributed checkpoints accept only numbers."""
 
+SEED_STRIDE = 1_000_003
+"""Seeds this far apart share no random initial state between parameters with indices below it."""
+
 _NAME_BYTES = 96
 
 Groups = Sequence[dict[str, Any]]
@@ -139,6 +142,11 @@ class StateLayout(NamedTuple):
 def compute_dtype(param: Tensor) -> torch.dtype:
     """Return the real dtype that a parameter is computed on in."""
     return torch.promote_types(param.dtype.to_real(), torch.float32)
+
+
+def state_generator(seed: int, index: int) -> torch.Generator:
+    """Return the source of the random initial state of parameter ``index`` of an optimizer with ``seed``."""
+    return torch.Generator().manual_seed(seed * SEED_STRIDE + index)
 
 
 def shared_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

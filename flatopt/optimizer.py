@@ -1,7 +1,7 @@
 """``FlatOpt``: an update rule with learned weights behind the interface of ``torch.optim.Optimizer``.
 
-No update maths is here.  The class finds the parameters that have a usable gradient, brings dtypes, layouts, devices
-and shards into the form that :func:`flatopt.rules.apply_rule` wants, calls it, and writes the steps back.
+No update maths is here.  The class keeps options and state, finds the parameters that have a usable gradient, and
+hands them to ``AppliedRule``, one device and dtype at a time.
 """
 
 from __future__ import annotations
@@ -15,37 +15,22 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import _dtensor as dtensor
-from ._abstract import is_abstract, is_fake, real_tensors, without_autocast
-from ._compile import CompiledPhases
-from ._groups import check_options, has_matrices, name_of, refuse_flattened
-from ._slots import Shard, Slot, bucket_of, largest, real_view
-from ._state import RECORD, SHARED_PREFIX, StateLayout, check_record, describe_record, record_of, shared_of
+from ._abstract import real_tensors, without_autocast
+from ._applied import AppliedRule
+from ._groups import check_gradient, check_options, has_matrices, name_of, refuse_flattened
+from ._slots import OVERFLOW_MARGIN, Slot, bucket_of, measure
+from ._state import (
+    RECORD,
+    SHARED_PREFIX,
+    StateLayout,
+    check_record,
+    describe_record,
+    record_of,
+    shared_of,
+    state_generator,
+)
 from ._watch import Watch
 from .pretrained import LearnedRule, load_pretrained
-from .rules import (
-    Plan,
-    StepContext,
-    Update,
-    Weights,
-    apply_rule,
-    plain_phases,
-)
-
-CHUNK_SIZE = 2**16
-"""Coordinates handled at once: bounds the memory of a step whatever the size of the tensors."""
-
-COMPILED_CHUNK_SIZE = 2**18
-"""The same where compiled code keeps what is between its inputs and outputs in registers."""
-
-PACK_SIZE = 2**12
-"""Tensors up to this size are handled side by side: below it a step costs calls, not arithmetic."""
-
-SEED_STRIDE = 1_000_003
-"""Seeds this far apart share no random initial state between parameters with indices below it."""
-
-# Gradients up to this fraction of the square root of the largest number can be squared and summed 1e8 times.
-_OVERFLOW_MARGIN = 1e-4
 
 
 class FlatOpt(Optimizer):
@@ -204,16 +189,17 @@ class FlatOpt(Optimizer):
         last_step, buckets = 0.0, dict[tuple[torch.device, torch.dtype], list[Slot]]()
         for key in dict.fromkeys(map(bucket_of, self._holders())):
             members = [slot for slot in slots if bucket_of(slot.param) == key]
-            last_step = max(last_step, self._measure(members, key))
+            states = {param: self.state[param] for param in self._holders() if bucket_of(param) == key}
+            last_step = max(last_step, measure(members, states, key[1]))
             usable = buckets[key] = []
             for slot in members:
                 if self._is_usable(slot, key[1]):
                     usable.append(slot)
         context = (1.0 + last_step, self._watch.length(self.param_groups, 1.0 + last_step))
-        for (device, dtype), members in buckets.items():
+        for (device, _), members in buckets.items():
             if members:
                 with without_autocast(device):  # a step taken inside autocast keeps its precision
-                    self._update(members, context, device, dtype)
+                    self._update(members, context)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -320,12 +306,7 @@ class FlatOpt(Optimizer):
 
     def _prepare(self) -> None:
         """Set what follows from the rule and is not part of a copy or a pickle."""
-        rule = self.learned.rule
-        self._weights: dict[tuple[torch.device, torch.dtype], Weights] = {}
-        self._phases = plain_phases(rule)
-        self._compiled = CompiledPhases(self._phases) if self._compile else None
-        if self._compiled is not None:
-            self._phases = self._compiled.phases()
+        self._applied = AppliedRule(self.learned, self._compile)
         with real_tensors():
             self._layout = StateLayout.of(self.learned, self._state_dtype)
 
@@ -341,21 +322,13 @@ class FlatOpt(Optimizer):
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                if param.grad.layout != torch.strided:
-                    raise RuntimeError("FlatOpt does not support sparse gradients, use sparse=False or SparseAdam")
-                if not (param.is_floating_point() or param.is_complex()):
-                    raise TypeError(f"FlatOpt cannot optimize a parameter of dtype {param.dtype}")
                 state = self.state.get(param, {})
                 is_new = not self._layout.is_made(state)
                 if is_new:
                     refuse_flattened(param, self.param_groups, self._had_matrices)
                 else:
                     self._layout.check_shapes(state, param, self.param_groups)
-                if param.grad.shape != param.shape:
-                    raise ValueError(
-                        f"the gradient of {name_of(param, self.param_groups)} has shape {list(param.grad.shape)}, but "
-                        f"the parameter {list(param.shape)}: clear gradients when a parameter changes its shape"
-                    )
+                check_gradient(param, param.grad, self.param_groups)
                 yield Slot(param, param.grad, group, is_new)
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
@@ -377,57 +350,21 @@ class FlatOpt(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         return list(zip(ids, params))  # noqa: B905, torch refuses other lengths
 
-    def _weights_for(self, param: Tensor) -> Weights:
-        """Return the weights on the device of a parameter, in the dtype to compute in."""
-        device, dtype = bucket_of(param)
-        if is_fake(param):
-            return {
-                key: torch.empty(value.shape, device=device, dtype=dtype) for key, value in self.learned.weights.items()
-            }
-        if (device, dtype) not in self._weights:
-            moved = {key: value.to(device, dtype) for key, value in self.learned.weights.items()}
-            self._weights[device, dtype] = moved
-        return self._weights[device, dtype]
-
     def _init_state(self, param: Tensor) -> None:
         """Make the state of a parameter; it joins in the shared state."""
-        weights, shared = self._weights_for(param), {}
+        weights, shared = self._applied.weights_for(param), {}
         if self._layout.shared:
             relatives = (self.state[other] for other in self._holders() if bucket_of(other) == bucket_of(param))
             shared = shared_of(next(relatives, {})) or self.learned.rule.init_shared(weights)
-        self.state[param].update(self._layout.make(weights, param, self._generator(param), shared))
-
-    def _generator(self, param: Tensor) -> torch.Generator:
-        """Return the source of the initial state of a parameter: its own, so that no order of creation matters."""
+        # Of its own, so that no order of creation matters.
         everywhere = (other for group in self.param_groups for other in group["params"])
         index = next(index for index, other in enumerate(everywhere) if other is param)
-        return state_generator(int(self.param_groups[0]["seed"]), index)
-
-    def _measure(self, slots: Sequence[Slot], bucket: tuple[torch.device, torch.dtype]) -> float:
-        """Fill in gradients, their largest absolute values (inf for NaN) and steps; return the last step of the bucket.
-
-        One transfer to the host.
-        """
-        for slot in slots:
-            slot.local = real_view(dtensor.local_grad(slot.grad, slot.param)).contiguous()
-        holders = [param for param in self._holders() if bucket_of(param) == bucket]
-        states = [self.state[param] for param in holders]
-        for param, state in zip(holders, states, strict=True):
-            if state["step"].device != param.device:  # Lightning moves all of a state but this
-                state["step"] = state["step"].to(param.device)
-        values = largest(slots, bucket[1]) + [state["step"] for state in states]
-        if not values:
-            return 0.0
-        stacked = torch.stack(values)
-        measured = [1.0] * len(values) if is_abstract(stacked) else stacked.tolist()
-        steps = dict(zip(holders, measured[len(slots) :], strict=True))
-        for slot, norm in zip(slots, measured, strict=False):
-            slot.norm, slot.step = norm, steps[slot.param]
-        return max(steps.values())
+        generator = state_generator(int(self.param_groups[0]["seed"]), index)
+        self.state[param].update(self._layout.make(weights, param, generator, shared))
 
     def _is_usable(self, slot: Slot, dtype: torch.dtype) -> bool:
         """Return whether a gradient can be used; count it if it is not finite.  Before the first, zero is none."""
-        if slot.norm <= math.sqrt(torch.finfo(dtype).max) * _OVERFLOW_MARGIN:
+        if slot.norm <= math.sqrt(torch.finfo(dtype).max) * OVERFLOW_MARGIN:
             return slot.norm > 0 or slot.step > 0
         self.state[slot.param]["num_skipped"] += 1
         self._watch.tell(
@@ -439,51 +376,13 @@ class FlatOpt(Optimizer):
         )
         return False
 
-    def _update(
-        self, slots: Sequence[Slot], context: tuple[float, float], device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def _update(self, slots: Sequence[Slot], context: tuple[float, float]) -> None:
         """Step the parameters of one device and dtype."""
-
-        def scalar(value: float | Tensor) -> Tensor:
-            if isinstance(value, Tensor):
-                return value.detach().to(device, dtype).reshape(())
-            return torch.full((), value, device=device, dtype=dtype)  # a fill, where torch.tensor would synchronise
-
-        def per_slot(key: str) -> Tensor:
-            groups = {id(slot.group): slot.group for slot in slots}
-            values = {index: scalar(group[key]) for index, group in groups.items()}
-            return torch.stack([values[id(slot.group)] for slot in slots])
-
-        rule = self.learned.rule
-        keys, states = self._layout.keys, [self.state[slot.param] for slot in slots]
-        shards = [
-            Shard(slot, rule, {key: state[key] for key in keys}) for slot, state in zip(slots, states, strict=True)
-        ]
-        compiled = self._compiled is not None and self._compiled.fast is not None
-        decays = any(isinstance(slot.group["weight_decay"], Tensor) or slot.group["weight_decay"] for slot in slots)
-        plan = Plan(
-            update=Update(per_slot("lr"), per_slot("weight_decay") if decays else None),
-            chunk_size=COMPILED_CHUNK_SIZE if compiled else CHUNK_SIZE,
-            pack_size=PACK_SIZE,
-            phases=self._phases,
-            shapes=[shard.shape for shard in shards],
-            first_strips=[shard.first_strip for shard in shards],
-            reduce=dtensor.sum_over_shards([shard.sharding for shard in shards]),
-        )
-        shared = apply_rule(
-            rule,
-            self._weights_for(slots[0].param),
-            [shard.param for shard in shards],
-            [-shard.grad if shard.slot.group["maximize"] else shard.grad for shard in shards],
-            [shard.state for shard in shards],
-            shared_of(self.state[slots[0].param]),
-            StepContext(*map(scalar, context)),
-            plan,
-        ).shared
-        for shard in shards:
-            shard.write_back()
+        states = [self.state[slot.param] for slot in slots]
+        own = [{key: state[key] for key in self._layout.keys} for state in states]
+        shared = self._applied.step(slots, own, shared_of(states[0]), context)
         for other in self._holders() if shared else ():
-            if bucket_of(other) == (device, dtype):
+            if bucket_of(other) == bucket_of(slots[0].param):
                 for key, value in shared.items():
                     self.state[other][SHARED_PREFIX + key].copy_(value)
 
@@ -495,8 +394,3 @@ class FlatOpt(Optimizer):
         for group in self.param_groups:
             group.update(record_of(self.learned))
         self._watch.restore_length(self.param_groups, given)
-
-
-def state_generator(seed: int, index: int) -> torch.Generator:
-    """Return the source of the random initial state of parameter ``index`` of an optimizer with ``seed``."""
-    return torch.Generator().manual_seed(seed * SEED_STRIDE + index)

@@ -9,7 +9,7 @@ from cases import OPTIMIZEES, RULE_CASES, Optimizee
 from torch import Tensor
 
 from flatopt import FlatOpt, LearnedRule
-from flatopt.optimizer import state_generator
+from flatopt._state import state_generator
 from flatopt.rules import State, StepContext, UpdateRule, Weights, apply_rule
 
 

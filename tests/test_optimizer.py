@@ -374,8 +374,8 @@ def test_large_tensors_are_cut_without_a_trace(monkeypatch: pytest.MonkeyPatch, 
     runs = []
     for size in (None, 5):
         if size:
-            monkeypatch.setattr("flatopt.optimizer.CHUNK_SIZE", size)
-            monkeypatch.setattr("flatopt.optimizer.PACK_SIZE", 0)
+            monkeypatch.setattr("flatopt._applied.CHUNK_SIZE", size)
+            monkeypatch.setattr("flatopt._applied.PACK_SIZE", 0)
         params = make_params("network", dtype=torch.float64)
         opt = FlatOpt(params, pretrained=toy)
         for seed in range(3):
@@ -672,8 +672,8 @@ def test_cutting_does_not_change_a_run_with_state_in_half(name: str, monkeypatch
     runs = []
     for size in (None, 5):
         if size:
-            monkeypatch.setattr("flatopt.optimizer.CHUNK_SIZE", size)
-            monkeypatch.setattr("flatopt.optimizer.PACK_SIZE", 0)
+            monkeypatch.setattr("flatopt._applied.CHUNK_SIZE", size)
+            monkeypatch.setattr("flatopt._applied.PACK_SIZE", 0)
         params = make_params("network", dtype=torch.float64)
         opt = FlatOpt(params, pretrained=learned(name), **HALF)
         for seed in range(3):
@@ -684,7 +684,7 @@ def test_cutting_does_not_change_a_run_with_state_in_half(name: str, monkeypatch
 
 
 def test_memory_of_a_step_does_not_grow_with_what_is_kept_in_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flatopt.optimizer.CHUNK_SIZE", 1000)
+    monkeypatch.setattr("flatopt._applied.CHUNK_SIZE", 1000)
     param = torch.nn.Parameter(torch.zeros(40_000))
     opt = FlatOpt([param], pretrained=learned("l2o-dm"), **HALF)
     step_with(opt, [param], 0)
@@ -744,7 +744,7 @@ def test_initial_learning_rates_depend_on_the_seed_and_on_nothing_else(monkeypat
     def stay(*arguments: Any) -> RuleResult:
         return RuleResult([], [], arguments[5])
 
-    monkeypatch.setattr("flatopt.optimizer.apply_rule", stay)
+    monkeypatch.setattr("flatopt._applied.apply_rule", stay)
     torch.manual_seed(0)
     before = torch.get_rng_state()
     first = initial_learning_rates(seed=1)
@@ -954,6 +954,7 @@ def test_without_a_compiler_the_step_is_eager(monkeypatch: pytest.MonkeyPatch, t
             step_with(opt, eager, seed)
             step_with(other, params, seed)
     assert [str(each.message)[:38] for each in caught] == ["FlatOpt goes on without torch.compile:"]
+    assert Path(caught[0].filename).name == "helpers.py"  # where the step is called
     assert unchanged(params, eager)
 
 

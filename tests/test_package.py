@@ -35,10 +35,11 @@ ALLOWED: dict[str, set[str]] = {
     "_groups": {"_abstract"},
     "_watch": {"_groups", "_warn"},
     "_state": {"_dtensor", "_groups", "pretrained", "rules"},
-    "_slots": {"_dtensor", "_state", "rules"},
+    "_slots": {"_abstract", "_dtensor", "_state", "rules"},
+    "_applied": {"_abstract", "_compile", "_dtensor", "_slots", "pretrained", "rules"},
     "optimizer": {
-        *{"_abstract", "_compile", "_dtensor", "_groups", "_slots", "_state", "_warn", "_watch"},
-        *{"pretrained", "rules"},
+        *{"_abstract", "_applied", "_groups", "_slots", "_state", "_warn", "_watch"},
+        "pretrained",
     },
     "metatrain": {
         *{"_cards", "_dataclass_json", "_extensions", "_folder", "_version"},
