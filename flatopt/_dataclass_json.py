@@ -132,7 +132,7 @@ def assign(data: dict[str, Any], hint: Any, assignment: str) -> None:
             place = place.setdefault(part, {})
 
 
-def parse_json(text: str, where: object) -> Any:
+def parse_json(text: str | bytes, where: object) -> Any:
     """Parse strict JSON: no duplicate keys, no NaN, no numbers that do not fit 64 bits, no bottomless nesting.
 
     Raises:

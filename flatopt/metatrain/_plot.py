@@ -43,12 +43,14 @@ def draw_run(metrics: Metrics) -> Figure:
         ("meta-loss (objective; lower is better)", ["loss"], False),
         ("norm of the meta-gradient, before the bound", ["gradient_norm"], True),
         ("signal-to-noise ratio of the meta-gradient", ["snr"], False),
-        ("validation loss", ["validation_loss", *validated], False),
+        ("validation loss", ["validation_loss", *(validated if len(validated) > 1 else [])], False),
         ("held-out loss of the inner runs, by family", [f"{name}/meta" for name in families], False),
     ]
     shown = [panel for panel in panels if any(_series(metrics, key)[0] for key in panel[1])]
     figure = Figure(figsize=(8, 2.6 * len(shown)), layout="constrained")
-    for axes, (title, keys, is_log) in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown, strict=True):
+    for axes, (title, keys, is_log) in zip(
+        figure.subplots(len(shown), 1, squeeze=False, sharex=True)[:, 0], shown, strict=True
+    ):
         _draw_panel(axes, metrics, keys)
         axes.set_title(title, fontsize=10)
         axes.set_yscale("log" if is_log else "linear")

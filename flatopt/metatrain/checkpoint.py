@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .._dataclass_json import parse_json
 from .._folder import sync_folder, write_durably
 from ..rules import Weights
 from ..tasks import Problems
@@ -274,10 +275,7 @@ def _read(path: Path) -> bytes:
 
 
 def _parse(path: Path, content: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    value = parse_json(content, path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} does not hold an object")
     return value

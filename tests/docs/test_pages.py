@@ -51,6 +51,9 @@ INSTEAD: dict[str, str | None] = {
         SMOKE.format("runs/mine") + " && flatopt-train export runs/mine --to my-weights"
     ),
     PENALTY: f"{PENALTY} num_updates=1",
+    "flatopt-train run smoke --out runs/look tensorboard=true": SMOKE.format("runs/look") + " tensorboard=true",
+    "flatopt-train resume runs/look num_updates=60": "flatopt-train resume runs/look num_updates=3",
+    "tensorboard --logdir runs/look/tensorboard": "ls runs/look/tensorboard/events*",  # a server, which does not end
     "flatopt-eval reproduction --fast --out runs/eval/repro-fast": f"{REPRODUCTION} --out runs/eval/repro-fast",
     "flatopt-eval reproduction --seeds 10 --out runs/eval/reproduction": None,  # the line above without --fast
     "flatopt-eval reproduction --split meta --learned-only --sets runs/a/export runs/b/export --out runs/eval/sweep": (
