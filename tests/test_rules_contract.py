@@ -263,16 +263,3 @@ def test_one_element_and_huge_ratios_are_finite(name: str) -> None:
     for scale in (1e-18, 1e12, 1e-18, 0.0, 1.0, 1.0):
         step_with(opt, params, 0, scale)
     assert all(torch.isfinite(param) for param in params)
-
-
-def test_the_optimizer_pulls_at_the_step_after_each_period() -> None:
-    param = torch.nn.Parameter(torch.ones(4, 3))
-    opt = FlatOpt([param], pretrained=learned("orthogonalized-momentum"))
-    moved = []
-    for step in range(1, 23):
-        before = opt.state[param]["slow"].clone() if step > 1 else param.detach().clone()
-        param.grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
-        opt.step()
-        if not torch.equal(opt.state[param]["slow"], before):
-            moved.append(step)
-    assert moved == [11, 21]
