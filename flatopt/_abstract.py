@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-
-def is_fake(tensor: Tensor) -> bool:
-    """Tell if a tensor was made in a ``FakeTensorMode``, which takes no tensors from outside."""
-    module = sys.modules.get("torch._subclasses.fake_tensor")
-    return module is not None and isinstance(tensor, module.FakeTensor)
+from ._torch import is_fake, without_modes
 
 
 def is_abstract(tensor: Tensor) -> bool:
@@ -26,7 +20,7 @@ def is_abstract(tensor: Tensor) -> bool:
 @contextmanager
 def real_tensors() -> Iterator[None]:
     """Make tensors with values, on the CPU by default, whatever mode or default device is set outside."""
-    with _disable_current_modes(), torch.device("cpu"):
+    with without_modes(), torch.device("cpu"):
         yield
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import _dtensor as dtensor
-from ._abstract import is_fake
 from ._compile import CompiledPhases
 from ._slots import Shard, Slot, bucket_of
+from ._torch import is_fake
 from .pretrained import LearnedRule
 from .rules import Plan, State, StepContext, Update, Weights, apply_rule, plain_phases
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ._torch import compile_errors
 from .rules import Phases
 
 COMPILED = ("observe", "propose")
@@ -33,8 +34,7 @@ class CompiledPhases:
         if self.fast is not None:
             try:
                 return getattr(self.fast, name)(*arguments)
-            # Raised before anything runs; the second is not a TorchDynamoException.
-            except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            except compile_errors() as error:
                 reason = str(error).strip().splitlines()[0]
                 message = f"FlatOpt goes on without torch.compile: {reason}"
                 warnings.warn(message, RuntimeWarning, stacklevel=10)

@@ -29,6 +29,7 @@ from ._state import (
     shared_of,
     state_generator,
 )
+from ._torch import disable_dynamo
 from ._watch import Watch
 from .pretrained import LearnedRule, load_pretrained
 
@@ -158,8 +159,7 @@ class FlatOpt(Optimizer):
     @overload
     def step(self, closure: Callable[[], Any]) -> Any: ...
 
-    # A compiled training step breaks its graph here.  The public torch.compiler.disable would import the compiler.
-    @torch._disable_dynamo
+    @disable_dynamo  # a compiled training step breaks its graph here
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.

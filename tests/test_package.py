@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -18,7 +19,8 @@ PACKAGE = ROOT / "flatopt"
 
 # A room is a module or a subpackage directly inside flatopt.  The rooms that each may import from, besides itself:
 ALLOWED: dict[str, set[str]] = {
-    "rules": set(),
+    "_torch": set(),
+    "rules": {"_torch"},
     "tasks": set(),
     "flatness": set(),
     "_dataclass_json": set(),
@@ -28,21 +30,21 @@ ALLOWED: dict[str, set[str]] = {
     "_cards": {"_folder", "_version", "rules"},
     "hub": set(),
     "pretrained": {"_cards", "_folder", "hub", "rules"},
-    "_compile": {"rules"},
+    "_compile": {"_torch", "rules"},
     "_dtensor": {"rules"},
-    "_abstract": set(),
+    "_abstract": {"_torch"},
     "_warn": set(),
     "_groups": {"_abstract"},
     "_watch": {"_groups", "_warn"},
     "_state": {"_dtensor", "_groups", "pretrained", "rules"},
     "_slots": {"_abstract", "_dtensor", "_state", "rules"},
-    "_applied": {"_abstract", "_compile", "_dtensor", "_slots", "pretrained", "rules"},
+    "_applied": {"_compile", "_dtensor", "_slots", "_torch", "pretrained", "rules"},
     "optimizer": {
-        *{"_abstract", "_applied", "_groups", "_slots", "_state", "_warn", "_watch"},
+        *{"_abstract", "_applied", "_groups", "_slots", "_state", "_torch", "_warn", "_watch"},
         "pretrained",
     },
     "metatrain": {
-        *{"_cards", "_dataclass_json", "_extensions", "_folder", "_version"},
+        *{"_cards", "_dataclass_json", "_extensions", "_folder", "_torch", "_version"},
         *{"pretrained", "rules", "tasks", "flatness"},
     },
     "evaluate": {"_extensions", "optimizer", "pretrained", "tasks", "flatness"},
@@ -105,6 +107,43 @@ def test_import_reader_sees_every_form_of_import(tmp_path: Path, monkeypatch: py
     for source, rooms in forms.items():
         path.write_text(source)
         assert imported_rooms(path) == rooms, source
+
+
+def private_names(path: Path) -> list[str]:
+    """Return the private names of torch in a source file: imported, reached by dots, or in a string."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not node.value.count(" "):
+            found.append(node.value)
+    return [name for name in found if re.fullmatch(r"torch(\.\w+)*?\._[a-z]\w*(\.\w+)*", name)]
+
+
+def test_private_names_of_torch_are_used_in_two_files() -> None:
+    users = {str(path.relative_to(PACKAGE)) for path in SOURCES if private_names(path)}
+    assert users == {"_torch.py", "metatrain/_record.py"}
+
+
+def test_reader_of_private_names_sees_every_form(tmp_path: Path) -> None:
+    path = tmp_path / "rule.py"
+    forms = {
+        "import torch._dynamo": ["torch._dynamo"],
+        "from torch.utils import _pytree as pytree": ["torch.utils._pytree"],
+        "from torch._functorch.compile_utils import fx_graph_cse": ["torch._functorch.compile_utils.fx_graph_cse"],
+        "torch._foreach_copy_(a, b)": ["torch._foreach_copy_"],
+        "sys.modules.get('torch._subclasses.fake_tensor')": ["torch._subclasses.fake_tensor"],
+        "from ._torch import pytree": [],
+        "torch.optim.Optimizer.__getstate__(self)": [],
+        "torch.add(state._replace(a=1), torch.__version__)": [],
+    }
+    for source, names in forms.items():
+        path.write_text(source)
+        assert private_names(path) == names, source
 
 
 def run_python(code: str, *, cwd: Path = ROOT) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -20,6 +20,16 @@ def recipe_table(recipes: Mapping[str, Callable[[], MetaTrainConfig]]) -> list[s
     for name, recipe in recipes.items():
         config = recipe()
         rows.append((name, config.rule, str(config.num_updates), *_measured(name), ", ".join(_data(config))))
+    return columns(rows)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a line per row, its cells below each other.
+
+    Example:
+        >>> columns([("rule", "took"), ("l2o-dm", "1:00")])
+        ['rule    took', 'l2o-dm  1:00']
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 

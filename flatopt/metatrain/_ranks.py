@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from ..rules import Weights
 from .runs import Draws, Runs, StepLosses, join_losses, map_tree
 

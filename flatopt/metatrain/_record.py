@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from ..rules import Weights
 from .runs import Draws, Runs, StepLosses, Terms, map_tree, stack_losses
 

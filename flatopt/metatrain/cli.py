@@ -1,4 +1,4 @@
-"""``flatopt-train``: run, resume, plot and export meta-training; import weights that others published.
+"""``flatopt-train``: run, resume, plot and export meta-training; measure its speed; import published weights.
 
 Exit codes: 0 when done; 2 for a request that cannot be carried out, with one line that says why; 130 after SIGINT and
 143 after SIGTERM, when the run has been saved and can be resumed.
@@ -21,7 +21,8 @@ from .._version import __version__
 from ..flatness import MEASURES
 from ..pretrained import push_to_hub
 from ..rules import RULES
-from ._describe import recipe_table, settings
+from . import speed
+from ._describe import columns, recipe_table, settings
 from ._ranks import LostProcessError, RefusedByFirstError, is_main_process
 from ._stop import TrainingInterrupted
 from .checkpoint import RunState
@@ -141,6 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", type=Path, metavar="DIR", help="folder of the run")
     export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where to save")
 
+    measured = add("speed", _speed, "measure the throughput of inner training on the CPU, plain, recorded and compiled")
+    measured.add_argument("--rounds", type=int, default=9, metavar="N", help="the median is over these (default: 9)")
+
     imported = add("import", _import, "save published weights as a learned rule")
     imported.add_argument("file", type=Path, metavar="FILE", help="dill pickle of {module: {variable: array}}")
     imported.add_argument("--rule", required=True, choices=FORMATS, help="what the weights belong to")
@@ -212,6 +216,14 @@ def _export(arguments: argparse.Namespace) -> None:
     export_rule(state, arguments.out / "metrics.jsonl").save_pretrained(arguments.to)
     print(f"update {state.update} of {state.config.num_updates} saved in {arguments.to}")
     print(f'use it with: flatopt.FlatOpt(model.parameters(), pretrained="{arguments.to}")')
+
+
+def _speed(arguments: argparse.Namespace) -> None:
+    if arguments.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
+    rows = speed.ratios(speed.measure(speed.modes(), arguments.rounds))
+    print("\n".join(columns([("step", "problem-steps/s", "ratio"), *rows])))
+    print(f"{speed.WHAT}; median over {arguments.rounds} rounds")
 
 
 def _import(arguments: argparse.Namespace) -> None:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from ..rules import State, Weights
 from ..tasks import Batch, Problems
 

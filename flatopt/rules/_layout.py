@@ -116,23 +116,8 @@ def lay_out(
         order.extend(tensors)
         return runs
 
-    # Tensors of one shape side by side: their strips are then one batch.
-    small = sorted((index for index, numel in enumerate(numels) if numel <= pack_size), key=kind)
-    together: list[list[list[int]]] = []
-    filled = 0
-    for (is_matrix, *_), same in groupby(small, kind):
-        is_new = True
-        for index in same:
-            is_full = chunk_size is not None and filled + numels[index] > chunk_size
-            if not together or is_full or is_matrix != (cuts[together[-1][0][0]] is not None):
-                together.append([])
-                filled, is_new = 0, True
-            if is_new:
-                together[-1].append([])
-                is_new = False
-            together[-1][-1].append(index)
-            filled += numels[index]
-    for lists in together:
+    small = {index: kind(index) for index, numel in enumerate(numels) if numel <= pack_size}
+    for lists in _side_by_side(small, numels, chunk_size):
         first = len(order)
         packs.append(Pack([run for one in lists for run in add(tuple(one), max(1, numels[one[0]]))], first))
     for index, numel in enumerate(numels):
@@ -141,6 +126,30 @@ def lay_out(
             packs += [Pack([run], first) for run in add((index,), _most(pieces[index], cuts[index], chunk_size))]
     places = sorted(range(len(order)), key=order.__getitem__)
     return Layout(packs, groups, order, places)
+
+
+def _side_by_side(
+    kinds: dict[int, tuple[Any, ...]], numels: Sequence[int], chunk_size: int | None
+) -> list[list[list[int]]]:
+    """Return small tensors by pack and, in it, by kind; the first of a kind tells matrices from vectors.
+
+    Tensors of one shape stand side by side: their strips are then one batch.
+    """
+    together: list[list[list[int]]] = []
+    filled = 0
+    for kind, same in groupby(sorted(kinds, key=kinds.__getitem__), kinds.__getitem__):
+        is_new = True
+        for index in same:
+            is_full = chunk_size is not None and filled + numels[index] > chunk_size
+            if not together or is_full or kind[0] != kinds[together[-1][0][0]][0]:
+                together.append([])
+                filled, is_new = 0, True
+            if is_new:
+                together[-1].append([])
+                is_new = False
+            together[-1][-1].append(index)
+            filled += numels[index]
+    return together
 
 
 def _most(shape: torch.Size, cut: Strips | None, chunk_size: int | None) -> int:

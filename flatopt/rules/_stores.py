@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch import foreach_copy_
 from ._layout import Layout, Pack, Run
 from ._phases import move_param
 from ._rule import State, UpdateRule
@@ -162,7 +163,7 @@ class InPlace(Store):
         if pack.is_single:
             field.of(pack)[0].copy_(value)
         else:
-            torch._foreach_copy_(field.of(pack), list(pack.split(value, 0)))
+            foreach_copy_(field.of(pack), list(pack.split(value, 0)))
 
     def move(self, pack: Pack, param: Tensor, delta: Tensor | None, factors_Xn: Tensor) -> None:
         # What was read is the parameter itself, or a copy of the driver's own.
@@ -178,7 +179,7 @@ class InPlace(Store):
         for key, rows in _unstack_memory(self.memory, self.states[0], steps_N, memory_NM, 0).items():
             targets += [state[key] for state in self.states]
             values += rows
-        torch._foreach_copy_(targets, values)
+        foreach_copy_(targets, values)
         return RuleResult([], list(self.states), shared)
 
 

@@ -92,7 +92,7 @@ def test_load_gives_back_every_value_dtype_and_order(tmp_path):
 
 
 def test_a_state_without_inner_runs_yet_is_saved_as_such(tmp_path):
-    state = RunState.fresh(make_state().config)
+    state = RunState.fresh(dataclasses.replace(make_state().config, rule="rnnprop"))
     loaded = load(save(state, tmp_path))
     assert loaded.estimator is None and state.estimator is None
     assert_same(dataclasses.replace(loaded, estimator={}), dataclasses.replace(state, estimator={}))

@@ -15,7 +15,7 @@ from toy_metatrain import toy_config, toy_estimator
 
 import flatopt
 from flatopt._version import __version__
-from flatopt.metatrain import RECIPES, train, trainer
+from flatopt.metatrain import RECIPES, speed, train, trainer
 from flatopt.metatrain._describe import settings
 from flatopt.metatrain._plot import draw_run, read_metrics
 from flatopt.metatrain.checkpoint import latest
@@ -212,6 +212,17 @@ def test_a_finished_run_goes_on_when_it_gets_more_updates(tmp_path, capsys):
     assert "only num_updates, schedule_updates" in capsys.readouterr().err
 
 
+def test_speed_is_a_row_per_way_to_take_a_step(capsys, monkeypatch):
+    monkeypatch.setattr(speed, "NUM_TRUNCATIONS", 1)
+    monkeypatch.setattr(speed, "modes", lambda: ["plain", "recorded"])
+    assert main(["speed", "--rounds", "1"]) == 0
+    header, plain, recorded, note = capsys.readouterr().out.splitlines()
+    assert header.split() == ["step", "problem-steps/s", "ratio"]
+    assert plain.split()[0] == "plain" and plain.split()[2] == "1.00"
+    assert recorded.split()[0] == "recorded" and "1 rounds" in note
+    assert float(recorded.split()[2]) > 0
+
+
 def test_plot_draws_a_run_and_its_log_has_the_signal_to_noise_ratio(tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["run", "smoke", "num_updates=4", "validate_every=2", "--out", str(out)]) == 0
@@ -283,6 +294,7 @@ def test_version_is_that_of_the_package(capsys):
         (["resume", "OUT"], "no whole checkpoint in OUT/checkpoints"),
         (["export", "OUT", "--to", "OUT/export"], "no whole checkpoint in OUT/checkpoints"),
         (["push", "OUT", "org/name"], "'OUT' is neither shipped weights"),
+        (["speed", "--rounds", "0"], "--rounds must be at least 1, got 0"),
     ],
 )
 def test_a_request_that_cannot_be_carried_out_gets_one_line_and_exit_code_2(tmp_path, capsys, arguments, message):

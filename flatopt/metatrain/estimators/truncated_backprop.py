@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from ..._torch import pytree
 from ...rules import Weights
 from ._estimator import EstimatorState, GradientEstimator, MetaGradient
 

@@ -1,0 +1,33 @@
+"""What is taken from torch under private names, besides its tracer and compiler (``metatrain/_record.py``).
+
+All of it is there from torch 2.6 on.  A new version of torch is checked here first.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+
+__all__ = ["compile_errors", "disable_dynamo", "foreach_copy_", "is_fake", "pytree", "without_modes"]
+
+disable_dynamo = torch._disable_dynamo
+"""Break the graph of a compiled caller; the public ``torch.compiler.disable`` would import the compiler."""
+
+foreach_copy_ = torch._foreach_copy_
+"""Copy a list of tensors onto another one, on a GPU in a few kernels."""
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Tell if a tensor was made in a ``FakeTensorMode``, which takes no tensors from outside."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """Return what the call of a compiled function raises, before anything runs, if it cannot be compiled."""
+    exc = torch._dynamo.exc  # loaded by torch.compile
+    return exc.TorchDynamoException, exc.FailOnRecompileLimitHit  # the second is not one of the first
