@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ class CompiledPhases:
     def __init__(self, plain: Phases):
         self.plain = plain
         compiled: dict[str, Any] = {
-            name: torch.compile(getattr(plain, name), fullgraph=True, dynamic=True) for name in COMPILED
+            name: torch.compile(_with_own_code(getattr(plain, name)), fullgraph=True, dynamic=True) for name in COMPILED
         }
         self.fast: Phases | None = plain._replace(**compiled)
 
@@ -40,3 +42,15 @@ class CompiledPhases:
                 warnings.warn(message, RuntimeWarning, stacklevel=10)
                 self.fast = None
         return getattr(self.plain, name)(*arguments)
+
+
+def _with_own_code(phase: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls a phase, with a code object that no other has.
+
+    torch counts compilations by code object, and gives up at the ninth.  Partial functions share one.
+    """
+
+    def call(*arguments: Any) -> Any:
+        return phase(*arguments)
+
+    return FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
