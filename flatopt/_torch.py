@@ -1,6 +1,6 @@
 """What is taken from torch under private names, besides its tracer and compiler (``metatrain/_record.py``).
 
-All of it is there from torch 2.6 on.  A new version of torch is checked here first.
+Another version of torch is checked here first.
 """
 
 from __future__ import annotations
@@ -30,4 +30,5 @@ def is_fake(tensor: Tensor) -> bool:
 def compile_errors() -> tuple[type[Exception], ...]:
     """Return what the call of a compiled function raises, before anything runs, if it cannot be compiled."""
     exc = torch._dynamo.exc  # loaded by torch.compile
-    return exc.TorchDynamoException, exc.FailOnRecompileLimitHit  # the second is not one of the first
+    limits = ("FailOnRecompileLimitHit", "FailOnCacheLimitHit")  # its name today, and before: no TorchDynamoException
+    return exc.TorchDynamoException, *(getattr(exc, name) for name in limits if hasattr(exc, name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import pickle
 import subprocess
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from flatopt import FlatOpt, LearnedRule
+from flatopt._torch import compile_errors
 from flatopt.evaluate.step_time import peak_bytes
 from flatopt.rules import Adam, RuleResult
 
@@ -956,6 +958,15 @@ def test_without_a_compiler_the_step_is_eager(monkeypatch: pytest.MonkeyPatch, t
     assert [str(each.message)[:38] for each in caught] == ["FlatOpt goes on without torch.compile:"]
     assert Path(caught[0].filename).name == "helpers.py"  # where the step is called
     assert unchanged(params, eager)
+
+
+def test_the_limit_of_recompilations_is_known_by_its_earlier_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    exc = importlib.import_module("torch._dynamo.exc")
+    error = exc.FailOnRecompileLimitHit
+    monkeypatch.setattr(exc, "FailOnCacheLimitHit", error, raising=False)
+    assert error in compile_errors()
+    monkeypatch.delattr(exc, "FailOnRecompileLimitHit")
+    assert error in compile_errors()
 
 
 def test_beyond_the_limit_of_recompilations_the_step_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
