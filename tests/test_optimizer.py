@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from flatopt import FlatOpt, LearnedRule
 from flatopt._torch import compile_errors
-from flatopt.evaluate.step_time import peak_bytes
+from flatopt.evaluate._training import build_model
+from flatopt.evaluate.step_time import MODELS, peak_bytes
 from flatopt.rules import Adam, RuleResult
 
 
@@ -939,6 +940,20 @@ def test_compiled_equals_eager_and_compiles_once(name: str) -> None:
     assert counters["stats"]["unique_graphs"] == graphs > 0
     for one, other in zip(eager, compiled, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_several_compiled_optimizers_stay_compiled() -> None:
+    """torch compiles a function eight times at most, and one optimizer takes up to four for each phase."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("error", message="FlatOpt goes on without")
+        for size, build in MODELS.values():
+            params = list(build_model(build, size, 0).parameters())
+            opt = FlatOpt(params, compile=True)
+            for seed in range(2):
+                step_with(opt, params, seed)
 
 
 def test_without_a_compiler_the_step_is_eager(monkeypatch: pytest.MonkeyPatch, toy: LearnedRule) -> None:
