@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 CORE, ADAM_CORE = "core", "adam core"
 
+SMALLEST = 1e-8
+"""Values below this count as this in logarithms: a training loss may be exactly zero."""
+
 
 class Measure(NamedTuple):
     """What is compared."""
@@ -235,7 +238,7 @@ def _format(interval: Interval) -> str:
 
 
 def _log(value: float) -> float:
-    return math.log(value) if 0 < value < math.inf else math.nan
+    return math.log(max(value, SMALLEST)) if 0 <= value < math.inf else math.nan
 
 
 def _draw(
