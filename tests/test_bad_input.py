@@ -185,7 +185,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_a_wrong_line_gets_one_line_and_code_2(
     main: Main, line: str, words: str, room: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = sorted(path for path in room.rglob("*") if path.parts[-1] != "__pycache__")
+    before = sorted(path for path in room.rglob("*") if "__pycache__" not in path.parts)
     capsys.readouterr()
     try:
         code = main(shlex.split(line))
@@ -196,7 +196,7 @@ def test_a_wrong_line_gets_one_line_and_code_2(
     if not error.startswith("usage: "):  # argparse says first what may be typed
         assert error.count("\n") == 1
     if main is train:  # and nothing was begun
-        assert sorted(path for path in room.rglob("*") if path.parts[-1] != "__pycache__") == before
+        assert sorted(path for path in room.rglob("*") if "__pycache__" not in path.parts) == before
 
 
 def model() -> nn.Linear:

@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import os
 import time
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 from helpers import assert_same_state, learned
 from torch import Tensor, nn
+from torchvision_import import make_torchvision_importable
 
 from flatopt import FlatOpt, LearnedRule
 
@@ -184,21 +184,6 @@ def test_step_in_a_compiled_training_step_runs(toy: LearnedRule) -> None:
 TABLE = Path(__file__).parent.parent / "docs" / "results" / "integrations.md"
 HEADER = ["Library", "Version", "What ran", "Against the plain loop", "Resumed run"]
 real = pytest.mark.filterwarnings("ignore", "error:.*[Ff]lat[Oo]pt:UserWarning", "error:.*num_steps:UserWarning")
-
-
-@cache
-def make_torchvision_importable() -> None:
-    """Declare what stops its import: that on PyPI is compiled for CUDA, and does not load beside a torch without.
-
-    Lightning, transformers and timm import it where it is installed; none of them calls its operators here.
-    """
-    if importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:  # operator torchvision::nms does not exist
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def library(name: str, *needed: str) -> Any:
