@@ -234,7 +234,7 @@ def weights_sha256(weights: Weights) -> str:
         tensor = weights[key]
         # One JSON line per tensor: no two different sets of tensors can give the same stream of bytes.
         digest.update(json.dumps([key, _dtype_name(tensor), list(tensor.shape)]).encode() + b"\n")
-        digest.update(ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size()))
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -280,12 +280,31 @@ def _serialize(content: Content) -> dict[str, bytes]:
         weights_sha256=weights_sha256(content.weights),
         metadata=content.metadata,
     )
-    files = {CONFIG_FILE: _to_json(vars(config)), WEIGHTS_FILE: safetensors.torch.save(content.weights)}
+    files = {CONFIG_FILE: _to_json(vars(config)), WEIGHTS_FILE: _to_safetensors(content.weights)}
     if content.card:
         files[CARD_FILE] = content.card.encode()
     if content.training:
         files[TRAINING_FILE] = _to_json(content.training)
     return files
+
+
+def _to_safetensors(weights: Weights) -> bytes:
+    """Return float32 tensors in the format of safetensors; its own writer would need numpy."""
+    header: dict[str, Any] = {}
+    content = b""
+    for key in sorted(weights):
+        data = _bytes(weights[key])
+        offsets = [len(content), len(content) + len(data)]
+        header[key] = {"dtype": "F32", "shape": list(weights[key].shape), "data_offsets": offsets}
+        content += data
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _HEADER_LENGTH_BYTES)  # so that the data are aligned
+    return len(text).to_bytes(_HEADER_LENGTH_BYTES, "little") + text + content
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """Return the bytes of a contiguous tensor on the CPU."""
+    return ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
 def _to_json(data: dict[str, Any]) -> bytes:

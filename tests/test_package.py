@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from flatopt._extras import EXTRAS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flatopt"
 
@@ -25,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "flatness": set(),
     "_dataclass_json": set(),
     "_extensions": set(),
+    "_extras": set(),
     "_version": set(),
     "_folder": {"_dataclass_json", "_extensions", "rules"},
     "_cards": {"_folder", "_version", "rules"},
@@ -44,10 +47,10 @@ ALLOWED: dict[str, set[str]] = {
         "pretrained",
     },
     "metatrain": {
-        *{"_cards", "_dataclass_json", "_extensions", "_folder", "_torch", "_version"},
+        *{"_cards", "_dataclass_json", "_extensions", "_extras", "_folder", "_torch", "_version"},
         *{"pretrained", "rules", "tasks", "flatness"},
     },
-    "evaluate": {"_extensions", "optimizer", "pretrained", "tasks", "flatness"},
+    "evaluate": {"_extensions", "_extras", "optimizer", "pretrained", "tasks", "flatness"},
     "__init__": {"_version", "optimizer", "pretrained"},
     "__main__": {"_version", "pretrained"},
 }
@@ -222,6 +225,9 @@ def test_wheel_requires_exactly_three_distributions(wheel: Path) -> None:
         commands = archive.read(scripts).decode()
     required = [line for line in headers.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert sorted(line.split(">")[0] for line in required) == ["huggingface-hub", "safetensors", "torch"]
+    for extra, modules in EXTRAS.items():  # installs what the commands ask for
+        lines = [line for line in headers.get_all("Requires-Dist", []) if line.endswith(f"extra == '{extra}'")]
+        assert set(modules) <= {line.split(">")[0].replace("scikit-learn", "sklearn") for line in lines}
     assert set(headers.get_all("Provides-Extra", [])) == {"train", "eval", "test", "docs", "integrations"}
     assert headers["License-Expression"] == "Apache-2.0"
     assert "flatopt-train = flatopt.metatrain.cli:main" in commands
@@ -247,3 +253,16 @@ optimizer.step()
 assert not torch.equal(before, model.weight)
 """
     run_python(code, cwd=tmp_path)
+
+
+def test_rules_are_saved_and_read_without_numpy(tmp_path: Path) -> None:
+    code = f"""
+import sys, warnings
+sys.modules["numpy"] = None
+warnings.simplefilter("ignore")  # torch says that it would like to have it
+import flatopt
+learned = flatopt.load_pretrained("flat-v2")
+learned.save_pretrained({str(tmp_path / "saved")!r})
+assert flatopt.load_pretrained({str(tmp_path / "saved")!r}).sha256 == learned.sha256
+"""
+    run_python(code)

@@ -506,6 +506,13 @@ def test_pickle_is_never_executed(tmp_path):
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "tensors", [{}, {"é": torch.zeros(()), "none": torch.ones(0, 3), 'a"\n': torch.arange(5.0)}, make_learned().weights]
+)
+def test_weights_are_written_as_safetensors_writes_them(tensors):
+    assert _folder._to_safetensors(tensors) == safetensors.torch.save(tensors)
+
+
 def listing(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 

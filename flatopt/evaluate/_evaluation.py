@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from .._extras import check_extra, how_to_install
 from ._cache import RunCache
 from ._report import Report
 
 T = TypeVar("T")
-
-EXTRA = "pip install 'flatopt[eval]'"
 
 
 def option(default: T, help_text: str, *, at_least: int | None = None) -> T:
@@ -101,7 +100,7 @@ def progress(items: Iterable[T], name: str | Callable[[T], str], total: int | No
 
 @contextmanager
 def one_line(program: str, after_stop: str) -> Iterator[None]:
-    """Turn what a user can mend, and Ctrl-C, into one line on the standard error.
+    """Turn what a user can mend, a missing extra, and Ctrl-C, into one line on the standard error.
 
     Args:
         program: what the line begins with.
@@ -111,12 +110,12 @@ def one_line(program: str, after_stop: str) -> Iterator[None]:
         SystemExit: with code 2, and with 130 after Ctrl-C.
     """
     try:
+        check_extra("eval")  # here, and not when the figure is drawn after hours
         yield
     except KeyboardInterrupt:
         code, text = 130, f"stopped; {after_stop}"
     except ImportError as error:
-        missing = f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else str(error)
-        code, text = 2, f"{missing}: {EXTRA}"
+        code, text = 2, how_to_install(error, "eval")
     except (ValueError, OSError, sqlite3.Error) as error:
         code, text = 2, str(error)
     else:

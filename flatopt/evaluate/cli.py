@@ -19,6 +19,8 @@ from .reproduction import Reproduction
 from .robustness import Robustness
 from .step_time import StepTime
 
+DESCRIPTION = "Tables and figures of measured results, with the baselines in the same run."
+
 EVALUATIONS: dict[str, type[Evaluation]] = {
     "quality": Quality,
     "flatness": Flatness,
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(prog="flatopt-eval", description=__doc__)
+    parser = argparse.ArgumentParser(prog="flatopt-eval", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"flatopt {version('flatopt')}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, evaluation in EVALUATIONS.items():

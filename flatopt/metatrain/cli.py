@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from .._extensions import extend
+from .._extras import check_extra, how_to_install
 from .._version import __version__
 from ..flatness import MEASURES
 from ..pretrained import push_to_hub
 from ..rules import RULES
 from . import speed
 from ._describe import columns, recipe_table, settings
+from ._log import check_tensorboard
 from ._ranks import LostProcessError, RefusedByFirstError, is_main_process
 from ._stop import TrainingInterrupted
 from .checkpoint import RunState
@@ -61,9 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _refuse(error, str(error), arguments)
     except ImportError as error:
-        missing = f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else str(error)
         extra = "eval" if (error.name or "").startswith("matplotlib") else "train"
-        return _refuse(error, f"{missing}: pip install 'flatopt[{extra}]'", arguments)
+        return _refuse(error, how_to_install(error, extra), arguments)
     except LostProcessError as error:
         print(f"flatopt-train: {error}; torchrun --max-restarts starts all of them anew", file=sys.stderr)
         return 1
@@ -79,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _refuse(error: Exception, reason: str, arguments: argparse.Namespace) -> int:
     """Say in one line why a request cannot be carried out, and how to go on with a run that has begun."""
-    line = " ".join(reason.split())
-    begun = arguments.command in (_run, _resume) and (arguments.out / "checkpoints").is_dir()
+    line = " ".join(reason.split()).rstrip(".")
+    begun = arguments.command in (_run, _resume) and any((arguments.out / "checkpoints").glob("update-*"))
     if begun and isinstance(error, OSError | ImportError):
         line += f"; then {_go_on(arguments.out)}"
     print(f"flatopt-train: {line}", file=sys.stderr)
@@ -184,9 +185,14 @@ def _config(arguments: argparse.Namespace) -> MetaTrainConfig:
 
 def _run(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
+    check_extra("train")
     if arguments.dry_run:
         check_unused(arguments.out)
         check_families(task.name for task in config.tasks)
+        if config.tensorboard:
+            check_tensorboard()
+        for task in config.tasks:  # data that is not there would stop the run only after it has begun
+            FAMILIES[task.name].data.table()
         print("\n".join(settings(config)))
         print(
             f"{describe_run(RunState.fresh(config), check_device(arguments.device), arguments.out)} (nothing was done)"
@@ -197,6 +203,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _resume(arguments: argparse.Namespace) -> None:
     config = load_run(arguments.out).config.override(arguments.overrides)
+    check_extra("train")
     train(config, arguments.out, device=arguments.device, resume=True, command=arguments.line)
 
 

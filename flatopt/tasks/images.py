@@ -165,7 +165,7 @@ def _digits() -> ImageSplits:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits need scikit-learn: pip install scikit-learn") from error
+        raise ModuleNotFoundError("the digits need scikit-learn: pip install scikit-learn", name="sklearn") from error
     pixels, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     inputs = torch.from_numpy(pixels).float().reshape(-1, 8, 8)[order] / 16

@@ -145,9 +145,21 @@ except SystemExit as stopped:
     assert stopped.code == 0
 main(["quality", "--fast", "--out", sys.argv[1]])
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    out = tmp_path / "new"
+    done = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "pip install 'flatopt[eval]'" in done.stderr
     assert done.stderr.count("\n") == 1 and "quality" in done.stdout
+    assert not out.exists()
+
+
+def test_a_package_that_only_the_figure_needs_is_missed_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["quality", "--fast", "--out", str(tmp_path / "new")])
+    assert stopped.value.code == 2 and "matplotlib is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_fast_results_have_a_folder_of_their_own_and_say_what_they_are(

@@ -15,12 +15,13 @@ from toy_metatrain import toy_config, toy_estimator
 
 import flatopt
 from flatopt._version import __version__
-from flatopt.metatrain import RECIPES, speed, train, trainer
+from flatopt.metatrain import RECIPES, checkpoint, speed, train, trainer
 from flatopt.metatrain._describe import settings
 from flatopt.metatrain._plot import draw_run, read_metrics
 from flatopt.metatrain.checkpoint import latest
 from flatopt.metatrain.cli import main
 from flatopt.pretrained import load_folder, load_pretrained
+from flatopt.tasks._data import _cached_table
 
 SMOKE = ["run", "smoke", "num_updates=24", "checkpoint_every=5", "seed=3"]
 
@@ -242,20 +243,23 @@ def test_a_panel_has_points_and_the_mean_of_the_last_lines():
     assert mean.get_ydata()[-1] == sum(range(21, 41)) / 20
 
 
-@pytest.mark.parametrize(("module", "extra"), [("matplotlib", "eval"), ("sklearn", "train")])
-def test_a_missing_extra_is_one_line(tmp_path, module, extra):
+@pytest.mark.parametrize(
+    ("module", "extra", "command"),
+    [("matplotlib", "eval", "plot"), ("sklearn", "train", "run"), ("numpy", "train", "--dry-run")],
+)
+def test_a_missing_extra_is_one_line(tmp_path, module, extra, command):
     out = tmp_path / "run"
-    arguments = ["run", "smoke", "num_updates=1", "--out", str(out)]
+    arguments = ["run", "smoke", "num_updates=1", "--out", str(out), *(["--dry-run"] if command == "--dry-run" else [])]
     code = "import sys; from flatopt.metatrain.cli import main; "
-    if module == "matplotlib":
+    if command == "plot":
         assert main(arguments) == 0
         arguments = ["plot", str(out)]
     code += f"sys.modules[{module!r}] = None; sys.exit(main({arguments!r}))"
     environment = {**os.environ, "PYTHONPATH": str(Path(flatopt.__file__).parent.parent)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
-    assert f"pip install 'flatopt[{extra}]'" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    assert done.stderr == f"flatopt-train: {module} is not installed: pip install 'flatopt[{extra}]'\n"
+    assert out.exists() == (command == "plot")  # nothing was begun
 
 
 @pytest.mark.parametrize(
@@ -274,6 +278,24 @@ def test_a_disk_that_cannot_be_written_is_one_line_that_says_how_to_go_on(tmp_pa
     line = capsys.readouterr().err.splitlines()[-1]
     assert error.strerror in line
     assert line.endswith(f"; then go on with: flatopt-train resume {tmp_path / 'run'}")
+
+
+def test_a_disk_that_is_full_from_the_start_does_not_offer_to_go_on(tmp_path, capsys, monkeypatch):
+    def write_durably(path, content):
+        raise OSError(28, "No space left on device", "x")
+
+    monkeypatch.setattr(checkpoint, "write_durably", write_durably)
+    assert main(["run", "smoke", "num_updates=2", "--out", str(tmp_path / "run")]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left" in line and "resume" not in line
+
+
+def test_a_dry_run_says_that_data_are_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FLATOPT_DATA", str(tmp_path))
+    _cached_table.cache_clear()
+    assert main(["run", "smoke", "--dry-run", "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and "name their folder in FLATOPT_DATA" in said.err
 
 
 def test_version_is_that_of_the_package(capsys):
