@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from flatopt import FlatOpt
-from flatopt.evaluate._training import Benchmark, build_model, load_splits, measure, train
+from flatopt.evaluate._training import Benchmark, build_model, draw_batches, load_splits, measure, train
 from flatopt.evaluate.benchmarks import choose_benchmarks
 
 FAST = "--fast" in sys.argv
@@ -57,17 +57,8 @@ def run(task: Benchmark, build: Build, early: bool, seed: int) -> tuple[float, f
                 kept.load_state_dict(model.state_dict())
             model.train()
 
-    generator = torch.Generator().manual_seed(seed)
-    train(
-        model,
-        build(model.parameters(), num_steps),
-        splits.train,
-        batch_size=task.batch_size,
-        num_steps=num_steps,
-        generator=generator,
-        loss_fn=task.loss_fn,
-        after_step=look,
-    )
+    batches = draw_batches(splits.train, task.batch_size, num_steps, torch.Generator().manual_seed(seed))
+    train(model, build(model.parameters(), num_steps), batches, loss_fn=task.loss_fn, after_step=look)
     return measure(kept if early else model, splits.test, task.loss_fn)
 
 

@@ -58,7 +58,7 @@ def _sources(root: Any, room: str) -> dict[str, str]:
         if name in found:
             continue
         tree = _Bare().visit(ast.parse(textwrap.dedent(inspect.getsource(value))))
-        found[name] = ast.unparse(tree)
+        found[name] = _in_words(tree)
         for used, other in _references(tree, vars(sys.modules[value.__module__])):
             if isinstance(other, CONSTANTS):
                 found[f"{value.__module__}.{used}"] = repr(other)
@@ -99,6 +99,16 @@ class _Bare(ast.NodeTransformer):
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         node.annotation = ast.Constant(None)
         return self.generic_visit(node)
+
+
+def _in_words(node: Any) -> str:
+    """Return a syntax tree as text that does not depend on the version of Python, as that of ``ast`` does."""
+    if isinstance(node, list):
+        return "[" + ", ".join(map(_in_words, node)) + "]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [f"{name}={_in_words(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])]
+    return f"{type(node).__name__}({', '.join(fields)})"
 
 
 def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:

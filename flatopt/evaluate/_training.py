@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from flatopt.tasks import Batch
 
@@ -116,48 +116,53 @@ def build_model(build: Callable[[int], nn.Module], size: int, seed: int) -> nn.M
         return build(size)
 
 
+def draw_batches(data: Batch, batch_size: int, num_steps: int, generator: torch.Generator) -> Iterator[Batch]:
+    """Yield batches drawn without replacement, epoch after epoch.
+
+    Args:
+        data: examples to train on.
+        batch_size: examples per step.
+        num_steps: number of steps.
+        generator: source of the order of the examples.
+    """
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(num_steps):
+        if len(order) < min(batch_size, len(data.targets)):
+            order = torch.randperm(len(data.targets), generator=generator)
+        chosen, order = order[:batch_size], order[batch_size:]
+        yield Batch(data.inputs[chosen], data.targets[chosen])
+
+
 def train(
     model: nn.Module,
     optimizer: Optimizer,
-    data: Batch,
+    batches: Iterable[Batch],
     *,
-    batch_size: int,
-    num_steps: int,
-    generator: torch.Generator,
     loss_fn: LossFn = cross_entropy,
-    cosine: bool = False,
+    scheduler: LRScheduler | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> TrainedModel:
-    """Train a model on batches drawn without replacement, epoch after epoch; leave it in evaluation mode.
+    """Train a model on one batch after another; leave it in evaluation mode.
 
     Stops at the first loss that is not finite.
 
     Args:
         model: the model; trained in place.
         optimizer: optimizer of its parameters.
-        data: examples to train on.
-        batch_size: examples per step.
-        num_steps: number of steps.
-        generator: source of the order of the examples.
+        batches: examples of each step.
         loss_fn: mean loss of outputs and targets.
-        cosine: take the learning rate to zero along a cosine.
+        scheduler: schedule of the learning rate, advanced after each step.
         after_step: called with the number of steps taken, after each.
     """
-    scheduler = CosineAnnealingLR(optimizer, T_max=num_steps) if cosine else None
     set_mode(model, optimizer, training=True)
     losses: list[float] = []
-    order = torch.empty(0, dtype=torch.long)
     start = time.perf_counter()
-    for step in range(num_steps):
-        if len(order) < min(batch_size, len(data.targets)):
-            order = torch.randperm(len(data.targets), generator=generator)
-        chosen, order = order[:batch_size], order[batch_size:]
-        closure = _closure(model, optimizer, loss_fn, data.inputs[chosen], data.targets[chosen])
-        losses.append(optimizer.step(closure))
+    for step, batch in enumerate(batches, 1):
+        losses.append(optimizer.step(_closure(model, optimizer, loss_fn, batch)))
         if scheduler is not None:
             scheduler.step()
         if after_step is not None:
-            after_step(step + 1)
+            after_step(step)
         if not math.isfinite(losses[-1]):
             break
     seconds = time.perf_counter() - start
@@ -165,12 +170,10 @@ def train(
     return TrainedModel(model, losses, seconds)
 
 
-def _closure(
-    model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, inputs: Tensor, targets: Tensor
-) -> Callable[[], float]:
+def _closure(model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, batch: Batch) -> Callable[[], float]:
     def closure() -> float:
         optimizer.zero_grad()
-        loss = loss_fn(model(inputs), targets)
+        loss = loss_fn(model(batch.inputs), batch.targets)
         loss.backward()
         return loss.item()
 
@@ -226,6 +229,9 @@ def train_benchmark(benchmark: Benchmark, contestant: Contestant, setting: Setti
     splits = load_splits(benchmark, seed)
     model = build_model(benchmark.build, benchmark.size, seed)
     optimizer = contestant.build(model.parameters(), setting.lr, benchmark.num_steps, seed, **dict(setting.options))
+    scheduler = CosineAnnealingLR(optimizer, T_max=benchmark.num_steps) if setting.cosine else None
+    generator = torch.Generator().manual_seed(seed)
+    batches = draw_batches(splits.train, benchmark.batch_size, benchmark.num_steps, generator)
     part = Batch(*(tensor[:NUM_TEST_POINT_EXAMPLES] for tensor in splits.test))
     every = max(1, benchmark.num_steps // NUM_TEST_POINTS)
     test_curve: list[tuple[int, float]] = []
@@ -240,17 +246,7 @@ def train_benchmark(benchmark: Benchmark, contestant: Contestant, setting: Setti
         # A learning rate of the grid may diverge; FlatOpt warns about gradients that are not finite.
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("ignore", RuntimeWarning)
-        trained = train(
-            model,
-            optimizer,
-            splits.train,
-            batch_size=benchmark.batch_size,
-            num_steps=benchmark.num_steps,
-            generator=torch.Generator().manual_seed(seed),
-            loss_fn=benchmark.loss_fn,
-            cosine=setting.cosine,
-            after_step=look,
-        )
+        trained = train(model, optimizer, batches, loss_fn=benchmark.loss_fn, scheduler=scheduler, after_step=look)
     if contestant.averages:
         refresh_batch_norm(model, splits.train)
     return FinishedRun(trained, splits, test_curve)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flatopt.flatness import flatness_of, local_entropy, module_loss
+from flatopt.flatness import EntropySurrogate, flatness_of, local_entropy, module_loss
 from flatopt.tasks import Batch
 
 from ._cache import Record
@@ -69,8 +69,7 @@ class Curvature:
         entropy = local_entropy(
             mean_loss,
             params,
-            gamma=self.gamma,
-            num_steps=1,  # the value needs no chain
+            EntropySurrogate(gamma=self.gamma, num_steps=1),  # the value needs no chain
             num_matvecs=self.num_probes,
             num_lanczos=self.num_lanczos,
             generator=generator,

@@ -24,7 +24,7 @@ from flatopt.tasks import Batch, ImageSplits, load_images
 from ._cache import Record
 from ._evaluation import number, one_line
 from ._report import Report, mean_pm_std, write_report
-from ._training import build_model, measure, train
+from ._training import build_model, draw_batches, measure, train
 from .contestants import default_name
 
 if TYPE_CHECKING:
@@ -108,10 +108,7 @@ def run(name: str, build: Build, data: ImageSplits, seed: int, steps: int) -> Re
         trained = train(
             model,
             build(model.parameters()),
-            data.train,
-            batch_size=BATCH_SIZE,
-            num_steps=steps,
-            generator=torch.Generator().manual_seed(seed),
+            draw_batches(data.train, BATCH_SIZE, steps, torch.Generator().manual_seed(seed)),
             after_step=lambda _: progress.update(),
         )
     loss, accuracy = measure(model, data.test)

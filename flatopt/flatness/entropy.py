@@ -128,18 +128,15 @@ def entropy_surrogate(params: Params, mean: Params, *, gamma: float) -> Tensor:
 def local_entropy(
     loss_fn: LossFn,
     params: Params,
+    chain: EntropySurrogate,
     *,
-    gamma: float,
-    num_steps: int = 100,
-    step_size: float = 0.01,
-    temperature: float = 1.0,
     num_matvecs: int = 10,
     num_lanczos: int = 80,
     generator: torch.Generator | None = None,
 ) -> LocalEntropy:
     """Estimate the local entropy ``G`` of a loss and its gradient; neither is differentiable.
 
-    The gradient is from SGLD (:class:`EntropySurrogate`, with opposite sign).  The value is from the quadratic around
+    The gradient is that of ``chain`` with the opposite sign.  The value is from the quadratic around
     ``params`` with gradient ``g`` and Hessian ``H``, with Lanczos for both terms,
 
         G ~ -f + 1/2 g^T (H + gamma I)^-1 g - T/2 ln det(H + gamma I) + T d/2 ln(2 pi T)
@@ -147,23 +144,20 @@ def local_entropy(
     Args:
         loss_fn: twice differentiable function of the parameters, 0-D value.
         params: parameters by name.
-        gamma: inverse squared radius of the neighbourhood.
-        num_steps: steps of the Langevin chain.
-        step_size: its step, below ``2 / (lambda_max + gamma)`` to be stable.
-        temperature: ``T``; the value is in nats for 1.
+        chain: the Langevin chain, with ``gamma`` and ``T``; of positive temperature, the value is in nats for 1.
         num_matvecs: probes for the determinant.
         num_lanczos: Hessian-vector products per probe and for the quadratic form.
         generator: source of noise and probes.
 
     Raises:
-        ValueError: a value out of range, no parameter, or a loss that is not 0-D.
+        ValueError: a temperature of zero, a value out of range, no parameter, or a loss that is not 0-D.
 
     Example:
-        >>> entropy = local_entropy(lambda params: 1.5 * params["x"] ** 2, {"x": torch.tensor(0.7)}, gamma=2.0)
-        >>> entropy.value
+        >>> chain = EntropySurrogate(gamma=2.0)
+        >>> local_entropy(lambda params: 1.5 * params["x"] ** 2, {"x": torch.tensor(0.7)}, chain).value
         tensor(-0.1798)
     """
-    chain = EntropySurrogate(gamma=gamma, num_steps=num_steps, step_size=step_size, temperature=temperature)
+    gamma, temperature = chain.gamma, chain.temperature
     check_positive(temperature=temperature)
     mean = chain.mean(loss_fn, params, chain.sample_noise(params, generator))
     with torch.no_grad():

@@ -104,28 +104,26 @@ def train(
         if ranks.is_main:
             print(describe_run(state, device, out, ranks.size), file=sys.stderr)
         with StopOnSignal() as stop:
-            if estimator is None:
-                show = track if ranks.is_main else untracked
-                estimator = build_estimator(config, config.build_rule(), device, show, ranks)
-            if validate is None and config.validate_every:
-                # Imported here: the inner problems behind it need data.
-                from .validation import build_validation
-
-                validate = build_validation(config, config.build_rule(), device, ranks)
+            show = track if ranks.is_main else untracked
+            estimator = estimator or build_estimator(config, config.build_rule(), device, show, ranks)
+            validate = validate or _build_validation(config, device, ranks)
             state.sessions = [*state.sessions, {**describe_session(device, command), "first_update": state.update}]
             run = _Run(state.to(device), estimator, validate, ranks)
             if is_new:
                 run.save(state, out)
-            try:
-                with stop.at_once():
-                    run.prepare()
-            except (Stopped, LostProcessError):  # the latter where another process stopped first
-                if not stop.requested():
-                    raise
-                raise stop.interruption(state.update) from None
+            _prepare(run, stop)
             with Log(config, out, run.state) if ranks.is_main else NoLog() as log:
                 _loop(out, run, log, stop)
         return {name: weight.cpu() for name, weight in run.state.shipped_weights.items()}
+
+
+def _build_validation(config: MetaTrainConfig, device: torch.device, ranks: Ranks) -> Validate | None:
+    """Return the validation that a configuration describes, if it wants any."""
+    if not config.validate_every:
+        return None
+    from .validation import build_validation  # here: the inner problems behind it need data
+
+    return build_validation(config, config.build_rule(), device, ranks)
 
 
 def _begin(config: MetaTrainConfig, out: Path, ranks: Ranks, *, resume: bool) -> RunState:
@@ -275,6 +273,17 @@ class _Run:
             stage = self.state.progress.stage
             best |= {"stage": stage, "num_steps": validation_steps(self.config.curriculum, stage)}
         self.state.best_validation = best
+
+
+def _prepare(run: _Run, stop: StopOnSignal) -> None:
+    """Do what takes long before the first update, which a signal may break off."""
+    try:
+        with stop.at_once():
+            run.prepare()
+    except (Stopped, LostProcessError):  # the latter where another process stopped first
+        if not stop.requested():
+            raise
+        raise stop.interruption(run.state.update) from None
 
 
 def _loop(out: Path, run: _Run, log: Log | NoLog, stop: StopOnSignal) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._layout import lay_out, spread
+from ._layout import Layout, lay_out, spread
 from ._phases import Phases, plain_phases
 from ._rule import State, StepContext, TensorFacts, TensorShape, UpdateRule, Weights
 from ._stores import InPlace, Pure, RuleResult, Update, stack_memory
@@ -76,21 +76,16 @@ def apply_rule(
     steps_N = torch.stack([state["step"] for state in states], dim) + 1
     memory_NM = stack_memory(rule, states, steps_N, dim)
     given_NG = phases.prepare(weights, steps_N, memory_NM, shared, context)
-    known_XN = torch.cat([steps_N.unsqueeze(-2), given_NG.mT], -2)
-    num_given, nothing = given_NG.shape[-1], steps_N[..., :0]
-    facts = [
-        TensorFacts(known_Xn.select(-2, 0), known_Xn.narrow(-2, 1, num_given), nothing)
-        for known_Xn in spread(layout, known_XN)
-    ]
+    facts = _facts(layout, steps_N, given_NG)
     sums = Sums(layout, dim)
     for pack, known in zip(layout.packs, facts, strict=True):
-        state, grad, param = store.read(pack)
+        part = store.read(pack)
         in_place = store.is_viewed and pack.is_single
-        new, terms_Sn = phases.observe(pack.is_single, in_place, weights, state, grad, param, known, context)
+        new, terms_Sn = phases.observe(pack.is_single, in_place, weights, part, known, context)
         store.write(pack, new)
         sums.add_terms(pack, terms_Sn)
         if pack.is_matrix:
-            sums.add_grams(pack, phases.matrix(weights, state | new, grad, known))
+            sums.add_grams(pack, phases.matrix(weights, part.state | new, part.grad, known))
 
     factors, summaries_NS = couple_strips(sums, rule, phases, weights, plan.reduce)
     control_NC, memory_NM, shared = phases.mix(weights, summaries_NS, memory_NM, shared, context, shapes=shapes)
@@ -98,14 +93,23 @@ def apply_rule(
     if plan.update is not None:  # spread together
         control_NC = torch.cat([control_NC, plan.update.factors(rule.step_size(weights, control_NC, context))], -1)
     for pack, known, control_Cn in zip(layout.packs, facts, spread(layout, control_NC.mT), strict=True):
-        state, grad, param = store.read(pack)
+        part = store.read(pack)
         if rule.max_strip:
-            matrix_n = phases.matrix(weights, state, grad, known) if pack.is_matrix else grad
+            matrix_n = phases.matrix(weights, part.state, part.grad, known) if pack.is_matrix else part.grad
             known = known._replace(coupled=multiply_strips(pack, factors, matrix_n, dim))
-        of_rule = control_Cn.narrow(-2, 0, num_controls)
-        of_update = control_Cn.narrow(-2, num_controls, control_Cn.shape[-2] - num_controls)
+        of_rule, of_update = control_Cn.tensor_split([num_controls], -2)
         factors_Xn = of_update if store.is_viewed and pack.is_single else None
-        new, delta = phases.propose(factors_Xn, weights, state, grad, param, of_rule, known, context)
+        new, delta = phases.propose(factors_Xn, weights, part, of_rule, known, context)
         store.write(pack, new)
-        store.move(pack, param, delta, of_update)
+        store.move(pack, part.param, delta, of_update)
     return store.result(steps_N, memory_NM, shared)
+
+
+def _facts(layout: Layout, steps_N: Tensor, given_NG: Tensor) -> list[TensorFacts]:
+    """Return what is known of the tensors before this step, for each pack."""
+    known_XN = torch.cat([steps_N.unsqueeze(-2), given_NG.mT], -2)
+    num_given, nothing = given_NG.shape[-1], steps_N[..., :0]
+    return [
+        TensorFacts(known_Xn.select(-2, 0), known_Xn.narrow(-2, 1, num_given), nothing)
+        for known_Xn in spread(layout, known_XN)
+    ]

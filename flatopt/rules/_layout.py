@@ -177,9 +177,9 @@ def spread(layout: Layout, values_XN: Tensor) -> Iterator[Tensor]:
             last, values_Xn = pack.first, ordered_XN.narrow(-1, pack.first, len(pack.tensors))
             if not pack.is_single:
                 parts = values_Xn.split_with_sizes(pack.counts, -1)
-                spread = [
+                wide = [
                     part.unsqueeze(-1).expand(*part.shape, run.size).flatten(-2)
                     for run, part in zip(pack.runs, parts, strict=True)
                 ]
-                values_Xn = spread[0] if len(spread) == 1 else torch.cat(spread, -1)
+                values_Xn = wide[0] if len(wide) == 1 else torch.cat(wide, -1)
         yield values_Xn

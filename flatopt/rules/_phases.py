@@ -16,6 +16,15 @@ from torch import Tensor
 from ._rule import State, StepContext, TensorFacts, UpdateRule, Weights
 
 
+class Coordinates(NamedTuple):
+    """What a phase on coordinates works on, flat and in the dtype to compute in."""
+
+    state: State
+    """Accumulators, ``[n, ...]``."""
+    grad: Tensor
+    param: Tensor
+
+
 class Phases(NamedTuple):
     """The phases of a rule as the driver calls them: plainly, or vectorised over many models, or compiled."""
 
@@ -65,17 +74,15 @@ def observe_phase(
     total: bool,
     in_place: bool,
     weights: Weights,
-    state: State,
-    grad: Tensor,
-    param: Tensor,
+    part: Coordinates,
     facts: TensorFacts,
     context: StepContext,
 ) -> tuple[State, Tensor]:
     """Return what ``rule.observe`` does, its terms as one ``[S, n]``, summed to ``[S, 1]`` if ``total``.
 
-    If ``in_place``, the new state is written over ``state``, and not returned.
+    If ``in_place``, the new state is written over that of ``part``, and not returned.
     """
-    new, terms = rule.observe(weights, state, grad, param, facts, context)
+    new, terms = rule.observe(weights, *part, facts, context)
     rows: list[Tensor] = []
     for term in terms:
         # Each is summed by itself: a compiler does that in the pass that computes it, and never stores the terms.
@@ -84,27 +91,25 @@ def observe_phase(
             rows += [value] if term.dim() == 1 else value.unbind()
         else:
             rows.append(torch.dot(*term) if total else torch.mul(*term))
-    stacked = torch.stack(rows) if rows else grad.new_zeros(0, *(() if total else grad.shape))
-    return _overwrite(state, new) if in_place else new, stacked.unsqueeze(-1) if total else stacked
+    stacked = torch.stack(rows) if rows else part.grad.new_zeros(0, *(() if total else part.grad.shape))
+    return _overwrite(part.state, new) if in_place else new, stacked.unsqueeze(-1) if total else stacked
 
 
 def propose_phase(
     rule: UpdateRule,
     factors_Xn: Tensor | None,
     weights: Weights,
-    state: State,
-    grad: Tensor,
-    param: Tensor,
+    part: Coordinates,
     control_Cn: Tensor,
     facts: TensorFacts,
     context: StepContext,
 ) -> tuple[State, Tensor | None]:
     """Return what ``rule.propose`` does; given the factors of :class:`Update`, write it over state and parameter."""
-    new, delta = rule.propose(weights, state, grad, param, control_Cn, facts, context)
+    new, delta = rule.propose(weights, *part, control_Cn, facts, context)
     if factors_Xn is None:
         return new, delta
-    kept = _overwrite(state, new)  # first: a rule may keep the parameter itself
-    move_param(param, delta, factors_Xn)
+    kept = _overwrite(part.state, new)  # first: a rule may keep the parameter itself
+    move_param(part.param, delta, factors_Xn)
     return kept, None
 
 

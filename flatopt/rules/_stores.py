@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._torch import foreach_copy_
 from ._layout import Layout, Pack, Run
-from ._phases import move_param
+from ._phases import Coordinates, move_param
 from ._rule import State, UpdateRule
 
 WRITES_ARE_KEPT = torch.__version__ >= "2.8"
@@ -73,10 +73,10 @@ class Store(ABC):
         }
         self.is_viewed = False
         """Whether what is read of a single part is the storage itself."""
-        self.held: dict[Pack, tuple[State, Tensor, Tensor]] = {}
+        self.held: dict[Pack, Coordinates] = {}
 
     @abstractmethod
-    def read(self, pack: Pack) -> tuple[State, Tensor, Tensor]:
+    def read(self, pack: Pack) -> Coordinates:
         """Return state, gradient and parameter, flat and in the dtype to compute in."""
 
     @abstractmethod
@@ -91,9 +91,9 @@ class Store(ABC):
     def result(self, steps_N: Tensor, memory_NM: Tensor, shared: State) -> RuleResult:
         """Take over what there is once per tensor, and return what the driver does."""
 
-    def gather(self, pack: Pack) -> tuple[State, Tensor, Tensor]:
+    def gather(self, pack: Pack) -> Coordinates:
         state = {key: field.gather(pack, self.dtype) for key, field in self.state_fields.items()}
-        return state, self.grad_field.gather(pack, self.dtype), self.param_field.gather(pack, self.dtype)
+        return Coordinates(state, self.grad_field.gather(pack, self.dtype), self.param_field.gather(pack, self.dtype))
 
 
 class Pure(Store):
@@ -104,20 +104,20 @@ class Pure(Store):
         self.deltas: list[list[Tensor]] = [[] for _ in self.params]
         self.updates: list[dict[str, list[Tensor]]] = [{} for _ in self.params]
 
-    def read(self, pack: Pack) -> tuple[State, Tensor, Tensor]:
+    def read(self, pack: Pack) -> Coordinates:
         if pack not in self.held:
             self.held[pack] = self.gather(pack)
         return self.held[pack]
 
     def write(self, pack: Pack, new: State) -> None:
-        state, grad, param = self.held[pack]
-        self.held[pack] = (state | new, grad, param)
+        held = self.held[pack]
+        self.held[pack] = held._replace(state=held.state | new)
 
     def move(self, pack: Pack, param: Tensor, delta: Tensor | None, factors_Xn: Tensor) -> None:
         assert delta is not None
         for tensor, piece in zip(pack.tensors, pack.split(delta), strict=True):
             self.deltas[tensor].append(piece)
-        for key, value in self.held.pop(pack)[0].items():
+        for key, value in self.held.pop(pack).state.items():
             for tensor, piece in zip(pack.tensors, pack.split(value, self.dim), strict=True):
                 self.updates[tensor].setdefault(key, []).append(piece)
 
@@ -141,7 +141,7 @@ class InPlace(Store):
             tensor.dtype == self.dtype for field in fields for tensor in field.tensors
         )
 
-    def read(self, pack: Pack) -> tuple[State, Tensor, Tensor]:
+    def read(self, pack: Pack) -> Coordinates:
         if pack in self.held:
             return self.held[pack]
         values = self.gather(pack)
@@ -153,10 +153,10 @@ class InPlace(Store):
         for key, value in new.items():
             self._scatter(pack, self.state_fields[key], value)
         if new and not pack.is_single:  # what is held of a single part is a view of what was written
-            state, grad, param = self.held[pack]
+            held = self.held[pack]
             first = self.states[pack.tensors[0]]
             kept = {key: value.to(first[key].dtype).to(self.dtype) for key, value in new.items()}
-            self.held[pack] = (state | kept, grad, param)
+            self.held[pack] = held._replace(state=held.state | kept)
 
     def _scatter(self, pack: Pack, field: _Field, value: Tensor) -> None:
         """Write in the dtype that is kept."""

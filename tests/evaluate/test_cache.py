@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import ast
 import math
 import multiprocessing
+import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from flatopt.evaluate import models
+from flatopt.evaluate import _code, models
 from flatopt.evaluate._cache import NotComputed, RunCache
 from flatopt.evaluate._code import code_hash, describe
 
@@ -79,7 +83,7 @@ def hash_of(source: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     path.write_text(source)
     module = ModuleType(name)
     module.__file__ = str(path)
-    monkeypatch.setitem(__import__("sys").modules, name, module)
+    monkeypatch.setitem(sys.modules, name, module)
     exec(compile(source, path, "exec"), vars(module))
     return code_hash(module.build)
 
@@ -102,3 +106,53 @@ def test_a_hash_follows_what_the_code_computes_and_not_its_prose(
     assert old in SOURCE
     first, second = (hash_of(source, tmp_path, monkeypatch) for source in (SOURCE, SOURCE.replace(old, new)))
     assert (first == second) is same
+
+
+def pythons() -> list[str]:
+    """Return the supported interpreters of this machine, this one among them."""
+    versions = Path.home() / ".pyenv" / "versions"
+    found = [str(path) for minor in range(10, 15) for path in sorted(versions.glob(f"3.{minor}.*/bin/python"))[:1]]
+    named = [shutil.which(f"python3.{minor}") for minor in range(10, 15)]
+    return [sys.executable, *found, *filter(None, named)]
+
+
+def test_a_hash_does_not_depend_on_the_version_of_python() -> None:
+    code = f"""
+import ast, importlib.util, pathlib, sys
+spec = importlib.util.spec_from_file_location("_code", {_code.__file__!r})
+module = sys.modules["_code"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+sources = sorted(pathlib.Path({str(Path(models.__file__).parents[1])!r}).rglob("*.py"))
+trees = [module._Bare().visit(ast.parse(path.read_text("utf-8"))) for path in sources]
+print(sys.version_info[:2], module._hash(*map(module._in_words, trees)))
+"""
+    told = {}
+    for python in pythons():
+        done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True)
+        if done.returncode == 0:  # else: a shim of pyenv, without a Python behind it
+            version, _, told_hash = done.stdout.strip().rpartition(" ")
+            told[version] = told_hash
+    assert str(sys.version_info[:2]) in told
+    assert len(set(told.values())) == 1, told
+
+
+# Each is what some version of ast.unparse writes in its own way.
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (
+            "for a, b in c: pass",
+            "Module(body=[For(target=Tuple(elts=[Name(id='a', ctx=Store()), Name(id='b', ctx=Store())], ctx=Store()), "
+            "iter=Name(id='c', ctx=Load()), body=[Pass()])])",
+        ),
+        (
+            "f'{None:.{1}f}'",
+            "Module(body=[Expr(value=JoinedStr(values=[FormattedValue(value=Constant(), conversion=-1, "
+            "format_spec=JoinedStr(values=[Constant(value='.'), FormattedValue(value=Constant(value=1), "
+            "conversion=-1), Constant(value='f')]))]))])",
+        ),
+        ("def f(): 0", "Module(body=[FunctionDef(name='f', args=arguments(), body=[Expr(value=Constant(value=0))])])"),
+    ],
+)
+def test_code_in_words_is_the_same_text_under_every_python(source: str, words: str) -> None:
+    assert _code._in_words(ast.parse(source)) == words

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from flatopt.evaluate import models
 from flatopt.evaluate._cache import RunCache
 from flatopt.evaluate._training import (
     Benchmark,
     build_model,
+    draw_batches,
     load_splits,
     measure,
     refresh_batch_norm,
@@ -61,7 +63,8 @@ def test_each_epoch_shows_each_example_once_and_the_cosine_ends_at_zero() -> Non
     model = build_model(lambda size: Spy(size, 6), 6, 0)
     optimizer = SGD(model.parameters(), 0.1)
     generator = torch.Generator().manual_seed(0)
-    trained = train(model, optimizer, data, batch_size=2, num_steps=6, generator=generator, cosine=True)
+    scheduler = CosineAnnealingLR(optimizer, T_max=6)
+    trained = train(model, optimizer, draw_batches(data, 2, 6, generator), scheduler=scheduler)
     assert len(trained.losses) == 6
     assert sorted(sum(seen[:3], [])) == sorted(sum(seen[3:], [])) == list(range(6))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
@@ -70,7 +73,7 @@ def test_each_epoch_shows_each_example_once_and_the_cosine_ends_at_zero() -> Non
 def test_training_stops_at_a_loss_that_is_not_finite_and_counts_as_broken() -> None:
     data = Batch(torch.full((4, 1), 1e30), torch.tensor([0, 1, 0, 1]))
     model = build_model(lambda size: nn.Linear(size, 2), 1, 0)
-    trained = train(model, SGD(model.parameters(), 1e30), data, batch_size=4, num_steps=50, generator=torch.Generator())
+    trained = train(model, SGD(model.parameters(), 1e30), draw_batches(data, 4, 50, torch.Generator()))
     assert len(trained.losses) < 50
     assert not math.isfinite(trained.losses[-1])
     assert measure(model, data) == (math.inf, 0.0)
@@ -154,7 +157,7 @@ def test_a_schedule_free_model_is_measured_at_the_average_of_its_weights() -> No
     splits = load_splits(TOY, 0)
     model = build_model(TOY.build, 8, 0)
     optimizer = schedule_free(model.parameters(), 0.01, 20, 0)
-    train(model, optimizer, splits.train, batch_size=50, num_steps=20, generator=torch.Generator())
+    train(model, optimizer, draw_batches(splits.train, 50, 20, torch.Generator()))
     (state, weight) = next((optimizer.state[p], p) for p in model.parameters())
     averaged = weight.detach().clone()
     optimizer.train()  # back to y = (1 - beta) z + beta x

@@ -30,7 +30,7 @@ def test_one_dimensional_numbers():
     def loss_fn(params):
         return 0.5 * h * params["x"].square().sum()
 
-    value = flatness.local_entropy(loss_fn, {"x": x}, gamma=gamma, num_steps=1).value
+    value = flatness.local_entropy(loss_fn, {"x": x}, EntropySurrogate(gamma=gamma, num_steps=1)).value
     torch.testing.assert_close(value, mass.log())
     assert round(float(value), 5) == -0.17978
 
@@ -50,12 +50,11 @@ def test_value_equals_the_gaussian_integral_in_several_dimensions():
     exponent = 0.5 * GAMMA * x @ x - 0.5 * GAMMA * x @ exact_mean(params)  # f + gamma/2 ||x - y||^2 at its minimum
     expected = -exponent - 0.5 * log_det + 2 * math.log(2 * math.pi)
     # All 16 sign vectors would be needed for an exact determinant; with the fixed seed 100 probes are near.
-    entropy = flatness.local_entropy(
-        quadratic(), params, gamma=GAMMA, num_steps=1, num_matvecs=100, generator=generator()
-    )
+    chain = EntropySurrogate(gamma=GAMMA, num_steps=1)
+    entropy = flatness.local_entropy(quadratic(), params, chain, num_matvecs=100, generator=generator())
     torch.testing.assert_close(entropy.value, expected, rtol=0, atol=0.04)
     diagonal = MATRIX.diag().diag()
-    exact = flatness.local_entropy(quadratic(diagonal), params, gamma=GAMMA, num_steps=1, num_matvecs=1)
+    exact = flatness.local_entropy(quadratic(diagonal), params, chain, num_matvecs=1)
     exponent = 0.5 * (GAMMA * MATRIX.diag() / (MATRIX.diag() + GAMMA) * x * x).sum()
     expected = -exponent - 0.5 * (MATRIX.diag() + GAMMA).log().sum() + 2 * math.log(2 * math.pi)
     torch.testing.assert_close(exact.value, expected)
@@ -64,15 +63,15 @@ def test_value_equals_the_gaussian_integral_in_several_dimensions():
 def test_value_at_another_temperature_scales_the_loss():
     params, temperature = quadratic_params(), 0.3
     diagonal = MATRIX.diag().diag()
-    actual = flatness.local_entropy(quadratic(diagonal), params, gamma=GAMMA, num_steps=1, temperature=temperature)
-    unit = flatness.local_entropy(
-        quadratic(diagonal / temperature), params, gamma=GAMMA / temperature, num_steps=1, step_size=1e-3
-    )
+    chain = EntropySurrogate(gamma=GAMMA, num_steps=1, temperature=temperature)
+    actual = flatness.local_entropy(quadratic(diagonal), params, chain)
+    chain = EntropySurrogate(gamma=GAMMA / temperature, num_steps=1, step_size=1e-3)
+    unit = flatness.local_entropy(quadratic(diagonal / temperature), params, chain)
     torch.testing.assert_close(actual.value, temperature * unit.value)
 
 
 def test_value_is_nan_where_the_local_density_does_not_exist():
-    entropy = flatness.local_entropy(quadratic(), quadratic_params(), gamma=0.1, num_steps=1)
+    entropy = flatness.local_entropy(quadratic(), quadratic_params(), EntropySurrogate(gamma=0.1, num_steps=1))
     assert entropy.value.isnan()
 
 
@@ -114,10 +113,9 @@ def test_stationary_moments_of_the_chain_on_a_gaussian():
 
 def test_gradient_has_the_sign_of_plus_g_and_mean_times_gamma():
     params = quadratic_params()
-    settings = {"gamma": GAMMA, "num_steps": 50, "step_size": 0.05}
-    chain = EntropySurrogate(**settings)
+    chain = EntropySurrogate(gamma=GAMMA, num_steps=50, step_size=0.05)
     mean = chain.mean(quadratic(), params, chain.sample_noise(params, generator(3)))
-    entropy = flatness.local_entropy(quadratic(), params, **settings, generator=generator(3))
+    entropy = flatness.local_entropy(quadratic(), params, chain, generator=generator(3))
     torch.testing.assert_close(flat(entropy.gradient), GAMMA * (flat(mean) - flat(params)))
 
 
@@ -157,6 +155,6 @@ def test_gradient_points_to_the_wider_of_two_minima():
 
     params = {"x": torch.zeros(200, dtype=torch.float64)}  # 200 chains at once
     entropy = flatness.local_entropy(
-        loss_fn, params, gamma=1.0, num_steps=200, num_matvecs=1, num_lanczos=2, generator=generator()
+        loss_fn, params, EntropySurrogate(num_steps=200), num_matvecs=1, num_lanczos=2, generator=generator()
     )
     assert entropy.gradient["x"].mean() > 0.3

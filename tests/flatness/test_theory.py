@@ -113,7 +113,7 @@ def test_laplace_value_is_near_the_integral_for_a_narrow_neighbourhood(x):
     def value(gamma):
         exact = torch.trapezoid(torch.exp(-bumpy(POINTS) - gamma / 2 * (x - POINTS) ** 2), POINTS).log()
         laplace = flatness.local_entropy(
-            lambda params: bumpy(params["x"]), {"x": as_float(x)}, gamma=gamma, num_steps=1
+            lambda params: bumpy(params["x"]), {"x": as_float(x)}, EntropySurrogate(gamma=gamma, num_steps=1)
         ).value
         return abs(float(laplace - exact))
 
@@ -136,8 +136,7 @@ def test_entropy_at_a_stationary_point_is_loss_plus_volume():
     value = flatness.local_entropy(
         lambda params: quadratic(matrix)(params) + 0.3,
         params,
-        gamma=gamma,
-        num_steps=1,
+        EntropySurrogate(gamma=gamma, num_steps=1),
         num_matvecs=4000,
         generator=generator(),
     ).value

@@ -309,9 +309,9 @@ def test_calls_are_as_few_as_cutting_and_packing_allow():
 
     plain = plain_phases(model.rule)
 
-    def observe(total, in_place, weights, state, grad, *others):
-        calls.append(grad.numel())
-        return plain.observe(total, in_place, weights, state, grad, *others)
+    def observe(total, in_place, weights, part, *others):
+        calls.append(part.grad.numel())
+        return plain.observe(total, in_place, weights, part, *others)
 
     phases = plain._replace(observe=observe)
     for options, expected in (
