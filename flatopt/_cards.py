@@ -94,6 +94,7 @@ def address(card: str, repo_id: str) -> str:
         >>> address('---\n---\nFlatOpt(model.parameters(), pretrained="l2o-dm")', "org/name").splitlines()[-1]
         'FlatOpt(model.parameters(), pretrained="org/name")'
     """
+    card = card.replace("\r\n", "\n")
     card = card if card.startswith("---\n") else _front_matter("apache-2.0") + card
     return re.sub(r'(FlatOpt\(model\.parameters\(\), pretrained=)"[^"\n]*"', rf'\1"{repo_id}"', card, count=1)
 

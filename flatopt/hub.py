@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _COMMIT = re.compile("[0-9a-f]{40}")
+_REF = re.compile(r"[^\x00-\x20\x7f~^:?*\[\\]+")  # what git allows in a name, nearly
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
@@ -46,9 +47,15 @@ class PushResult(NamedTuple):
         return f'flatopt.FlatOpt(model.parameters(), pretrained="{self.repo_id}", revision="{self.commit}")'
 
 
-def is_repo_id(name: str) -> bool:
+def is_repo_id(name: object) -> bool:
     """Return whether a name has the form ``org/name``."""
-    return _REPO_ID.fullmatch(name) is not None
+    return isinstance(name, str) and _REPO_ID.fullmatch(name) is not None
+
+
+def check_ref(argument: str, value: object) -> None:
+    """Raise ``ValueError`` unless a value may be the name of a branch, tag or commit; ``None`` is left out."""
+    if value is not None and not (isinstance(value, str) and _REF.fullmatch(value)):
+        raise ValueError(f"{argument} must be the name of a branch, tag or commit, got {value!r}")
 
 
 def download(
@@ -99,8 +106,8 @@ def upload(
     """Publish the files of a folder in one commit; arguments as in :func:`flatopt.push_to_hub`.
 
     Raises:
-        ValueError: if ``repo_id`` is not of the form ``org/name``, or ``revision`` or ``tag`` is given with
-            ``create_pr``.
+        ValueError: if ``repo_id`` is not of the form ``org/name``, ``revision`` or ``tag`` cannot be a name or is
+            given with ``create_pr``, or the repository is there and public although ``private`` was asked for.
         FileExistsError: if the tag is there already; nothing is published then.
         FileNotFoundError: if the repository cannot be found with this token.
         PermissionError: if the token may not write there.
@@ -109,6 +116,7 @@ def upload(
     if not is_repo_id(repo_id):
         raise ValueError(f"repo_id must be 'org/name', got {repo_id!r}")
     for name, value in (("revision", revision), ("tag", tag)):
+        check_ref(name, value)
         if create_pr and value is not None:
             raise ValueError(f"a pull request is to the default branch: {name}={value!r} cannot be used with it")
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -116,6 +124,8 @@ def upload(
     api = HfApi(library_name="flatopt", token=token)
     with _explained(repo_id, revision):
         api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and not api.model_info(repo_id).private:
+            raise ValueError(f"{_describe(repo_id, revision)}: is there already, and public: nothing was published")
         if tag is not None and tag in [one.name for one in api.list_repo_refs(repo_id).tags]:
             raise FileExistsError(f"{_describe(repo_id, revision)}: there is a tag {tag!r} already")
         if revision is not None:

@@ -287,8 +287,9 @@ class FlatOpt(Optimizer):
 
     def __repr__(self) -> str:
         lines = super().__repr__().splitlines()
-        lines = [line for line in lines if not line.strip().startswith(RECORD)]
-        return "\n".join([*lines[:-1], f"Weights: {describe_record(record_of(self.learned))}", lines[-1]])
+        lines = [line for line in lines if not line.strip().startswith((*RECORD, "momentum:"))]
+        rule, weights = self.learned.rule.name, describe_record(record_of(self.learned))
+        return "\n".join([*lines[:-1], f"Rule: {rule}", f"Weights: {weights}", lines[-1]])
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("learned", "_compile", "_state_dtype", "_allow_other_weights", "_watch")

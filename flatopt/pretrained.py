@@ -78,6 +78,7 @@ def load_pretrained(
         if revision is not None:
             raise ValueError(f"revision={revision!r} needs a Hub repository, but {source!r} is a local folder or name")
         return _load(shipped_folder(source), source) if source in shipped else load_folder(source)
+    hub.check_ref("revision", revision)
     if isinstance(pretrained, str) and hub.is_repo_id(source):
         return _load_from_hub(
             source, revision, hub.Access(None if cache_dir is None else os.fspath(cache_dir), token, local_files_only)
@@ -107,7 +108,8 @@ def push_to_hub(
         repo_id: ``"org/name"``; made if it does not exist.  The card will say how to load it from there.
         revision: branch to commit to, made if it does not exist; ``None`` for the default branch.
         tag: name for the commit, such as ``v1.0``, that nothing has yet.
-        private: visibility of a repository that is made; ``None`` for the default of the account.
+        private: visibility of a repository that is made, ``None`` for the default of the account.  With ``True``
+            nothing is published in a repository that is there already and public.
         token: access token with write permission; ``None`` for the one that was logged in with.
         commit_message: first line of the commit.
         create_pr: open a pull request against the default branch instead of committing; excludes ``revision`` and
@@ -117,8 +119,8 @@ def push_to_hub(
         Address, commit, and the line that loads it.
 
     Raises:
-        ValueError: if ``repo_id`` is not of the form ``org/name``, or ``revision`` or ``tag`` is given with
-            ``create_pr``.
+        ValueError: if ``repo_id`` is not of the form ``org/name``, ``revision`` or ``tag`` cannot be a name or is
+            given with ``create_pr``, or the repository is there and public although ``private`` was asked for.
         FileExistsError: if the tag is there already; nothing is published then.
         FileNotFoundError: if the repository cannot be found with this token.
         PermissionError: if the token may not write there.

@@ -168,7 +168,12 @@ class _Handler(BaseHTTPRequestHandler):
             repo.tags[json.loads(body)["tag"]] = sha
             return 200, {}
         if action == "revision":
-            return 200, {"id": repo_id, "sha": sha, "siblings": [{"rfilename": name} for name in files]}
+            return 200, {
+                "id": repo_id,
+                "sha": sha,
+                "private": repo.private,
+                "siblings": [{"rfilename": name} for name in files],
+            }
         if action == "tree":
             return 200, [
                 {"type": "file", "path": name, "size": len(content), "oid": _blob_id(content)}

@@ -418,6 +418,7 @@ def test_local_weights_never_load_the_hub_client(client):
 def test_a_card_of_ones_own_is_kept_and_gets_front_matter():
     written = "---\ntags: [x]\n---\n# Mine"
     assert address(written, "org/name") == written
+    assert address(written.replace("\n", "\r\n"), "org/name") == written  # as some editors save it
     card = address("# Mine", "org/name")
     assert card.startswith("---\nlibrary_name: flatopt\nlicense: apache-2.0\ntags:\n- flatopt\n")
     assert card.endswith("\n# Mine")
@@ -451,11 +452,30 @@ def test_the_line_after_a_push_loads_what_was_pushed_although_the_branch_moves(s
     assert client.value(f"load({arguments}")[0] == sha_of(learned)
 
 
+@pytest.mark.parametrize(
+    "options", ["tag=''", "tag='a b'", "revision=''", "revision='a..~b'", "revision=1", "tag='v\\n'"]
+)
+def test_what_cannot_be_a_name_is_refused_before_anything_is_published(options, server, client):
+    argument = options.partition("=")[0]
+    client.refusal(f"push_to_hub('l2o-dm', 'org/new', {options})", ValueError, f"{argument} must be the name")
+    assert server.log == []
+
+
+def test_private_is_never_published_in_public(server, client, tmp_path):
+    make_learned(1).save_pretrained(tmp_path / "rule")
+    push = f"push_to_hub({str(tmp_path / 'rule')!r}, 'org/new', private=%s).commit"
+    first = client.value(push % "None")
+    client.refusal("push_to_hub('l2o-dm', 'org/new', private=True)", ValueError, "'org/new'", "public")
+    assert server.repos["org/new"].branches["main"] == first
+    server.repos["org/new"].private = True
+    assert client.value("push_to_hub('l2o-dm', 'org/new', private=True).commit") != first
+
+
 def test_a_refused_tag_is_explained_by_the_server_in_one_line(server, client, tmp_path):
     make_learned(1).save_pretrained(tmp_path / "rule")
     server.before = lambda method, path: 400 if "/tag/" in path else None
     client.refusal(
-        f"push_to_hub({str(tmp_path / 'rule')!r}, 'org/new', tag='a b')", ValueError, "'org/new'", "Bad request"
+        f"push_to_hub({str(tmp_path / 'rule')!r}, 'org/new', tag='a-b')", ValueError, "'org/new'", "Bad request"
     )
 
 

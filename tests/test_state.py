@@ -236,11 +236,12 @@ def test_groups_reused_for_another_optimizer_record_its_weights() -> None:
     assert FlatOpt(groups, pretrained=other).param_groups[0]["weights_sha256"] == int(other.sha256, 16)
 
 
-def test_the_representation_names_the_weights_and_shows_no_numbers_of_the_record() -> None:
+def test_the_representation_names_rule_and_weights_and_shows_nothing_inert() -> None:
     one, _ = two_sets("toy-mixer")
     text = repr(FlatOpt(make_params("network"), pretrained=one))
     assert f"Weights: 'org/one' at commit {'a' * 40} (SHA-256 {one.sha256[:16]}...)" in text
-    assert "weights_sha256" not in text
+    assert "\nRule: toy-mixer\n" in text
+    assert "weights_sha256" not in text and "momentum" not in text
 
 
 @pytest.mark.parametrize("flatten", [False, True])

@@ -7,7 +7,6 @@ Exit codes: 0 when done; 2 for a request that cannot be carried out, with one li
 from __future__ import annotations
 
 import argparse
-import logging
 import shlex
 import signal
 import sys
@@ -20,7 +19,7 @@ from .._extensions import extend
 from .._extras import check_extra, how_to_install
 from .._version import __version__
 from ..flatness import MEASURES
-from ..pretrained import push_to_hub
+from ..pretrained import list_pretrained, push_to_hub
 from ..rules import RULES
 from . import speed
 from ._describe import columns, recipe_table, settings
@@ -51,7 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name, those of the process if ``None``.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(format="%(message)s")
     arguments = _parse(argv)
     command: Callable[[argparse.Namespace], None] = arguments.command
     arguments.line = shlex.join(["flatopt-train", *argv])
@@ -156,7 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("repo_id", metavar="org/name", help="repository, made if it does not exist")
     push.add_argument("--revision", metavar="BRANCH", help="branch to commit to, made if it does not exist")
     push.add_argument("--tag", metavar="TAG", help="name for the commit, such as v1.0")
-    push.add_argument("--private", action="store_true", default=None, help="make the repository, if made, private")
+    push.add_argument(
+        "--private", action="store_true", default=None, help="make it private; nothing is published where it is public"
+    )
     push.add_argument("--pr", action="store_true", help="open a pull request instead of committing")
     return parser
 
@@ -222,7 +222,9 @@ def _export(arguments: argparse.Namespace) -> None:
     state = load_run(arguments.out)
     export_rule(state, arguments.out / "metrics.jsonl").save_pretrained(arguments.to)
     print(f"update {state.update} of {state.config.num_updates} saved in {arguments.to}")
-    print(f'use it with: flatopt.FlatOpt(model.parameters(), pretrained="{arguments.to}")')
+    # A name of shipped weights would be taken for those.
+    source = f"./{arguments.to}" if str(arguments.to) in list_pretrained() else arguments.to
+    print(f'use it with: flatopt.FlatOpt(model.parameters(), pretrained="{source}")')
 
 
 def _speed(arguments: argparse.Namespace) -> None:

@@ -124,6 +124,15 @@ def test_export_saves_the_shipped_weights_and_their_origin(toy_run, tmp_path, ca
     assert learned.training == json.loads(checkpoint.config.to_json())
 
 
+def test_a_folder_with_a_shipped_name_is_used_by_its_path(toy_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(toy_run), "--to", "flat-v2"]) == 0
+    source = capsys.readouterr().out.rpartition('pretrained="')[2].partition('"')[0]
+    assert (
+        load_pretrained(source).sha256 == load_folder(tmp_path / "flat-v2").sha256 != load_pretrained("flat-v2").sha256
+    )
+
+
 def test_the_card_tells_how_the_weights_were_made(toy_run, tmp_path):
     card = export(toy_run, tmp_path / "export").card
     session = latest(toy_run / "checkpoints").sessions[0]
