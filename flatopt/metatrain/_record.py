@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .._torch import pytree
+from .._torch import foreach_copy_, pytree
 from ..rules import Weights
 from .runs import Draws, Runs, StepLosses, Terms, map_tree, stack_losses
 
@@ -21,7 +21,7 @@ class Recorder:
     """Graphs of a step, each recorded when it is first asked for with such terms and shapes.
 
     Recording takes seconds and removes most of a step's Python and ``vmap`` overhead.  Compiling the graph takes a
-    minute or two for each family of problems.
+    minute or two for each family of problems.  On a GPU the kernels of a step are launched together.
     """
 
     def __init__(self, step: Step, *, compiled: bool):
@@ -41,8 +41,8 @@ class Recorder:
                 graphs[terms] = self._graph(values, pytree.tree_structure((weights_N, runs, draws)), terms)
             results = graphs[terms](*values)
             carried, step_losses = results[: len(carried)], results[len(carried) :]
-            losses.append(step_losses)
-        return pytree.tree_unflatten(carried, form), stack_losses(losses)
+            losses.append([loss.clone() for loss in step_losses])  # the next launch writes where this one wrote
+        return pytree.tree_unflatten([value.clone() for value in carried], form), stack_losses(losses)
 
     def _graph(self, values: list[Tensor], form: pytree.TreeSpec, terms: Terms) -> Callable[..., list[Tensor]]:
         """Return the function of the tensors of weights, runs and draws to those of runs and losses."""
@@ -61,10 +61,42 @@ class Recorder:
         recorded = make_fx(flat)(*values)
         module = torch.fx.GraphModule(recorded, fx_graph_cse(recorded.graph))
         module.graph.eliminate_dead_code()
+        for node in module.graph.nodes:
+            if node.target is torch.ops.aten.scalar_tensor.default:  # a constant, which a GPU would have to wait for
+                node.update_kwarg("device", values[0].device)
         module.recompile()
+        function: Callable[..., list[Tensor]] = module
         if self.compiled:
             # The compiler without the tracer in front of it: the graph is there, and keyed by its shapes.
             with torch.no_grad():
-                compiled: Callable[..., list[Tensor]] = torch._inductor.compile(module, list(values))
-                return compiled
-        return module
+                function = torch._inductor.compile(module, list(values))
+        return LaunchedTogether(function, values) if values[0].is_cuda else function
+
+
+class LaunchedTogether:
+    """A function of tensors on a GPU whose kernels are captured at the first call and launched as one CUDA graph.
+
+    A step of small networks is a thousand kernels of microseconds, which Python launches more slowly than they run.
+
+    Args:
+        function: what is captured; it never waits for the GPU.
+        values: arguments, whose shapes all calls have.
+    """
+
+    def __init__(self, function: Callable[..., list[Tensor]], values: list[Tensor]):
+        self.function = function  # whose constants the captured kernels read
+        self.inputs = [value.clone() for value in values]
+        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(current)
+        with torch.no_grad(), torch.cuda.stream(aside):
+            function(*self.inputs)  # libraries allocate what they need at their first call
+        current.wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(self.graph):
+            self.outputs = function(*self.inputs)
+
+    def __call__(self, *values: Tensor) -> list[Tensor]:
+        """Return the results, in memory that the next call writes to."""
+        foreach_copy_(self.inputs, list(values))
+        self.graph.replay()
+        return self.outputs

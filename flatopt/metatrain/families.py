@@ -37,7 +37,7 @@ _rows = partial(
 )
 _text = partial(
     TaskDistribution,
-    data=Text(context_length=16),
+    data=Text(context_length=24),
     batch_size=16,
     min_batch_size=4,
     num_train_range=(20_000, 1_000_000),
@@ -48,7 +48,7 @@ _text = partial(
 
 FAMILIES: dict[str, TaskDistribution] = {
     # Tables: classification, and regression with noisy targets.
-    "tabular": _rows(model=MLP(sizes=(20, 48, 48, 5)), data=Tabular(num_features=20, num_classes=5, seed=1)),
+    "tabular": _rows(model=MLP(sizes=(20, 80, 80, 5)), data=Tabular(num_features=20, num_classes=5, seed=1)),
     "tabular-binary": _rows(
         model=MLP(sizes=(10, 32, 32, 32, 2), initialization="he"), data=Tabular(num_features=10, num_classes=2, seed=2)
     ),
@@ -71,44 +71,42 @@ FAMILIES: dict[str, TaskDistribution] = {
     ),
     # Images, dense.
     "mlp": TaskDistribution(model=MLP(sizes=(64, 32, 10))),  # the family of the meta-speed benchmark
-    "mlp-gelu": _images(model=MLP(sizes=(64, 40, 10), activation="gelu"), batch_size=64, init_scale_range=(1 / 3, 3.0)),
+    "mlp-gelu": _images(model=MLP(sizes=(64, 96, 10), activation="gelu"), batch_size=64, init_scale_range=(1 / 3, 3.0)),
     # From the scale of torch.nn, where the signal fades, to that of He et al.
-    "mlp-deep": _images(model=MLP(sizes=(64, *[28] * 5, 10)), batch_size=64, init_scale_range=(1.0, 2.4)),
+    "mlp-deep": _images(model=MLP(sizes=(64, *[48] * 5, 10)), batch_size=64, init_scale_range=(1.0, 2.4)),
     "mlp-deeper": _images(
-        model=MLP(sizes=(64, *[16] * 8, 10), initialization="he"), batch_size=64, init_scale_range=(0.8, 1.25)
+        model=MLP(sizes=(64, *[32] * 8, 10), initialization="he"), batch_size=64, init_scale_range=(0.8, 1.25)
     ),
-    "mlp-wide": _images(model=MLP(sizes=(196, 128, 10)), data=Images(size=14), batch_size=64),
+    "mlp-wide": _images(model=MLP(sizes=(784, 96, 96, 10)), data=Images(size=28), batch_size=64),
     "mlp-wider": _images(
         model=MLP(sizes=(64, 384, 384, 384, 10), initialization="he"), batch_size=8, init_scale_range=(0.8, 1.25)
     ),
     "mlp-sigmoid": _images(
-        model=MLP(sizes=(64, 24, 10), activation="sigmoid"), batch_size=64, init_scale_range=(1 / 3, 3.0)
+        model=MLP(sizes=(64, 48, 10), activation="sigmoid"), batch_size=64, init_scale_range=(1 / 3, 3.0)
     ),
-    "mlp-tanh": _images(model=MLP(sizes=(64, 40, 40, 10), activation="tanh"), batch_size=256),
+    "mlp-tanh": _images(model=MLP(sizes=(64, 64, 64, 10), activation="tanh"), batch_size=256),
     "mlp-layernorm": _images(
-        model=MLP(sizes=(64, 24, 24, 24, 24, 10), norm="layer"), batch_size=64, init_scale_range=(1 / 3, 3.0)
+        model=MLP(sizes=(64, *[48] * 4, 10), norm="layer"), batch_size=64, init_scale_range=(1 / 3, 3.0)
     ),
     "mlp-residual": TaskDistribution(
         model=MLP(sizes=(64, 24, 24, 24, 10), norm="layer", residual=True, activation="gelu")
     ),
-    "mlp-preln": _images(model=ResidualMLP(num_inputs=64, width=24, num_blocks=3)),
+    "mlp-preln": _images(model=ResidualMLP(num_inputs=64, width=48, num_blocks=3)),
     "autoencoder": _images(
-        model=MLP(sizes=(64, 32, 8, 32, 64), activation="gelu"),
+        model=MLP(sizes=(64, 64, 12, 64, 64), activation="gelu"),
         data=Images(reconstruct=True, standardize=True),
         input_scale_range=(1.0, 1.0),
     ),
     # Images, convolutional, recurrent and attending.
-    "cnn": _images(model=CNN(channels=(8, 16), image_size=8), init_scale_range=(1 / 3, 3.0)),
-    "cnn-groupnorm": _images(model=CNN(channels=(12, 24), image_size=8, norm="group")),
-    "cnn-batchnorm": _images(model=CNN(channels=(12, 16), image_size=8, norm="batch")),
-    "lstm": _images(model=RecurrentNet(width=16, num_rows=8, row_size=8)),
-    "gru": _images(model=RecurrentNet(width=24, num_rows=8, row_size=8, cell="gru")),
-    "vit": _images(
-        model=VisionTransformer(image_size=8, patch_size=2, width=16, num_heads=2, num_layers=2), batch_size=16
-    ),
+    "cnn": _images(model=CNN(channels=(16, 32), image_size=8), init_scale_range=(1 / 3, 3.0)),
+    "cnn-groupnorm": _images(model=CNN(channels=(12, 24), image_size=14, norm="group"), data=Images(size=14)),
+    "cnn-batchnorm": _images(model=CNN(channels=(16, 24, 24), image_size=8, norm="batch")),
+    "lstm": _images(model=RecurrentNet(width=40, num_rows=8, row_size=8)),
+    "gru": _images(model=RecurrentNet(width=32, num_rows=8, row_size=8, cell="gru")),
+    "vit": _images(model=VisionTransformer(image_size=8, patch_size=2, width=32, num_heads=2, num_layers=2)),
     # Text: the source of Python's standard library, by characters.
-    "transformer": _text(model=Transformer(vocab_size=96, width=16, num_heads=2, num_layers=1, context_length=16)),
-    "gru-text": _text(model=RecurrentLanguageModel(vocab_size=96, width=24)),
+    "transformer": _text(model=Transformer(vocab_size=96, width=32, num_heads=2, num_layers=2, context_length=24)),
+    "gru-text": _text(model=RecurrentLanguageModel(vocab_size=96, width=40)),
     # The 784-20-10 sigmoid nets that L2O-DM, RNNProp and L2O-Scale were meta-trained on, with Fashion-MNIST.
     "mnist-mlp": TaskDistribution(
         model=MLP(sizes=(784, 20, 10), activation="sigmoid", initialization="small"),

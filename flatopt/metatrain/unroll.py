@@ -250,13 +250,15 @@ class Unroll:
 
 
 def _draw_noise(term: FlatnessConfig, length: int, params: Params, generator: torch.Generator) -> Params:
-    """Draw the noise of ``length`` steps, on the CPU, where the generator lives, whatever the device of the runs."""
+    """Draw the noise of ``length`` steps where the runs are: on a GPU, by a generator that the given one seeds."""
     measure = term.build_measure()
     if measure is None:
         return {}
-    on_cpu = {name: torch.empty_like(value, device="cpu") for name, value in params.items()}
-    drawn = [measure.sample_noise(on_cpu, generator) for _ in range(length)]
-    return {name: torch.stack([step[name] for step in drawn]).to(params[name].device) for name in drawn[0]}
+    device = next(iter(params.values())).device
+    if device.type != "cpu":
+        generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    drawn = [measure.sample_noise(params, generator) for _ in range(length)]
+    return {name: torch.stack([step[name] for step in drawn]) for name in drawn[0]}
 
 
 def _regularized(

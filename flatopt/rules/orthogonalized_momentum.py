@@ -20,18 +20,19 @@ The step of a tensor :math:`x`, and that of a vector, which has :math:`u_t` in p
 .. math::
     \Delta_t = -\eta_t\, e^{\lambda} \Big( (1 - |\alpha|)\, \frac{\bar X}{\mathrm{rms}(\bar X)}
     + \alpha\, \frac{u_t}{\mathrm{rms}(u_t)} + e^{\omega} \sigma_t^{-h} s_t^{-l}\, x \Big), \qquad
-    \eta_t = \frac{0.03\, s_t\, \rho_t^{\,q}}{\sqrt{\max(\text{inputs}, 8)}}
+    \eta_t = \frac{0.03\, s_t\, \rho_t^{\,q} \sigma_t^{\,p}}{\sqrt{\max(\text{inputs}, 8)}}
 
 with the directions in brackets clipped to :math:`\pm 5`.  The schedule :math:`s_t` is a warm-up over 10 steps, times a
 cosine to zero where the length of the run is known, and times :math:`(1 + t/100)^{-0.7}` where it is not;
 :math:`\rho_t` is the root mean square of the gradient over its largest value so far, and :math:`\sigma_t` that of the
-momentum over that of the gradient: near 1 for a gradient without noise.  So decay may grow with the noise, and late.
+momentum over that of the gradient: near 1 for a gradient without noise, where Adam's step has this size.  So the step
+may shrink with the noise, and decay may grow with it, and late.
 
 The controller is linear: from what the tensor's own sums, its shape and the time tell
 (:meth:`OrthogonalizedMomentum.mix` lists it) it finds :math:`\lambda, \omega, \alpha` and the :math:`\mu` of the next
 step, with weights for matrices and others for vectors.  No tensor knows of another.  The constants above are learned
 too, each as the logarithm of a factor, and the powers.  With zero weights
-:math:`\lambda = \omega = \alpha = q = h = l = 0`: that is the untrained rule.
+:math:`\lambda = \omega = \alpha = q = p = h = l = 0`: that is the untrained rule.
 
 A coordinate whose gradients were all exactly zero does not move; one that is not finite stays what it is.  State:
 two floats per coordinate, two per tensor.
@@ -48,7 +49,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +74,7 @@ CONSTANTS = (
     "anytime_step",
     "anytime_power",
     "gradient_power",
+    "noise_step",
     "noise_decay",
     "late_decay",
 )
@@ -86,6 +88,23 @@ STEP_SCALES = (10.0, 100.0, 1000.0)
 FEATURE_BOUND = 3.0
 DIRECTION_BOUND = 5.0
 MIN_SCHEDULE = 0.05
+
+
+class _Measured(NamedTuple):
+    """What the sums of every tensor tell, ``[N]`` each."""
+
+    features: Tensor
+    """Those that are measured, ``[5, N]``."""
+    log_signal: Tensor
+    """``log(sigma)``."""
+    log_ratio: Tensor
+    """``log(rho)``."""
+    rms_max: Tensor
+    """The largest root mean square of the gradient so far."""
+    per_polar: Tensor
+    """What brings the polar factor to unit size."""
+    per_adam: Tensor
+    """The same for Adam's direction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +127,7 @@ class OrthogonalizedMomentum(UpdateRule):
     Example:
         >>> rule = OrthogonalizedMomentum()
         >>> sum(weight.numel() for weight in rule.init_weights().values())
-        122
+        123
     """
 
     name: ClassVar[str] = "orthogonalized-momentum"
@@ -214,32 +233,13 @@ class OrthogonalizedMomentum(UpdateRule):
         Returns:
             ``[N, 4]`` controls: what multiplies the polar factor, Adam's direction and the parameter, and the step.
         """
-        eps, factors, known = tiny(summaries_NS), _factors(weights), _is_known(context)
+        factors, known = _factors(weights), _is_known(context)
         table_FN = torch.tensor(self._table(tuple(shapes)), dtype=summaries_NS.dtype, device=summaries_NS.device)
-        per_numel, per_rank, fan, is_matrix = table_FN[:4].unbind()
-        sums = (summaries_NS.mT * per_numel).unbind()
-        uu, mm, v, gg, gm, xx = sums[:6]
-        polar, rank = sums[6:] if self.strip_size else (torch.zeros_like(uu), torch.zeros_like(uu))
-        correction_m, correction_v = debiasing(1 - self._rates(factors), context.step).unbind()
-        rms = (v * correction_v + eps).sqrt()
-        rms_max = torch.maximum(memory_NM[:, 0], rms)
-        log_ratio = (rms / rms_max).log()
-        log_signal = ((mm + eps) / (v + eps) * (correction_m.square() / correction_v)).log() / 2
-        measured = [
-            log_signal + 1,
-            gm / (gg * mm + eps).sqrt(),
-            log_ratio + 1,
-            rank * per_rank - is_matrix,
-            (xx.nan_to_num() * fan + eps).log() / 4 + 0.5,
-        ]
+        fan, is_matrix = table_FN[2:4]
+        seen = self._measure(summaries_NS, memory_NM[:, 0], table_FN, factors, context)
         in_run = torch.stack([*embed_step(context.step, STEP_SCALES), *_embed_horizon(context, known)]).to(fan)
-        features = [torch.stack(measured), table_FN[4:], in_run.unsqueeze(-1).expand(-1, len(fan))]
-        x_FN = torch.cat(features).clamp(-FEATURE_BOUND, FEATURE_BOUND)
-        outputs_4N = linear(weights, "matrices", x_FN)
-        of_vectors = linear(weights, "vectors", x_FN)
-        outputs_4N = torch.where(is_matrix > 0, outputs_4N, torch.cat([of_vectors, outputs_4N[2:]]))
-        log_step, log_decay, _, log_mix = 2 * torch.tanh(outputs_4N / 2)
-        adam = torch.tanh(outputs_4N[2])
+        features = [seen.features, table_FN[4:], in_run.unsqueeze(-1).expand(-1, len(fan))]
+        log_step, log_decay, adam, log_mix = _control(weights, torch.cat(features), is_matrix)
 
         def of_kind(name: str) -> Tensor:
             return torch.where(is_matrix > 0, factors[f"matrix_{name}"], factors[f"vector_{name}"])
@@ -248,14 +248,36 @@ class OrthogonalizedMomentum(UpdateRule):
             return CONSTANT_SCALE * weights[f"constants.{name}"]
 
         schedule = self._schedule(weights, factors, context, known)
+        log_signal = seen.log_signal.clamp(-FEATURE_BOUND, FEATURE_BOUND)
         peak = self.base_step * schedule * of_kind("step")
-        step_size = peak * fan.rsqrt() * (power("gradient_power") * log_ratio + log_step).exp()
-        growth = power("noise_decay") * log_signal.clamp(-FEATURE_BOUND, FEATURE_BOUND)
-        growth = growth + power("late_decay") * schedule.clamp(min=MIN_SCHEDULE).log()
-        decay = self.base_decay * of_kind("decay") * (log_decay - growth).exp()
-        share = torch.where(is_matrix > 0, adam, 1.0)
-        control = torch.stack([(1 - share.abs()) * _per_rms(polar), share * _per_rms(uu), decay, step_size], -1)
-        return control, torch.stack([rms_max, log_mix], -1), shared
+        growth = power("gradient_power") * seen.log_ratio + power("noise_step") * log_signal
+        step_size = peak * fan.rsqrt() * (growth + log_step).exp()
+        shrinkage = power("noise_decay") * log_signal + power("late_decay") * schedule.clamp(min=MIN_SCHEDULE).log()
+        decay = self.base_decay * of_kind("decay") * (log_decay - shrinkage).exp()
+        control = torch.stack([(1 - adam.abs()) * seen.per_polar, adam * seen.per_adam, decay, step_size], -1)
+        return control, torch.stack([seen.rms_max, log_mix], -1), shared
+
+    def _measure(
+        self, summaries_NS: Tensor, rms_max: Tensor, table_FN: Tensor, factors: dict[str, Tensor], context: StepContext
+    ) -> _Measured:
+        """Return what the sums of every tensor tell."""
+        eps, (per_numel, per_rank, fan, is_matrix) = tiny(summaries_NS), table_FN[:4].unbind()
+        sums = (summaries_NS.mT * per_numel).unbind()
+        uu, mm, v, gg, gm, xx = sums[:6]
+        polar, rank = sums[6:] if self.strip_size else (torch.zeros_like(uu), torch.zeros_like(uu))
+        correction_m, correction_v = debiasing(1 - self._rates(factors), context.step).unbind()
+        rms = (v * correction_v + eps).sqrt()
+        rms_max = torch.maximum(rms_max, rms)
+        log_ratio = (rms / rms_max).log()
+        log_signal = ((mm + eps) / (v + eps) * (correction_m.square() / correction_v)).log() / 2
+        features = [
+            log_signal + 1,
+            gm / (gg * mm + eps).sqrt(),
+            log_ratio + 1,
+            rank * per_rank - is_matrix,
+            (xx.nan_to_num() * fan + eps).log() / 4 + 0.5,
+        ]
+        return _Measured(torch.stack(features), log_signal, log_ratio, rms_max, _per_rms(polar), _per_rms(uu))
 
     def propose(
         self,
@@ -316,6 +338,17 @@ def _factors(weights: Weights) -> dict[str, Tensor]:
     """Return the learned factors of all constants, 1 before learning."""
     logs = torch.stack([weights[f"constants.{name}"] for name in CONSTANTS])
     return dict(zip(CONSTANTS, (CONSTANT_SCALE * logs).exp().unbind(), strict=True))
+
+
+def _control(weights: Weights, features_FN: Tensor, is_matrix: Tensor) -> list[Tensor]:
+    """Return ``log_step, log_decay, adam, log_mix`` of every tensor, ``[N]`` each."""
+    x_FN = features_FN.clamp(-FEATURE_BOUND, FEATURE_BOUND)
+    outputs_4N = linear(weights, "matrices", x_FN)
+    of_vectors = linear(weights, "vectors", x_FN)
+    outputs_4N = torch.where(is_matrix > 0, outputs_4N, torch.cat([of_vectors, outputs_4N[2:]]))
+    log_step, log_decay, _, log_mix = 2 * torch.tanh(outputs_4N / 2)
+    adam = torch.where(is_matrix > 0, torch.tanh(outputs_4N[2]), 1.0)
+    return [log_step, log_decay, adam, log_mix]
 
 
 def _adam(m: Tensor, v: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from torch import Tensor
 from ...rules import Weights
 from .._ranks import Ranks
 from ..inner_training import Families, mean_losses, restart
-from ..runs import Runs, choose_runs
+from ..runs import choose_runs
 from ..unroll import Unroll
 from ._estimator import EstimatorState, GradientEstimator, MetaGradient, Track, untracked
 
@@ -49,7 +49,7 @@ class PersistentES(GradientEstimator):
     """Antithetic evolution strategy over truncations of runs that begin at different times.
 
     The state has the number of the family whose turn is next, and for each family its runs, the ``P`` at ``w + eps``
-    first, and the sums of their perturbations.
+    first, and the sums of their perturbations; nothing where all of them are at their end.
 
     Args:
         families: what is trained.
@@ -80,6 +80,9 @@ class PersistentES(GradientEstimator):
         """Start all runs, each already somewhere between its start and its horizon, trained there by ``weights``."""
         state: EstimatorState = {"turn": torch.zeros((), dtype=torch.int64)}
         for name, unroll in self._tracked("first inner runs"):
+            if (num_steps or unroll.task.max_steps) <= unroll.truncation_length:  # every truncation is a whole run
+                state[name] = {}
+                continue
             num_pairs = unroll.task.num_tasks
             repeated = _repeat(weights, 2 * num_pairs)
             runs = unroll.start(repeated, num_pairs, 2, generator, num_steps)
@@ -108,8 +111,8 @@ class PersistentES(GradientEstimator):
         metrics = {key: value for one in found.values() for key, value in one.metrics.items()}
         metrics["snr"] = signal_to_noise(gradient, variance)
         loss = chosen.mean({name: one.loss for name, one in found.items()})
-        states = {name: {"runs": one.runs, "sums": one.sums_P} for name, one in found.items()}
-        after = {**state, **states, "turn": torch.tensor((turn + count) % len(names))}
+        after = {**state, **{name: one.after for name, one in found.items()}}
+        after["turn"] = torch.tensor((turn + count) % len(names))
         return MetaGradient(gradient, loss, metrics), after
 
     def _estimate_family(
@@ -126,18 +129,20 @@ class PersistentES(GradientEstimator):
             for key, weight in weights.items()
         }
         perturbed_N = {key: torch.cat([weights[key] + noise, weights[key] - noise]) for key, noise in noise_P.items()}
-        runs, fresh = restart(unroll, perturbed_N, state["runs"], 2, generator, num_steps)
-        sums_P = {
-            key: value.index_fill(0, fresh, 0.0) * self.persistent + noise_P[key]
-            for key, value in state["sums"].items()
-        }
+        if state:
+            runs, fresh = restart(unroll, perturbed_N, state["runs"], 2, generator, num_steps)
+            before = {key: value.index_fill(0, fresh, 0.0) * self.persistent for key, value in state["sums"].items()}
+            sums_P = {key: value + noise_P[key] for key, value in before.items()}
+        else:
+            runs, sums_P = unroll.start(perturbed_N, num_pairs, 2, generator, num_steps), noise_P
         runs, losses = self.ranks.run(unroll, perturbed_N, runs, 2, generator)
         loss_2P = losses.objective.mean(0).view(2, num_pairs)
         slope_P = (loss_2P[0] - loss_2P[1]) / (2 * self.std**2)
         gradient = {key: torch.tensordot(slope_P, value, dims=1) / num_pairs for key, value in sums_P.items()}
         variance = variance_of_mean(slope_P, sums_P, gradient)
         metrics = {**mean_losses(losses, name), f"{name}/snr": signal_to_noise(gradient, variance)}
-        return _Estimate(gradient, loss_2P.mean(), variance, metrics, runs, sums_P)
+        is_over = bool((runs.step >= runs.horizon).all())
+        return _Estimate(gradient, loss_2P.mean(), variance, metrics, {} if is_over else {"runs": runs, "sums": sums_P})
 
     def _std_of(self, name: str) -> float:
         return self.std if self.only is None or name in self.only else 0.0
@@ -155,8 +160,8 @@ class _Estimate(NamedTuple):
     variance: float
     """Of the gradient, summed over the weights."""
     metrics: dict[str, float]
-    runs: Runs
-    sums_P: Weights
+    after: EstimatorState
+    """Runs and sums, or nothing."""
 
 
 def chosen_names(patterns: Sequence[str], names: Collection[str]) -> frozenset[str] | None:
