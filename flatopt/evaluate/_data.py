@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,14 +34,15 @@ def images(size: int, *, name: str, standardize: bool = True) -> Splits:
 
 
 @lru_cache(maxsize=4)
-def text(size: int) -> Splits:
+def text(size: int, *, validates: bool = False) -> Splits:
     """Return stretches of ``size`` characters of Python source, each with the next characters as targets.
 
-    They come from files behind those that :func:`flatopt.tasks.load_text` reads by default.
+    They come from files behind those that :func:`flatopt.tasks.load_text` reads by default; if it ``validates``, from
+    these.
     """
     splits = []
-    for whole, skipped in zip(load_text(TEXT_BYTES), load_text(), strict=True):
-        windows = whole[len(skipped) :].unfold(0, size + 1, size)
+    for whole, first in zip(load_text(TEXT_BYTES), load_text(), strict=True):
+        windows = (first if validates else whole[len(first) :]).unfold(0, size + 1, size)
         splits.append(Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous()))
     return Splits(*splits)
 
@@ -83,6 +85,17 @@ def friedman(size: int, *, num_train: int = 400, noise: float = 2.0) -> Splits:
 
 
 @lru_cache(maxsize=4)
+def linear(size: int, *, num_train: int = 200) -> Splits:
+    """Return generated linear regression, a third of the ``size`` features informative, half of the variance noise."""
+    from sklearn.datasets import make_regression
+
+    sizes = [num_train, 500, 2000]
+    inputs, targets = make_regression(sum(sizes), size, n_informative=size // 3, random_state=0)
+    targets += targets.std() * np.random.default_rng(0).standard_normal(len(targets))
+    return _table(torch.from_numpy(inputs), torch.from_numpy(targets), sizes)
+
+
+@lru_cache(maxsize=4)
 def diabetes(size: int) -> Splits:
     """Return the diabetes data of scikit-learn: 442 rows, 10 features, a regression target."""
     from sklearn.datasets import load_diabetes
@@ -99,9 +112,13 @@ SOURCES: dict[str, Callable[[int], Splits]] = {
     "fashion-mnist in [0, 1]": partial(images, name="fashion-mnist", standardize=False),
     "mnist in [0, 1]": partial(images, name="mnist", standardize=False),
     "text": text,
+    "text of meta-training": partial(text, validates=True),
     "classes": classes,
+    "3 classes": partial(classes, num_train=400, num_classes=3),
+    "8 classes": partial(classes, num_train=3000, num_classes=8),
     "breast cancer": breast_cancer,
     "friedman": friedman,
+    "linear": linear,
     "diabetes": diabetes,
 }
 """Loaders by name; they take the side of the images, the number of features or the length of the text."""

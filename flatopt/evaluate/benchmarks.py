@@ -56,6 +56,8 @@ def _text(name: str, build: Callable[[int], nn.Module]) -> Benchmark:
     )
 
 
+_META_TEXT = "text of meta-training"
+
 BENCHMARKS: tuple[Benchmark, ...] = (
     _digits("digits MLP", partial(models.mlp, width=100, depth=2)),
     _digits("digits CNN", models.cnn),
@@ -123,19 +125,46 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     _text("text GRU", models.text_gru),
 )
 
-META_BENCHMARKS: tuple[Benchmark, ...] = tuple(
-    Benchmark(name=name, source="fashion-mnist", size=size, num_train=num_train, build=build, num_steps=400)
-    for name, size, num_train, build in (
-        ("MLP 8x8 w32", 8, 1000, partial(models.mlp, width=32)),
-        ("LN MLP 8x8 d4", 8, 4000, partial(models.mlp, width=32, depth=4, normalise=True)),
-        ("deep MLP 8x8 d4", 8, 4000, partial(models.mlp, width=32, depth=4)),
-        ("CNN 8x8 w12", 8, 4000, partial(models.cnn, width=12)),
-        ("LSTM 8x8", 8, 4000, partial(models.lstm, width=24)),
-        ("MLP 14x14 w64", 14, 4000, partial(models.mlp, width=64)),
-        ("transformer 8x8", 8, 4000, partial(models.transformer, width=16)),
+
+def _table(
+    name: str, source: str, size: int, width: int, *, num_outputs: int, depth: int = 2, num_steps: int = 400
+) -> Benchmark:
+    """Return a problem on a generated table, a regression if there is one output."""
+    return Benchmark(
+        name=name,
+        source=source,
+        size=size,
+        num_train=None,
+        build=partial(models.dense, width=width, num_outputs=num_outputs, depth=depth),
+        batch_size=32,
+        num_steps=num_steps,
+        kind="regression" if num_outputs == 1 else "classification",
     )
+
+
+META_BENCHMARKS: tuple[Benchmark, ...] = (
+    _digits("digits MLP, GELU", partial(models.mlp, width=64, activation=nn.GELU)),
+    _images("MLP, wide", partial(models.mlp, width=160, depth=2)),
+    _images("MLP 28x28, 8k", partial(models.mlp, width=64, depth=3), 28, num_train=8000, num_steps=600),
+    _images("deeper MLP", partial(models.mlp, width=48, depth=8), 8, num_steps=600),
+    _images("sigmoid MLP 8x8", partial(models.mlp, width=96, activation=nn.Sigmoid), 8, num_steps=600),
+    _images("LayerNorm MLP", partial(models.mlp, width=96, depth=3, normalise=True)),
+    _images("pre-LN residual MLP 8x8", partial(models.pre_norm_mlp, width=48, depth=3), 8, label_noise=0.1),
+    _images("wide CNN 8x8", partial(models.cnn, width=24), 8),
+    _images("BatchNorm CNN, two layers", partial(models.cnn, width=16, normalise=True), num_steps=400),
+    _images("row transformer, one layer", partial(models.transformer, width=48, depth=1), num_steps=400),
+    _images("ViT 28x28, one layer", partial(models.vit, width=64, depth=1), 28, num_steps=400),
+    _images("row LSTM 8x8", partial(models.lstm, width=32), 8),
+    _table("tabular, 3 classes, 400 rows", "3 classes", 12, 48, num_outputs=3),
+    _table("tabular, 8 classes, 3,000 rows", "8 classes", 30, 128, num_outputs=8, num_steps=600),
+    _table("regression, linear", "linear", 15, 64, num_outputs=1),
+    _table("regression, friedman with 20 features", "friedman", 20, 96, num_outputs=1, depth=1, num_steps=600),
+    replace(
+        _text("text transformer, one layer", partial(models.decoder, width=64, depth=1)), source=_META_TEXT, size=24
+    ),
+    replace(_text("text GRU, narrow", partial(models.text_gru, width=48)), source=_META_TEXT, size=24),
 )
-"""Meta-validation: what weights and recipes are chosen by, on the ``meta`` split."""
+"""Meta-validation: what weights and recipes are chosen by, on the ``meta`` split.  No row is one of the test tasks."""
 
 FAST_STEPS, FAST_TRAIN = 20, 200
 """Toy sizes."""

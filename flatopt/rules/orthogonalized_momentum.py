@@ -77,6 +77,7 @@ CONSTANTS = (
     "noise_step",
     "noise_decay",
     "late_decay",
+    "gradient_decay",
 )
 """The constants of the rule that are learned, each 0 at the start; see :func:`_factors`."""
 
@@ -127,7 +128,7 @@ class OrthogonalizedMomentum(UpdateRule):
     Example:
         >>> rule = OrthogonalizedMomentum()
         >>> sum(weight.numel() for weight in rule.init_weights().values())
-        123
+        124
     """
 
     name: ClassVar[str] = "orthogonalized-momentum"
@@ -252,7 +253,9 @@ class OrthogonalizedMomentum(UpdateRule):
         peak = self.base_step * schedule * of_kind("step")
         growth = power("gradient_power") * seen.log_ratio + power("noise_step") * log_signal
         step_size = peak * fan.rsqrt() * (growth + log_step).exp()
+        log_ratio = seen.log_ratio.clamp(min=-FEATURE_BOUND)
         shrinkage = power("noise_decay") * log_signal + power("late_decay") * schedule.clamp(min=MIN_SCHEDULE).log()
+        shrinkage = shrinkage + power("gradient_decay") * log_ratio
         decay = self.base_decay * of_kind("decay") * (log_decay - shrinkage).exp()
         control = torch.stack([(1 - adam.abs()) * seen.per_polar, adam * seen.per_adam, decay, step_size], -1)
         return control, torch.stack([seen.rms_max, log_mix], -1), shared
@@ -329,7 +332,8 @@ class OrthogonalizedMomentum(UpdateRule):
         warmup = (context.step / (self.warmup_steps * factors["warmup"])).clamp(max=1)
         fraction = ((context.step - 1) / context.num_steps).clamp(max=1)
         cosine = ((1 + torch.cos(math.pi * fraction)) / 2).clamp(min=1e-6) ** factors["cosine_power"]
-        power = self.anytime_power * factors["anytime_power"]
+        odds = self.anytime_power * factors["anytime_power"]
+        power = odds / (1 - self.anytime_power + odds)  # below 1: a run without an end goes on for ever
         anytime = factors["anytime_step"] * (1 + context.step / self.decay_steps) ** -power
         return warmup * torch.where(known, cosine, anytime)
 

@@ -43,7 +43,7 @@ def make_unroll(name: str = "mlp", *, rule: UpdateRule = RULE, task: Sequence[An
     return Unroll(**{**defaults, **changes})
 
 
-def random_weights(rule: UpdateRule = RULE, seed: int = 0, std: float = 0.3) -> Weights:
+def random_weights(rule: UpdateRule = RULE, seed: int = 0, std: float = 0.2) -> Weights:
     """Return weights whose output layers are not zero."""
     generator = torch.Generator().manual_seed(seed)
     weights = rule.init_weights(generator)
