@@ -19,20 +19,21 @@ The step of a tensor :math:`x`, and that of a vector, which has :math:`u_t` in p
 
 .. math::
     \Delta_t = -\eta_t\, e^{\lambda} \Big( (1 - |\alpha|)\, \frac{\bar X}{\mathrm{rms}(\bar X)}
-    + \alpha\, \frac{u_t}{\mathrm{rms}(u_t)} + e^{\omega} \sigma_t^{-h} s_t^{-l}\, x \Big), \qquad
+    + \alpha\, \frac{u_t}{\mathrm{rms}(u_t)} + e^{\omega} \sigma_t^{-h} s_t^{-l} \rho_t^{-g}\, x \Big), \qquad
     \eta_t = \frac{0.03\, s_t\, \rho_t^{\,q} \sigma_t^{\,p}}{\sqrt{\max(\text{inputs}, 8)}}
 
 with the directions in brackets clipped to :math:`\pm 5`.  The schedule :math:`s_t` is a warm-up over 10 steps, times a
-cosine to zero where the length of the run is known, and times :math:`(1 + t/100)^{-0.7}` where it is not;
-:math:`\rho_t` is the root mean square of the gradient over its largest value so far, and :math:`\sigma_t` that of the
-momentum over that of the gradient: near 1 for a gradient without noise, where Adam's step has this size.  So the step
-may shrink with the noise, and decay may grow with it, and late.
+cosine to zero where the length of the run is known, and times :math:`(1 + t/100)^{-0.7}` where it is not; that power
+stays below 1, so that no run ends by itself.  :math:`\rho_t` is the root mean square of the gradient over its largest
+value so far: it falls as training data are learned by heart.  :math:`\sigma_t` is the root mean square of the momentum
+over that of the gradient, which is the size of Adam's step: near 1 for a gradient without noise.  So steps may shrink
+with the noise and the gradient, and decay may grow with the noise, with what is learned by heart, and late.
 
 The controller is linear: from what the tensor's own sums, its shape and the time tell
 (:meth:`OrthogonalizedMomentum.mix` lists it) it finds :math:`\lambda, \omega, \alpha` and the :math:`\mu` of the next
 step, with weights for matrices and others for vectors.  No tensor knows of another.  The constants above are learned
 too, each as the logarithm of a factor, and the powers.  With zero weights
-:math:`\lambda = \omega = \alpha = q = p = h = l = 0`: that is the untrained rule.
+:math:`\lambda = \omega = \alpha = q = p = h = l = g = 0`: that is the untrained rule.
 
 A coordinate whose gradients were all exactly zero does not move; one that is not finite stays what it is.  State:
 two floats per coordinate, two per tensor.

@@ -10,7 +10,7 @@ import torch
 from helpers import context_at, learned
 from torch import Tensor
 
-from flatopt import FlatOpt
+from flatopt import FlatOpt, LearnedRule
 from flatopt.rules import OrthogonalizedMomentum, Strips, TensorShape, apply_rule
 from flatopt.rules.orthogonalized_momentum import CONSTANT_SCALE
 
@@ -37,9 +37,11 @@ def polar_by_hand(matrix: numpy.ndarray, size: int = 32) -> numpy.ndarray:
     return polar.reshape(matrix.shape) / numpy.sqrt(numpy.mean(polar**2))
 
 
-def run_by_hand(params: list[numpy.ndarray], num_grads: int, num_steps: float) -> list[numpy.ndarray]:
-    """Train by the equations of the docstring, untrained weights."""
-    momenta, squares = [0 * x for x in params], [0 * x for x in params]
+def run_by_hand(
+    params: list[numpy.ndarray], num_grads: int, num_steps: float, power: dict[str, float]
+) -> list[numpy.ndarray]:
+    """Train by the equations of the docstring, with some learned powers."""
+    momenta, squares, largest = [0 * x for x in params], [0 * x for x in params], [0.0 for _ in params]
     for step in range(1, num_grads + 1):
         for index, x in enumerate(params):
             grad = grad_at(x.shape, step, index).numpy()
@@ -51,13 +53,20 @@ def run_by_hand(params: list[numpy.ndarray], num_grads: int, num_steps: float) -
             if x.squeeze().ndim > 1:
                 direction = polar_by_hand(0.9 * momenta[index] + 0.1 * grad)
                 inputs = max(8, x[0].size)
+            grad_rms = math.sqrt(numpy.mean(squares[index]) / (1 - 0.99**step))
+            largest[index] = max(largest[index], grad_rms)
+            rho = grad_rms / largest[index]
+            sigma = math.sqrt(numpy.mean(momenta[index] ** 2)) / (1 - 0.9**step) / grad_rms
             schedule = min(1, step / 10)
             if num_steps < INF:
                 schedule *= (1 + math.cos(math.pi * (step - 1) / num_steps)) / 2
             else:
-                schedule /= (1 + step / 100) ** 0.7
-            move = -0.03 / math.sqrt(inputs) * schedule * (numpy.clip(direction, -5, 5) + x)
-            params[index] = x + move
+                odds = 0.7 * math.exp(power["anytime_power"])
+                schedule /= (1 + step / 100) ** (odds / (0.3 + odds))
+            size = 0.03 / math.sqrt(inputs) * schedule * rho ** power["gradient_power"] * sigma ** power["noise_step"]
+            decay = sigma ** -power["noise_decay"] * max(schedule, 0.05) ** -power["late_decay"]
+            decay *= rho ** -power["gradient_decay"]
+            params[index] = x - size * (numpy.clip(direction, -5, 5) + decay * x)
     return params
 
 
@@ -66,12 +75,20 @@ def grad_at(shape: tuple[int, ...], step: int, index: int) -> Tensor:
     return 10.0**index * torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
+POWERS = ("anytime_power", "gradient_power", "noise_step", "noise_decay", "late_decay", "gradient_decay")
+
+
 @pytest.mark.parametrize("num_steps", [INF, 30.0])
-def test_untrained_it_follows_the_equations(num_steps: float) -> None:
+@pytest.mark.parametrize("power", [0.0, 0.5, -0.375])
+def test_it_follows_the_equations(num_steps: float, power: float) -> None:
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
-    expected = run_by_hand([param.numpy().copy() for param in params], 25, num_steps)
-    opt = FlatOpt([torch.nn.Parameter(param) for param in params], pretrained=learned("orthogonalized-momentum"))
+    powers = {name: power + 0.125 * index * (power != 0) for index, name in enumerate(POWERS)}
+    expected = run_by_hand([param.numpy().copy() for param in params], 25, num_steps, powers)
+    rule = OrthogonalizedMomentum()
+    weights = {f"constants.{name}": torch.tensor(value / CONSTANT_SCALE) for name, value in powers.items()}
+    constants = LearnedRule(rule, rule.init_weights() | weights)
+    opt = FlatOpt([torch.nn.Parameter(param) for param in params], pretrained=constants)
     opt.param_groups[0]["num_steps"] = num_steps
     for step in range(1, 26):
         for index, param in enumerate(opt.param_groups[0]["params"]):
