@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from .._dataclass_json import above, assign, at_least, at_most, below, check, parse_json, read
@@ -43,6 +43,12 @@ class EstimatorConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        perturbs = self.name in EVOLUTION_STRATEGIES
+        unused = ("second_derivatives",) if perturbs else ("std", "families_per_update", "only")
+        defaults = {one.name: one.default for one in fields(self) if one.name in unused}
+        if any(getattr(self, name) != value for name, value in defaults.items()):
+            kept = " ".join(f"{name}={json.dumps(value)}" for name, value in defaults.items())
+            raise ValueError(f"{self.name} has no use for {', '.join(unused)}: leave {kept}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +276,7 @@ class MetaTrainConfig:
     """Meta-updates between validations; 0 for none.  With validation, what is exported are the best weights by it."""
     compile: bool = False
     """Compile the recorded inner step with ``torch.compile``: takes minutes per family on a CPU
-    (evolution strategies only)."""
+    (evolution strategies, and ``validation.compile``)."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
 
@@ -289,6 +295,9 @@ class MetaTrainConfig:
             raise ValueError(f"estimator.families_per_update must be at most the number of tasks, not {families}")
         if self.curriculum.stages and not self.validate_every:
             raise ValueError("validate_every must be at least 1 with a curriculum, not 0")
+        compiles = self.estimator.name in EVOLUTION_STRATEGIES or (self.validate_every and self.validation.compile)
+        if self.compile and not compiles:
+            raise ValueError(f"{self.estimator.name} compiles nothing but validations: set validation.compile too")
         measure = self.objective.flatness.build_measure()
         if self.estimator.name in EVOLUTION_STRATEGIES and measure is not None and not measure.has_value:
             raise ValueError(
