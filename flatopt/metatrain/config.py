@@ -67,7 +67,7 @@ class TaskConfig:
     """Inner steps per meta-update of this family, ``estimator.truncation_length`` if ``None``."""
     unknown_horizon_probability: Probability = 0.33
     """Fraction of the runs in which the rule is not told the horizon."""
-    weight: float = 1.0
+    weight: Positive = 1.0
     """Weight of the family in the meta-loss."""
     num_train: Count | None = None
     """Training examples of every run, at most what there are; the family's own range of sizes if ``None``."""
@@ -255,7 +255,7 @@ class MetaTrainConfig:
     """``adam``, or ``rmsprop-tf`` for the RMSProp of TensorFlow 1."""
     meta_lr: Positive = 4e-4
     """Peak learning rate of the meta-optimizer."""
-    meta_lr_final_fraction: float = 0.0
+    meta_lr_final_fraction: Probability = 0.0
     """What is left of it at the end of the cosine."""
     schedule_updates: Count | None = None
     """Length of the cosine, ``num_updates`` if ``None``; a run may end before its cosine does."""
@@ -268,7 +268,7 @@ class MetaTrainConfig:
     seed: Seed = 0
     checkpoint_every: NotNegative = 500
     """Meta-updates between checkpoints; 0 for none but the first, the last and those by time."""
-    checkpoint_every_seconds: float = 300.0
+    checkpoint_every_seconds: Annotated[float, at_least(0)] = 300.0
     """Seconds after which a checkpoint is due in any case."""
     log_every: Count = 10
     """Meta-updates between lines of ``metrics.jsonl``."""
@@ -282,6 +282,8 @@ class MetaTrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.num_updates >= 2**31:
+            raise ValueError(f"num_updates must be below {2**31}, not {self.num_updates}")
         if self.rule not in RULES:
             raise ValueError(f"unknown rule {self.rule!r}: valid are {', '.join(RULES)}")
         self.build_rule()
