@@ -216,7 +216,7 @@ def _tables(
         own = [task for task in tasks if not only or kinds[task] == "classification"]
         for row, label in zip(rows, labels, strict=True):
             found = intervals(paired(values[key], own, label, against)) if own else ()
-            row += [_format(one) for one in found] or ["–", "–"]
+            row += [one.text(3) for one in found] or ["–", "–"]
     scores = [
         [label, *(_cell(values["score"][label, task]) if (label, task) in values["score"] else "–" for task in kinds)]
         for label in labels
@@ -229,12 +229,6 @@ def _tables(
 
 def _cell(sets: Sequence[Sequence[float]]) -> str:
     return mean_pm_std([value for seeds in sets for value in seeds])
-
-
-def _format(interval: Interval) -> str:
-    if math.isnan(interval.low):
-        return f"{interval.mean:+.3f}"
-    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
 def _log(value: float) -> float:
