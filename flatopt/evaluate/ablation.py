@@ -23,6 +23,7 @@ from flatopt.pretrained import LearnedRule
 from ._cache import Record, RunCache
 from ._cells import compute_cells
 from ._evaluation import Evaluation, option
+from ._figures import point_scale
 from ._report import Interval, Report, Table, confidence_interval, mean_pm_std
 from ._training import Benchmark, run
 from .benchmarks import choose_benchmarks
@@ -250,7 +251,7 @@ def _draw(
             if points:
                 axes.plot([fmean(points)] * 2, [height - 0.3, height + 0.3], color=f"C{height}", linewidth=3)
         axes.axvline(0, color="0.5", linewidth=1)
-        axes.set_xscale("symlog", linthresh=2)
+        point_scale(axes)
         axes.set_yticks(range(len(labels)), labels)
         axes.set_xlabel(f"score less that of the {first}, points")
-        axes.set_title("horizon unknown" if suffix else "horizon known")
+        axes.set_title("length of the run unknown" if suffix else "length of the run known")

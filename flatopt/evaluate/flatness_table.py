@@ -13,7 +13,8 @@ from . import _standings
 from ._cache import Record, RunCache
 from ._cells import num_tuning_seeds
 from ._evaluation import option
-from ._report import Report, Table, confidence_interval, panels
+from ._figures import plain_name, point_scale
+from ._report import Report, Table, confidence_interval
 from ._training import Benchmark, run, tuned
 from .contestants import REFERENCE, Contestant
 from .curvature import Curvature
@@ -42,6 +43,9 @@ MEASURES = {
 CURVATURE = Curvature(num_examples=400, num_matvecs=15, gamma=10.0, num_probes=2)
 TEXT_EXAMPLES = 100
 """A stretch of text is a sequence of examples."""
+
+MIN_DRAWN = 1e-3
+"""Smaller eigenvalues are drawn here: what is flat to rounding need not spread the axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,17 +150,35 @@ def _summary(cells: _standings.Cells, name: str) -> list[str]:
 
 
 def _draw(figure: Figure, records: Sequence[Record]) -> None:
-    """Draw the score against the top eigenvalue, one panel per task."""
+    """Draw the top eigenvalue and the score of every task, seeds as small dots and means as large ones."""
     tasks, optimizers = _standings.names(records, "task"), _standings.names(records, "optimizer")
-    every = panels(figure, tasks, 4, 3.2, 2.6)
-    for axes, task in zip(every, tasks, strict=True):
-        for record in (record for record in records if record["task"] == task):
-            index = optimizers.index(record["optimizer"])
-            style: dict[str, Any] = {"color": f"C{index % 10}", "marker": "os^"[index // 10]}
-            axes.plot(record["top_eigenvalue"], record["score"], linestyle="none", markersize=3, alpha=0.4, **style)
-            centre = [fmean(record["top_eigenvalue"])], [fmean(record["score"])]
-            axes.plot(*centre, linestyle="none", markersize=7, label=record["optimizer"], **style)
-        axes.set_xscale("symlog", linthresh=0.1)
-    figure.supxlabel("top Hessian eigenvalue")
-    figure.supylabel("score")
-    figure.legend(*every[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8)
+    reference = {record["task"]: fmean(record["score"]) for record in records if record["optimizer"] == optimizers[0]}
+    figure.set_size_inches(10, 1.8 + 0.3 * len(tasks))
+    curvature, score = figure.subplots(1, 2, sharey=True)
+    for record in records:
+        index = optimizers.index(record["optimizer"])
+        row = tasks.index(record["task"]) + 0.2 * (index - (len(optimizers) - 1) / 2)
+        style: dict[str, Any] = {"color": f"C{index % 10}", "marker": "os^"[index // 10], "linestyle": "none"}
+        gains = [value - reference.get(record["task"], 0.0) for value in record["score"]]
+        for axes, values in (
+            (curvature, [max(MIN_DRAWN, value) for value in record["top_eigenvalue"]]),
+            (score, gains),
+        ):
+            axes.plot(values, [row] * len(values), markersize=3, alpha=0.4, **style)
+            axes.plot([fmean(values)], [row], markersize=6, **style)
+    for index, name in enumerate(optimizers):
+        curvature.plot(
+            [], [], color=f"C{index % 10}", marker="os^"[index // 10], linestyle="none", label=plain_name(name)
+        )
+    for row in range(0, len(tasks), 2):
+        for axes in (curvature, score):
+            axes.axhspan(row - 0.5, row + 0.5, color="0.95", zorder=0)
+    curvature.set_yticks(range(len(tasks)), tasks, fontsize=9)
+    curvature.set_ylim(len(tasks) - 0.5, -0.5)
+    curvature.set_xscale("log")
+    curvature.grid(axis="x", alpha=0.25)
+    curvature.set_xlabel("top Hessian eigenvalue (left: flatter)")
+    score.axvline(0, color="0.5", linewidth=1)
+    point_scale(score)
+    score.set_xlabel(f"score less the mean of {optimizers[0]}, points")
+    figure.legend(loc="outside upper center", ncols=5, fontsize=9)
