@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
@@ -25,6 +26,9 @@ from typing import Any
 
 GROUP = "flatopt"
 """Group of the entry points."""
+
+_LIBRARIES = (os.path.dirname(__file__), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
+"""Folders whose code is not what a user looks at first."""
 
 
 def extend(registries: Mapping[str, dict[str, Any]], modules: Iterable[str] = ()) -> None:
@@ -61,6 +65,8 @@ def import_here(name: str, asked: str) -> ModuleType:
     here = os.getcwd()
     if here not in sys.path:  # as `python -m` does; the folder of the command is of no use
         sys.path.insert(0, here)
+    if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"{asked}: {name!r} is not the name of a module, which has no slash and no ending")
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -70,7 +76,7 @@ def import_here(name: str, asked: str) -> ModuleType:
 
 
 def where(error: Exception) -> str:
-    """Return kind, place and message of an error in code of the user, in one line.
+    """Return kind, place and message of an error, in one line; the place is where code of the user was last.
 
     Example:
         >>> try:
@@ -82,6 +88,8 @@ def where(error: Exception) -> str:
     if isinstance(error, SyntaxError):
         path, line, text = error.filename or "", error.lineno, error.msg
     else:
-        last = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if not frame.filename.startswith((*_LIBRARIES, "<frozen"))]
+        last = (own or frames)[-1]
         path, line, text = last.filename, last.lineno, str(error)
     return f"{type(error).__name__} in {os.path.basename(path)}, line {line}: {text}"

@@ -227,10 +227,10 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
         kinds = {400: ValueError, 401: PermissionError, 403: PermissionError, 422: ValueError}
         kind = kinds.get(error.response.status_code, ConnectionError)
         raise kind(f"{where}: {_one_line(error)}") from error
-    except (OSError, ValueError):
-        raise  # of the disk, or of an argument: clear as they are
     except Exception as error:
-        # What is left are the transport errors of the HTTP library, which differs between versions of the client.
+        # The HTTP library differs between versions of the client; what requests raises are OSErrors, too.
+        if isinstance(error, (OSError, ValueError)) and not type(error).__module__.startswith("requests."):
+            raise  # of the disk, or of an argument: clear as they are
         raise ConnectionError(f"{where}: the Hub does not answer: {_one_line(error)}") from error
 
 

@@ -36,6 +36,24 @@ number = 1
 def make(seed): return seed
 def fails(seed): raise RuntimeError("no such data")
 def takes_nothing(): return 1
+import torch
+from torch.nn.functional import cross_entropy
+def problem(loss_fn, train=None, test=None):
+    data = [(torch.ones(4, 3), torch.zeros(4, dtype=torch.int64))]
+    return torch.nn.Linear(3, 2), data if train is None else train, data if test is None else test, loss_fn
+def good(seed): return problem(lambda model, batch: cross_entropy(model(batch[0]), batch[1]))
+def three(seed): return good(seed)[:3]
+def no_model(seed): return "model", *good(seed)[1:]
+def no_loss(seed): return problem(3)
+def no_batch(seed): return problem(good(seed)[3], train=[])
+def no_test(seed): return problem(good(seed)[3], test=[])
+def read_once(seed): return problem(good(seed)[3], train=iter(good(seed)[1]))
+def vector(seed): return problem(lambda model, batch: model(batch[0]))
+def number_for_loss(seed): return problem(lambda model, batch: 3.0)
+def number_for_metrics(seed): return problem(lambda model, batch: (model(batch[0]).sum(), 3))
+def words_for_metrics(seed): return problem(lambda model, batch: (model(batch[0]).sum(), {"a": "b"}))
+def wrong_shape(seed): return problem(lambda model, batch: model(batch[0][:, :2]).sum())
+def constant(seed): return problem(lambda model, batch: model(batch[0]).sum().detach())
 """,
 }
 
@@ -102,6 +120,65 @@ TRAIN = [
     ("push l2o-dm name", "repo_id must be 'org/name', got 'name'"),
     ("push l2o-dm org/name --pr --tag v1", "tag='v1' cannot be used with it"),
     ("push l2o-dm org/name --pr --revision b", "revision='b' cannot be used with it"),
+    ("show smoke =3", "unknown key ''"),
+    ("show smoke num_updates=1e3", "num_updates must be an integer of at least 1"),
+    ("show smoke num_updates=99999999999", "below 2147483648, not 99999999999"),
+    ("show smoke meta_lr=1e400", "meta_lr must be a number above 0, not inf"),
+    ("show smoke meta_lr_final_fraction=2", "meta_lr_final_fraction must be a number of at least 0 and at most 1"),
+    ("show smoke seed=99999999999999999999", "below 9223372036854775808"),
+    ("show smoke seed=true", "seed must be an integer"),
+    ("show smoke ema_decay=1.5", "ema_decay must be a number of at least 0 and below 1"),
+    ("show smoke max_grad_norm=0", "max_grad_norm must be a number above 0 or none"),
+    ("show smoke warmup_updates=-1", "warmup_updates must be an integer of at least 0"),
+    ("show smoke schedule_updates=0", "schedule_updates must be an integer of at least 1 or none"),
+    ("show smoke checkpoint_every=-1", "checkpoint_every must be an integer of at least 0"),
+    ("show smoke checkpoint_every_seconds=-1", "checkpoint_every_seconds must be a number of at least 0"),
+    ("show smoke log_every=0", "log_every must be an integer of at least 1"),
+    ("show smoke compile=1", "compile must be true or false, not 1"),
+    ("show smoke meta_optimizer=sgd", "meta_optimizer must be one of adam, rmsprop-tf"),
+    ("show smoke tasks=[]", "tasks must name at least one family"),
+    ("show smoke tasks=[{}]", "missing key 'tasks[0].name'"),
+    ("show smoke tasks=mlp", "tasks must be a list, not 'mlp'"),
+    ("show smoke tasks.mlp=3", "unknown key 'tasks.mlp'"),
+    ("show smoke tasks.mlp.weight=0", "tasks.mlp.weight must be a number above 0"),
+    ("show smoke tasks.mlp.num_train=0", "tasks.mlp.num_train must be an integer of at least 1 or none"),
+    ("show smoke tasks.mlp.unknown_horizon_probability=2", "of at least 0 and at most 1"),
+    ("show smoke tasks.mlp.random_scaling=20", "of at least 0 and below 20"),
+    ("show smoke rule_options.betas=0.9", "rule_options.betas must be a list of 2"),
+    ("show smoke estimator.truncation_length=0", "estimator.truncation_length must be an integer of at least 1"),
+    ("show smoke estimator.families_per_update=7", "must be at most the number of tasks, not 7"),
+    ("show smoke estimator.second_derivatives=true", "persistent-es has no use for second_derivatives"),
+    ("show smoke estimator.only=x", "estimator.only must be a list"),
+    ("show smoke objective.meta_split=test", "objective.meta_split must be one of meta, train"),
+    ("show smoke objective.flatness.fraction=2", "objective.flatness.fraction must be a number above 0 and at most 1"),
+    ("show smoke objective.flatness.every=0", "objective.flatness.every must be an integer of at least 1"),
+    ("show smoke imitation.probabilities=[2]", "imitation.probabilities[0] must be a number"),
+    ("show smoke 'imitation.teachers=[\"sgd\"]'", "imitation.teachers[0] must be one of adam, rmsprop"),
+    ("show smoke curriculum.stages=[10,5]", "stages must increase"),
+    ("show smoke curriculum.stages=[5,10]", "validate_every must be at least 1 with a curriculum"),
+    ("show smoke validation.patience=0", "validation.patience must be an integer of at least 1 or none"),
+    ("show l2o-dm tasks.mlp.num_tasks=3", "valid are tasks.mnist-mlp.KEY"),
+    ("show smoke smoke", "'smoke' is not of the form key=value"),
+    ("run --out new", "required: RECIPE"),
+    ("resume run num_updates=1", "num_updates must be at least 2, which are done, not 1"),
+    ("resume run =", "unknown key ''"),
+    ("plot run --to", "--to: expected one argument"),
+    ("plot run --to no/such/folder.png", "No such file or directory: 'no/such/folder.png'"),
+    ("export run --to run", "run holds 'checkpoints'"),
+    ("export run --to run/checkpoints", "not part of a saved rule: not replacing it"),
+    ("speed --rounds 1.5", "invalid int value: '1.5'"),
+    ("import run --rule l2o-dm --to new", "run: no such file"),
+    ("import file --rule l2o-scale --to new", "invalid choice: 'l2o-scale'"),
+    ("push flat-v2", "required: org/name"),
+    ("push '' org/name", "'' is neither shipped weights"),
+    ("push flat-v2 https://huggingface.co/org/name", "repo_id must be 'org/name'"),
+    ("push flat-v2 'org/name '", "repo_id must be 'org/name'"),
+    ("push flat-v2 org/name --tag 'a b'", "tag must be the name of a branch, tag or commit, got 'a b'"),
+    ("push flat-v2 org/name --revision ''", "revision must be the name"),
+    ("--import", "--import: expected one argument"),
+    ("--import '' list", "'' is not the name of a module"),
+    ("--import ./problems.py list", "'./problems.py' is not the name of a module"),
+    ("--import problems.py list", "'problems.py' is not the name of a module"),
     ("--import nowhere list", "--import nowhere: No module named 'nowhere'"),
     ("--import broken list", "SyntaxError in broken.py, line 1"),
     ("--import failing list", "ZeroDivisionError in failing.py, line 1: division by zero"),
@@ -137,6 +214,31 @@ EVALUATE = [
     ("compare problems:make --out new", "must return (model, train, test, loss_fn), not int"),
     ("compare problems:fails --out new", "RuntimeError in problems.py, line 3: no such data"),
     ("compare problems:takes_nothing --out new", "takes 0 positional arguments but 1 was given"),
+    ("quality --tasks", "--tasks: expected at least one argument"),
+    ("quality --seeds 1.5", "invalid integer value: '1.5'"),
+    ("quality --fast --out new --pretrained file", "'file' is neither shipped weights"),
+    ("reproduction --data cifar", "invalid choice: 'cifar'"),
+    ("reproduction --split train", "invalid choice: 'train'"),
+    ("reproduction --fast --out new --sets run", "flatopt-train export run --to FOLDER"),
+    ("step-time --models nope", "unrecognized arguments: --models nope"),
+    ("compare :make --out new", "module:function, not ':make'"),
+    ("compare problems: --out new", "module:function, not 'problems:'"),
+    ("compare ./problems.py:make --out new", "'./problems.py' is not the name of a module"),
+    ("compare problems:three --out new", "must return (model, train, test, loss_fn), not tuple"),
+    ("compare problems:no_model --out new", "(model, train, test, loss_fn), not str, list, list, function"),
+    ("compare problems:no_loss --out new", "(model, train, test, loss_fn), not Linear, list, list, int"),
+    ("compare problems:no_batch --out new", "the training data hold no batch"),
+    ("compare problems:no_test --out new --steps 1", "the test data hold no batch"),
+    ("compare problems:read_once --out new --steps 3", "or can be read only once"),
+    ("compare problems:vector --out new", "loss_fn must return a 0-D tensor"),
+    ("compare problems:number_for_loss --out new", "loss_fn must return a 0-D tensor"),
+    ("compare problems:number_for_metrics --out new", "(0-D tensor, dictionary of numbers)"),
+    ("compare problems:words_for_metrics --out new", "(0-D tensor, dictionary of numbers)"),
+    ("compare problems:wrong_shape --out new", "loss_fn failed: RuntimeError in problems.py, line 21: mat1"),
+    ("compare problems:constant --out new", "depends on the parameters of the model"),
+    ("compare problems:good --lrs 0 --out new", "--lrs must be above 0, not 0"),
+    ("compare problems:good --lrs nan --out new", "--lrs must be above 0, not nan"),
+    ("compare problems:good --pretrained nope --out new", "'nope' is neither shipped weights"),
     ("compare problems:make --lrs x --out new", "--lrs must be numbers, not 'x'"),
     ("compare problems:make --steps 0 --out new", "must be at least 1, not 0"),
 ]
@@ -145,10 +247,17 @@ DEMO = [
     ("--seeds 0", "must be at least 1, not 0"),
     ("--steps 0", "must be at least 1, not 0"),
     ("--out file", "file"),
+    ("--steps x", "invalid integer value: 'x'"),
+    ("--pretrained run", "flatopt-train export run --to FOLDER"),
     ("--pretrained nope", "'nope' is neither shipped weights"),
 ]
 
-PACKAGE = [("fly", "unknown command 'fly': valid are train, eval, demo"), ("train show smok", "unknown recipe 'smok'")]
+PACKAGE = [
+    ("fly", "unknown command 'fly': valid are train, eval, demo"),
+    ("train show smok", "unknown recipe 'smok'"),
+    ("--nope", "'--nope'"),
+    ("''", "unknown command ''"),
+]
 
 Main = Callable[[list[str]], Any]
 COMMANDS: list[tuple[Main, list[tuple[str, str]]]] = [
@@ -166,7 +275,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("room")
     before, path = os.getcwd(), list(sys.path)
     os.chdir(folder)
-    assert train(["run", "smoke", "num_updates=1", "--out", "run"]) == 0
+    assert train(["run", "smoke", "num_updates=2", "--out", "run"]) == 0
     (folder / "unfinished" / "checkpoints").mkdir(parents=True)
     (folder / "folder").mkdir()
     for name in ("file", "folder/something"):

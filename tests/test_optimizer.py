@@ -582,12 +582,12 @@ def test_distributed_checkpoint_round_trip(tmp_path: Path, flatten: bool, dtype:
     def save(state_dict: dict[str, object]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that there is no process group
-            dcp.save(state_dict, checkpoint_id=tmp_path, no_dist=True)
+            dcp.save(state_dict, checkpoint_id=tmp_path)
 
     def load(state_dict: dict[str, object]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(state_dict, checkpoint_id=tmp_path, no_dist=True)
+            dcp.load(state_dict, checkpoint_id=tmp_path)
 
     model, opt = fresh()
     for seed in range(3):
@@ -994,7 +994,7 @@ def test_beyond_the_limit_of_recompilations_the_step_is_eager(monkeypatch: pytes
         FlatOpt(eager, pretrained=learned("orthogonalized-momentum")),
         FlatOpt([*params, *wide], pretrained=learned("orthogonalized-momentum"), compile=True),
     )
-    limited = torch._dynamo.config.patch(recompile_limit=1)
+    limited = torch._dynamo.config.patch(cache_size_limit=1)  # the name that torch 2.6 knows, too
     with limited, pytest.warns(RuntimeWarning, match="FlatOpt goes on without torch.compile"):
         for seed in range(2):
             step_with(opt, eager, seed)

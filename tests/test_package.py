@@ -60,23 +60,59 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Return the rooms that a source file imports from; ``flatopt`` stands for names of the top module."""
+def imports(path: Path) -> set[str]:
+    """Return what a source file imports of flatopt, at its top or later, as dotted names."""
     package = ["flatopt", *path.relative_to(PACKAGE).parent.parts]
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            targets = [alias.name for alias in node.names]
+            found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            targets = [f"{module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for target in targets:
-            parts = target.split(".")
-            if parts[0] == "flatopt":
-                found.add(parts[1] if len(parts) > 1 and parts[1] in ALLOWED else "flatopt")
+            found.update(f"{module}.{alias.name}" for alias in node.names)
+    return {name for name in found if name.split(".")[0] == "flatopt"}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Return the rooms that a source file imports from; ``flatopt`` stands for names of the top module."""
+    rooms = {(*name.split("."), "")[1] for name in imports(path)}
+    return {room if room in ALLOWED else "flatopt" for room in rooms}
+
+
+def strangers(path: Path) -> list[str]:
+    """Return the private names that a file imports although it is not in or below the folder that they belong to."""
+    found = []
+    for name in imports(path):
+        parts = name.split(".")[1:]
+        for depth, part in enumerate(parts):
+            owner = PACKAGE.joinpath(*parts[:depth])
+            owner = owner if owner.is_dir() else owner.parent
+            if part.startswith("_") and not part.startswith("__") and owner not in path.parents:
+                found.append(name)
+    return found
+
+
+def circles(imported: dict[str, set[str]]) -> set[str]:
+    """Return the modules that import themselves, by way of others or not."""
+    reached = {name: set(others) for name, others in imported.items()}
+    for middle in imported:
+        for others in reached.values():
+            if middle in others:
+                others |= reached[middle]
+    return {name for name, others in reached.items() if name in others}
+
+
+def over_the_bars(path: Path) -> list[str]:
+    """Return the functions of more than 60 lines, docstring included, or more than 8 arguments."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = min(one.lineno for one in (node, *node.decorator_list))
+            end, given = node.end_lineno or first, node.args
+            arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
+            if end - first + 1 > 60 or len(arguments) > 8:
+                found.append(f"{path.stem}.{node.name}")
     return found
 
 
@@ -110,6 +146,53 @@ def test_import_reader_sees_every_form_of_import(tmp_path: Path, monkeypatch: py
     for source, rooms in forms.items():
         path.write_text(source)
         assert imported_rooms(path) == rooms, source
+
+
+def test_files_and_functions_are_short() -> None:
+    assert not [path for path in SOURCES if len(path.read_text(encoding="utf-8").splitlines()) > 400]
+    over = {name for path in SOURCES for name in over_the_bars(path)}
+    # The constructor that users call, and two that will be cut.
+    assert over - {"recipes.flat_v2", "orthogonalized_momentum.mix"} == {"optimizer.__init__"}
+
+
+def test_private_names_stay_in_their_folder() -> None:
+    assert {path.stem: found for path in SOURCES if (found := strangers(path))} == {}
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    names = {path: ".".join(("flatopt", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in SOURCES}
+    modules = {path: name.removesuffix(".__init__") for path, name in names.items()}
+    known = set(modules.values())
+    imported = {
+        module: {name if name in known else name.rpartition(".")[0] for name in imports(path)}
+        for path, module in modules.items()
+    }
+    assert len(known) == len(SOURCES) and set().union(*imported.values()) <= known
+    assert not circles(imported)
+
+
+def test_checks_of_structure_see_what_they_are_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    path = tmp_path / "metatrain" / "estimators" / "one.py"
+    for folder in ("rules", "metatrain/estimators"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "rules" / "adam.py").touch()
+    path.write_text("from ..._torch import a\nfrom .._ranks import b\nfrom . import _other\nimport flatopt.__main__")
+    assert strangers(path) == []
+    path.write_text("def late():\n    from ...rules import _rule")
+    assert strangers(path) == ["flatopt.rules._rule"]
+    path.write_text("from ...rules.adam import _moments")
+    assert strangers(path) == ["flatopt.rules.adam._moments"]
+
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set(), "d": {"a", "c"}}) == set()
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == {"a", "b", "c"}
+
+    path.write_text("class A:\n    @property\n    def f(self):\n" + 57 * "        1\n")
+    assert over_the_bars(path) == []
+    path.write_text("class A:\n    @property\n    def f(self):\n" + 59 * "        1\n")
+    assert over_the_bars(path) == ["one.f"]
+    path.write_text("def f(a, /, b, c, *d, e, **g): ...\ndef h(a, /, b, c, d, e, f, *g, h, **i): ...")
+    assert over_the_bars(path) == ["one.h"]
 
 
 def private_names(path: Path) -> list[str]:

@@ -255,7 +255,7 @@ def test_a_distributed_checkpoint_knows_its_weights(tmp_path: Path, flatten: boo
 
     def load(model: nn.Module, opt: FlatOpt) -> None:
         loaded = {"opt": get_optimizer_state_dict(model, opt, options=options)}
-        dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+        dcp.load(loaded, checkpoint_id=tmp_path)
         set_optimizer_state_dict(model, opt, loaded["opt"], options=options)
 
     model, opt = fresh(one)
@@ -263,7 +263,7 @@ def test_a_distributed_checkpoint_knows_its_weights(tmp_path: Path, flatten: boo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that there is no process group
         saved = {"opt": get_optimizer_state_dict(model, opt, options=options)}
-        dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+        dcp.save(saved, checkpoint_id=tmp_path)
         load(*fresh(one))
         with pytest.raises(ValueError, match="made with the weights 'org/one' at commit aaaa"):
             load(*fresh(other))
@@ -286,9 +286,9 @@ def test_a_distributed_checkpoint_without_a_record_loads_in_part(tmp_path: Path,
         for values in [old] if flatten else old["param_groups"]:
             for key in [key for key in values if ".weights_" in f".{key}"]:
                 del values[key]
-        dcp.save({"opt": old}, checkpoint_id=tmp_path, no_dist=True)
+        dcp.save({"opt": old}, checkpoint_id=tmp_path)
         loaded = {"opt": get_optimizer_state_dict(model, opts[1], options=options)}
         planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
-        dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True, planner=planner)
+        dcp.load(loaded, checkpoint_id=tmp_path, planner=planner)
         set_optimizer_state_dict(model, opts[1], loaded["opt"], options=options)
     assert_same_state(*opts)

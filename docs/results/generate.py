@@ -106,7 +106,7 @@ def gallery() -> str:
     parts = []
     for name in sorted(figures, key=lambda name: list(FIGURES).index(name) if name in FIGURES else len(FIGURES)):
         stem = name.partition(".")[0]
-        command, text = FIGURES.get(name, (f"flatopt-eval {stem.partition('-')[0]}", stem.replace("-", " ")))
+        command, text = FIGURES.get(name, (f"flatopt-eval {stem}", stem.replace("-", " ")))
         parts.append(f"## `{command}`\n\n```{{figure}} {name}\n:alt: {text}\n\n{text}\n```\n")
     return "# Gallery\n\nFigures that the commands draw.\n\n" + "\n".join(parts)
 
@@ -116,7 +116,29 @@ FIGURES = {
         "make demo",
         "A small convolutional network on handwritten digits: training loss, and the minima reached.",
     ),
-    "quality.png": ("flatopt-eval quality", "Mean ranks over the tasks."),
+    "quality.png": ("flatopt-eval quality", "Ranks of the optimizers on every task (dots), and their means (bars)."),
+    "quality-differences.png": (
+        "flatopt-eval quality",
+        "Score less that of the tuned Adam with a cosine, task by task, with 95 % intervals over seeds.",
+    ),
+    "quality-profile.png": (
+        "flatopt-eval quality",
+        "On which share of the tasks the error is at most so many times the smallest one: higher is better.",
+    ),
+    "quality-curves.png": ("flatopt-eval quality", "Training loss and test score along the run, of four tasks."),
+    "flatness.png": (
+        "flatopt-eval flatness",
+        "Curvature of the minima that are reached, and their scores. Large dots are means, small ones seeds.",
+    ),
+    "step-time.png": ("flatopt-eval step-time", "Time of a step on one CPU core, next to AdamW."),
+    "robustness.png": (
+        "flatopt-eval robustness",
+        "How far the training loss comes down over widths, depths and batch sizes, and where it does not.",
+    ),
+    "ablation.png": (
+        "flatopt-eval ablation",
+        "What each part adds: score less that of a rule with Adam's direction, task by task and on average.",
+    ),
     "spectrum.png": (
         "flatness.plot_spectral_density",
         "Eigenvalues of the Hessian at the end of 400 steps on digits, one seed (`docs/experiments/spectrum.py`).",
@@ -152,6 +174,8 @@ def summary(one: dict[str, Any]) -> str:
     chosen = [index for index, name in enumerate(one["columns"]) if name in SUMMARY]
     rows = [[row[index] for index in chosen] for row in one["rows"] if "untrained" not in row[0]]
     rows = [[row[0].replace("horizon unknown", "length of the run unknown"), *row[1:]] for row in rows]
+    rank = [one["columns"][index] for index in chosen].index("mean rank")
+    rows.sort(key=lambda row: float(row[rank]))
     return table([SUMMARY[one["columns"][index]] for index in chosen], rows)
 
 

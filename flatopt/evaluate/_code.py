@@ -75,7 +75,8 @@ def _references(tree: ast.AST, names: dict[str, Any]) -> list[tuple[str, Any]]:
             found.append((node.id, names[node.id]))
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             owner = names.get(node.value.id)
-            if isinstance(owner, ModuleType) and hasattr(owner, node.attr):
+            is_ours = isinstance(owner, ModuleType) and owner.__name__.startswith("flatopt")  # not torch.__version__
+            if is_ours and hasattr(owner, node.attr):
                 found.append((node.attr, getattr(owner, node.attr)))
     return [(name, value) for name, value in found if callable(value) or isinstance(value, CONSTANTS)]
 

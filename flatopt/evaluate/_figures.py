@@ -12,10 +12,14 @@ from ._report import confidence_interval
 from .contestants import REFERENCE
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CURVE_TASKS = ("MLP 28x28", "CNN", "row LSTM", "text transformer")
 """Parts of the names of the tasks whose curves are drawn; the first ones of the table if none is there."""
+
+LOSSES = [digit * 10.0**power for power in range(-6, 3) for digit in (1, 2, 3, 5)]
+"""What an axis of losses is labelled with."""
 
 CURVE_OPTIMIZERS = ("FlatOpt", "FlatOpt, horizon unknown", REFERENCE, "SGD momentum", "Muon")
 
@@ -39,7 +43,7 @@ def draw_ranks(figure: Figure, records: Sequence[Record]) -> None:
         axes.plot(
             [fmean(ranks[name])] * 2, [height - 0.35, height + 0.35], color=_colour(name, optimizers), linewidth=4
         )
-    axes.set_yticks(range(len(order)), order)
+    axes.set_yticks(range(len(order)), map(plain_name, order))
     axes.set_xlabel(f"rank on each of {len(tasks)} tasks (dots) and their mean (bars); 1 is the best")
 
 
@@ -49,16 +53,20 @@ def draw_profile(figure: Figure, records: Sequence[Record]) -> None:
     ratios = [1 + 0.01 * step for step in range(51)]
     axes = figure.subplots()
     for name in optimizers:
-        style = "-" if name.startswith(("FlatOpt", "untrained")) else "--"
+        is_ours = name.startswith("FlatOpt")
         axes.step(
             ratios,
             _standings.profile(cells, name, ratios),
-            style,
+            "-" if name.startswith(("FlatOpt", "untrained")) else "--",
             where="post",
-            label=name,
+            label=plain_name(name),
             color=_colour(name, optimizers),
+            linewidth=2.5 if is_ours else 1.2,
+            zorder=3 if is_ours else 2,
         )
-    axes.set(xlabel="error / smallest error of the task", ylabel="share of the tasks", ylim=(0, 1.02))
+    axes.set(xlabel="error, as a multiple of the smallest error of the task", ylabel="share of the tasks, at most that")
+    axes.set(ylim=(0, 1.02), xlim=(1, ratios[-1]))
+    axes.grid(alpha=0.25)
     figure.legend(fontsize=8, loc="outside right center")
 
 
@@ -74,13 +82,19 @@ def draw_curves(figure: Figure, records: Sequence[Record]) -> None:
             record, colour = cells[task, name], _colour(name, names)
             share = record["num_steps"] / max(1, len(record["curve"]))
             steps = [share * (index + 0.5) for index in range(len(record["curve"]))]
-            panels[0, column].plot(steps, record["curve"], color=colour, label=name)
-            panels[1, column].plot(*zip(*record["test_curve"], strict=True), color=colour, label=name)
+            panels[0, column].plot(steps, record["curve"], color=colour, label=plain_name(name))
+            panels[1, column].plot(*zip(*record["test_curve"], strict=True), color=colour)
         panels[0, column].set(title=task, yscale="log")
+        low, high = panels[0, column].get_ylim()
+        ticks = [tick for tick in LOSSES if low <= tick <= high]
+        panels[0, column].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        panels[0, column].set_yticks([], minor=True)
         panels[1, column].set(xlabel="step")
+    for axes in panels.flatten():
+        axes.grid(alpha=0.25)
     panels[0, 0].set_ylabel("training loss")
-    panels[1, 0].set_ylabel("test score")
-    panels[1, 0].legend(fontsize=7)
+    panels[1, 0].set_ylabel("test score: accuracy %, or -100 MSE")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(CURVE_OPTIMIZERS))
 
 
 def draw_differences(figure: Figure, records: Sequence[Record]) -> None:
@@ -105,15 +119,37 @@ def draw_differences(figure: Figure, records: Sequence[Record]) -> None:
                 marker="o",
                 markersize=4,
                 linewidth=1,
-                label=name if row == 0 else None,
+                label=plain_name(name) if row == 0 else None,
             )
     axes.axvline(0, color="0.5", linewidth=1)
-    axes.set_xscale("symlog", linthresh=2)
-    axes.set_yticks(range(len(tasks)), tasks, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"score less that of tuned {REFERENCE}, points")
+    point_scale(axes)
+    for row in range(0, len(tasks), 2):  # bands, to tell to which task an interval belongs
+        axes.axhspan(row - 0.5, row + 0.5, color="0.95", zorder=0)
+    axes.set_yticks(range(len(tasks)), tasks, fontsize=9)
+    axes.set_ylim(max(1, len(tasks)) - 0.5, -0.5)
+    axes.set_xlabel(f"score less that of tuned {REFERENCE}, points: FlatOpt is better on the right")
     if learned and tasks:
-        axes.legend(fontsize=8)
+        figure.legend(fontsize=9, loc="outside upper center", ncols=2)
+
+
+def plain_name(name: str) -> str:
+    """Return an optimizer's name in words that need no page to explain them.
+
+    Example:
+        >>> plain_name("untrained core, horizon unknown")
+        'FlatOpt untrained, length unknown'
+    """
+    return name.replace("untrained core", "FlatOpt untrained").replace("horizon", "length")
+
+
+def point_scale(axes: Axes) -> None:
+    """Let an axis of differences in points be linear around zero, logarithmic further out, and labelled in numbers."""
+    axes.set_xscale("symlog", linthresh=2)
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in (-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100) if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.grid(axis="x", alpha=0.25)
 
 
 def _score(cells: _standings.Cells, task: str, name: str) -> float:

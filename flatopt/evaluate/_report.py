@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ._cache import Record
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -52,6 +53,16 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+    def text(self, digits: int = 2, scale: float = 1.0) -> str:
+        """Format for a table cell; the ends are left out where there are none.
+
+        Example:
+            >>> Interval(0.1, -0.05, 0.25).text(), Interval(0.1, math.nan, math.nan).text(1, scale=100)
+            ('+0.10 [-0.05, +0.25]', '+10.0')
+        """
+        mean, low, high = (f"{scale * value:+.{digits}f}" for value in self)
+        return mean if math.isnan(self.low) else f"{mean} [{low}, {high}]"
 
 
 def confidence_interval(values: Sequence[float], level: float = 0.95) -> Interval:
@@ -119,6 +130,19 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in (header, *rows)]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def panels(figure: Figure, titles: Sequence[str], most: int, width: float, height: float) -> list[Axes]:
+    """Return axes for each title, at most so many in a row, of a size in inches."""
+    num_columns = min(most, len(titles))
+    num_rows = -(-len(titles) // num_columns)
+    figure.set_size_inches(width * num_columns, height * num_rows + 0.8)
+    every = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
+    for axes, title in zip(every, titles, strict=False):
+        axes.set_title(title, fontsize=9)
+    for axes in every[len(titles) :]:
+        axes.set_axis_off()
+    return list(every[: len(titles)])
 
 
 def write_report(report: Report, out: Path) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from ._cache import Record
-from ._report import Interval, confidence_interval
+from ._report import Interval, confidence_interval, mean_pm_std
 
 Cells = Mapping[tuple[str, str], Record]
 """Records by task and optimizer."""
@@ -24,6 +24,15 @@ def by_cell(records: Sequence[Record]) -> Cells:
 def names(records: Sequence[Record], key: str) -> list[str]:
     """Return the different values of a key, in the order of their first record."""
     return list(dict.fromkeys(record[key] for record in records))
+
+
+def grid(cells: Cells, records: Sequence[Record], key: str, digits: int) -> list[list[str]]:
+    """Lay out one measure as tasks x optimizers."""
+
+    def text(task: str, name: str) -> str:
+        return mean_pm_std(cells[task, name][key], digits) if (task, name) in cells else "–"
+
+    return [[task, *(text(task, name) for name in names(records, "optimizer"))] for task in names(records, "task")]
 
 
 def shared_tasks(cells: Cells, optimizers: Sequence[str], kinds: Sequence[str] = ()) -> list[str]:

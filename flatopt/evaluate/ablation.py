@@ -23,6 +23,7 @@ from flatopt.pretrained import LearnedRule
 from ._cache import Record, RunCache
 from ._cells import compute_cells
 from ._evaluation import Evaluation, option
+from ._figures import point_scale
 from ._report import Interval, Report, Table, confidence_interval, mean_pm_std
 from ._training import Benchmark, run
 from .benchmarks import choose_benchmarks
@@ -216,7 +217,7 @@ def _tables(
         own = [task for task in tasks if not only or kinds[task] == "classification"]
         for row, label in zip(rows, labels, strict=True):
             found = intervals(paired(values[key], own, label, against)) if own else ()
-            row += [_format(one) for one in found] or ["–", "–"]
+            row += [one.text(3) for one in found] or ["–", "–"]
     scores = [
         [label, *(_cell(values["score"][label, task]) if (label, task) in values["score"] else "–" for task in kinds)]
         for label in labels
@@ -229,12 +230,6 @@ def _tables(
 
 def _cell(sets: Sequence[Sequence[float]]) -> str:
     return mean_pm_std([value for seeds in sets for value in seeds])
-
-
-def _format(interval: Interval) -> str:
-    if math.isnan(interval.low):
-        return f"{interval.mean:+.3f}"
-    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
 def _log(value: float) -> float:
@@ -256,7 +251,7 @@ def _draw(
             if points:
                 axes.plot([fmean(points)] * 2, [height - 0.3, height + 0.3], color=f"C{height}", linewidth=3)
         axes.axvline(0, color="0.5", linewidth=1)
-        axes.set_xscale("symlog", linthresh=2)
+        point_scale(axes)
         axes.set_yticks(range(len(labels)), labels)
         axes.set_xlabel(f"score less that of the {first}, points")
-        axes.set_title("horizon unknown" if suffix else "horizon known")
+        axes.set_title("length of the run unknown" if suffix else "length of the run known")

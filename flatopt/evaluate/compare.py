@@ -126,14 +126,16 @@ def make_problem(make: Callable[[int], Any], seed: int) -> Problem:
         made = make(seed)
     except Exception as error:
         raise ValueError(f"make({seed}) failed: {where(error)}") from error
-    if not isinstance(made, Sequence) or len(made) != len(Problem._fields) or not isinstance(made[0], nn.Module):
-        raise ValueError(f"make({seed}) must return (model, train, test, loss_fn), not {type(made).__name__}")
+    is_problem = isinstance(made, Sequence) and len(made) == len(Problem._fields)
+    if not is_problem or not isinstance(made[0], nn.Module) or not callable(made[3]):
+        kinds = ", ".join(type(part).__name__ for part in made) if is_problem else type(made).__name__
+        raise ValueError(f"make({seed}) must return (model, train, test, loss_fn), not {kinds}")
     return Problem(*made)
 
 
 def train(problem: Problem, build: Callable[[Iterable[Tensor]], Optimizer], num_steps: int, cosine: bool) -> Record:
     """Train, and return the losses of the steps and the mean loss and metrics over the test batches."""
-    model, _, _, loss_fn = problem
+    model = problem.model
     optimizer = build(model.parameters())
     scheduler = CosineAnnealingLR(optimizer, num_steps) if cosine else None
     batches = _endless(problem.train)
@@ -142,7 +144,9 @@ def train(problem: Problem, build: Callable[[Iterable[Tensor]], Optimizer], num_
     start = time.perf_counter()
     for _ in range(num_steps):
         optimizer.zero_grad()
-        loss = _loss_and_metrics(loss_fn(model, next(batches)))[0]
+        loss = _loss_and_metrics(problem, next(batches))[0]
+        if not loss.requires_grad:
+            raise ValueError("loss_fn must return a loss that depends on the parameters of the model")
         loss.backward()
         optimizer.step()
         if scheduler is not None:
@@ -158,19 +162,31 @@ def measure(problem: Problem) -> Record:
     problem.model.eval()
     values: dict[str, list[float]] = {}
     for batch in problem.test:
-        loss, metrics = _loss_and_metrics(problem.loss_fn(problem.model, batch))
-        for key, value in {"test_loss": loss, **metrics}.items():
-            values.setdefault(key, []).append(float(value))
+        loss, metrics = _loss_and_metrics(problem, batch)
+        for key, value in {"test_loss": float(loss), **metrics}.items():
+            values.setdefault(key, []).append(value)
     if not values:
         raise ValueError("the test data hold no batch")
     return {key: fmean(of_batches) for key, of_batches in values.items()}
 
 
-def _loss_and_metrics(returned: Any) -> tuple[Tensor, dict[str, Any]]:
-    loss, metrics = returned if isinstance(returned, tuple) else (returned, {})
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
-        raise ValueError("loss_fn must return a 0-D tensor, or (0-D tensor, dictionary of metrics)")
-    return loss, metrics
+def _loss_and_metrics(problem: Problem, batch: Any) -> tuple[Tensor, dict[str, float]]:
+    """Return the loss of a batch, with its graph, and the metrics as numbers.
+
+    Raises:
+        ValueError: if ``loss_fn`` fails, or returns something else.
+    """
+    try:
+        returned = problem.loss_fn(problem.model, batch)
+    except Exception as error:
+        raise ValueError(f"loss_fn failed: {where(error)}") from error
+    try:
+        loss, metrics = returned if isinstance(returned, tuple) else (returned, {})
+        if isinstance(loss, Tensor) and loss.dim() == 0:
+            return loss, {str(key): float(value) for key, value in metrics.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # not two, no dictionary, not numbers
+        pass
+    raise ValueError("loss_fn must return a 0-D tensor, or (0-D tensor, dictionary of numbers)")
 
 
 def _endless(batches: Iterable[Any]) -> Iterator[Any]:

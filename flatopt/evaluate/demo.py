@@ -104,7 +104,7 @@ def run(name: str, build: Build, data: ImageSplits, seed: int, steps: int) -> Re
     from tqdm import tqdm
 
     model = build_model(lambda _: DigitsCNN(), 8, seed)
-    with tqdm(total=steps, desc=f"{name}, seed {seed}", unit="step") as progress:
+    with tqdm(total=steps, desc=f"{name}, seed {seed}", unit="step", disable=None) as progress:
         trained = train(
             model,
             build(model.parameters()),

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import _standings
 from ._cache import Record, RunCache
-from ._cells import compute_cells, num_tuning_seeds
+from ._cells import num_tuning_seeds
 from ._evaluation import option
-from ._report import Report, Table, confidence_interval, mean_pm_std
+from ._figures import plain_name, point_scale
+from ._report import Report, Table, confidence_interval
 from ._training import Benchmark, run, tuned
 from .contestants import REFERENCE, Contestant
 from .curvature import Curvature
@@ -43,6 +44,9 @@ CURVATURE = Curvature(num_examples=400, num_matvecs=15, gamma=10.0, num_probes=2
 TEXT_EXAMPLES = 100
 """A stretch of text is a sequence of examples."""
 
+MIN_DRAWN = 1e-3
+"""Smaller eigenvalues are drawn here: what is flat to rounding need not spread the axis."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flatness(Quality):
@@ -56,11 +60,8 @@ class Flatness(Quality):
         """Train with the settings that were chosen, measure the minima, and compare them with the reference's."""
         curvature = replace(CURVATURE, num_examples=50, num_matvecs=5) if self.fast else CURVATURE
         compute = partial(flatness_cell, num_seeds=self.seeds, split=self.split, curvature=curvature)
-        records = compute_cells(self.work(), compute, cache.readable(self.cached_only), self.jobs)
-        order = [benchmark.name for benchmark in self.benchmarks()]
-        records.sort(key=lambda record: order.index(record["task"]))
-        cells = _standings.by_cell(records)
-        tasks, optimizers = _standings.names(records, "task"), _standings.names(records, "optimizer")
+        records = self.computed(compute, cache)
+        cells, optimizers = _standings.by_cell(records), _standings.names(records, "optimizer")
         return Report(
             title="Flatness of the minima",
             header=["optimizer", "score", "ln top eigenvalue", *(f"{one.title}: flatter" for one in MEASURES.values())],
@@ -75,7 +76,7 @@ class Flatness(Quality):
             more_tables=[
                 _correlations(records),
                 *(
-                    Table(one.title, ["task", *optimizers], _grid(cells, tasks, optimizers, key, one.digits))
+                    Table(one.title, ["task", *optimizers], _standings.grid(cells, records, key, one.digits))
                     for key, one in MEASURES.items()
                 ),
             ],
@@ -134,10 +135,8 @@ def _correlations(records: Sequence[Record]) -> Table:
     rows = []
     for key, one in MEASURES.items():
         values = rank_correlations(records, key)
-        mean, low, high = confidence_interval(values) if values else (math.nan,) * 3
-        rows.append(
-            [one.title, f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]", f"{sum(v < 0 for v in values)} of {len(values)}"]
-        )
+        text = confidence_interval(values).text() if values else "–"
+        rows.append([one.title, text, f"{sum(value < 0 for value in values)} of {len(values)}"])
     title = "Rank correlation with the score over all runs of a task: mean over tasks, 95 % interval"
     return Table(title, ["measure", "Spearman's rho", "negative on"], rows)
 
@@ -150,33 +149,36 @@ def _summary(cells: _standings.Cells, name: str) -> list[str]:
     return [name, f"{score:.2f}", f"{fmean(logs):.2f}" if logs else "–", *counts]
 
 
-def _grid(
-    cells: _standings.Cells, tasks: Sequence[str], optimizers: Sequence[str], key: str, digits: int
-) -> list[list[str]]:
-    return [
-        [task, *(mean_pm_std(cells[task, name][key], digits) if (task, name) in cells else "–" for name in optimizers)]
-        for task in tasks
-    ]
-
-
 def _draw(figure: Figure, records: Sequence[Record]) -> None:
-    """Draw the score against the top eigenvalue, one panel per task."""
+    """Draw the top eigenvalue and the score of every task, seeds as small dots and means as large ones."""
     tasks, optimizers = _standings.names(records, "task"), _standings.names(records, "optimizer")
-    num_columns = min(4, len(tasks))
-    num_rows = -(-len(tasks) // num_columns)
-    figure.set_size_inches(3.2 * num_columns, 2.6 * num_rows + 0.8)
-    panels = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
-    for axes, task in zip(panels, tasks, strict=False):
-        for record in (record for record in records if record["task"] == task):
-            index = optimizers.index(record["optimizer"])
-            style = {"color": f"C{index % 10}", "marker": "os^"[index // 10]}
-            axes.plot(record["top_eigenvalue"], record["score"], linestyle="none", markersize=3, alpha=0.4, **style)
-            centre = [fmean(record["top_eigenvalue"])], [fmean(record["score"])]
-            axes.plot(*centre, linestyle="none", markersize=7, label=record["optimizer"], **style)
-        axes.set_xscale("symlog", linthresh=0.1)
-        axes.set_title(task, fontsize=9)
-    for axes in panels[len(tasks) :]:
-        axes.set_axis_off()
-    figure.supxlabel("top Hessian eigenvalue")
-    figure.supylabel("score")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8)
+    reference = {record["task"]: fmean(record["score"]) for record in records if record["optimizer"] == optimizers[0]}
+    figure.set_size_inches(10, 1.8 + 0.3 * len(tasks))
+    curvature, score = figure.subplots(1, 2, sharey=True)
+    for record in records:
+        index = optimizers.index(record["optimizer"])
+        row = tasks.index(record["task"]) + 0.2 * (index - (len(optimizers) - 1) / 2)
+        style: dict[str, Any] = {"color": f"C{index % 10}", "marker": "os^"[index // 10], "linestyle": "none"}
+        gains = [value - reference.get(record["task"], 0.0) for value in record["score"]]
+        for axes, values in (
+            (curvature, [max(MIN_DRAWN, value) for value in record["top_eigenvalue"]]),
+            (score, gains),
+        ):
+            axes.plot(values, [row] * len(values), markersize=3, alpha=0.4, **style)
+            axes.plot([fmean(values)], [row], markersize=6, **style)
+    for index, name in enumerate(optimizers):
+        curvature.plot(
+            [], [], color=f"C{index % 10}", marker="os^"[index // 10], linestyle="none", label=plain_name(name)
+        )
+    for row in range(0, len(tasks), 2):
+        for axes in (curvature, score):
+            axes.axhspan(row - 0.5, row + 0.5, color="0.95", zorder=0)
+    curvature.set_yticks(range(len(tasks)), tasks, fontsize=9)
+    curvature.set_ylim(len(tasks) - 0.5, -0.5)
+    curvature.set_xscale("log")
+    curvature.grid(axis="x", alpha=0.25)
+    curvature.set_xlabel("top Hessian eigenvalue (left: flatter)")
+    score.axvline(0, color="0.5", linewidth=1)
+    point_scale(score)
+    score.set_xlabel(f"score less the mean of {optimizers[0]}, points")
+    figure.legend(loc="outside upper center", ncols=5, fontsize=9)

@@ -11,9 +11,9 @@ from typing import Literal
 
 from . import _figures, _standings
 from ._cache import Record, RunCache
-from ._cells import Work, cell, compute_cells
+from ._cells import Compute, cell, compute_cells
 from ._evaluation import Evaluation, matching, option
-from ._report import Interval, Report, Table, confidence_interval, mean_pm_std
+from ._report import Report, Table, confidence_interval
 from ._training import Benchmark
 from .benchmarks import choose_benchmarks
 from .contestants import REFERENCE, Contestant, baselines, learned_contestants
@@ -42,13 +42,11 @@ class Quality(Evaluation):
     def report(self, cache: RunCache) -> Report:
         """Fill the table task by task, and compare."""
         compute = partial(cell, num_seeds=self.seeds, split=self.split)
-        records = compute_cells(self.work(), compute, cache.readable(self.cached_only), self.jobs)
-        order = [benchmark.name for benchmark in self.benchmarks()]
-        records.sort(key=lambda record: order.index(record["task"]))
+        records = self.computed(compute, cache)
         return Report(
             title=f"Quality: scores on the {self.split} split",
             header=["task", *_standings.names(records, "optimizer")],
-            rows=_grid(_standings.by_cell(records), records, "score", 2),
+            rows=_standings.grid(_standings.by_cell(records), records, "score", 2),
             records=records,
             note=_note(self.seeds),
             more_tables=_more_tables(records, self.seeds),
@@ -60,9 +58,13 @@ class Quality(Evaluation):
             },
         )
 
-    def work(self) -> list[Work]:
-        """Return the cells in the order in which they are computed: an optimizer on all tasks, then the next one."""
-        return [(benchmark, contestant) for contestant in self.contestants() for benchmark in self.benchmarks()]
+    def computed(self, compute: Compute, cache: RunCache) -> list[Record]:
+        """Return the cells task by task; they are computed optimizer by optimizer."""
+        benchmarks = self.benchmarks()
+        work = [(benchmark, contestant) for contestant in self.contestants() for benchmark in benchmarks]
+        records = compute_cells(work, compute, cache.readable(self.cached_only), self.jobs)
+        order = [benchmark.name for benchmark in benchmarks]
+        return sorted(records, key=lambda record: order.index(record["task"]))
 
     def benchmarks(self) -> list[Benchmark]:
         """Return the tasks; toy sizes when ``fast``."""
@@ -79,12 +81,6 @@ class Quality(Evaluation):
         return kept
 
 
-def _grid(cells: _standings.Cells, records: Sequence[Record], key: str, digits: int) -> list[list[str]]:
-    """Lay out one measure as tasks x optimizers."""
-    tasks, optimizers = _standings.names(records, "task"), _standings.names(records, "optimizer")
-    return [[task, *(_cell(cells, task, name, key, digits) for name in optimizers)] for task in tasks]
-
-
 def _more_tables(records: Sequence[Record], num_seeds: int) -> list[Table]:
     """Lay out all tables but that of the scores."""
     cells = _standings.by_cell(records)
@@ -94,7 +90,7 @@ def _more_tables(records: Sequence[Record], num_seeds: int) -> list[Table]:
     sensitivities = [[task, *_sensitivities(cells, task, optimizers)] for task in tasks]
     tables = [
         Table("Means and counts", _SUMMARY_HEADER, [_summary(cells, name, optimizers) for name in optimizers]),
-        Table("Loss", ["task", *optimizers], _grid(cells, records, "loss", 3)),
+        Table("Loss", ["task", *optimizers], _standings.grid(cells, records, "loss", 3)),
         Table("Settings that were chosen", ["task", *tuned], settings),
         Table(
             "What a third of the learning rate, and three times, do to the score", ["task", *optimizers], sensitivities
@@ -133,7 +129,7 @@ def _summary(cells: _standings.Cells, name: str, optimizers: Sequence[str]) -> l
         means.append(f"{fmean(scores):.2f} ({len(scores)})" if scores else "–")
     shared = _standings.shared_tasks(cells, [name, REFERENCE], CLASSIFICATION)
     intervals = [
-        _format(measure(cells, shared, name, REFERENCE)) if shared else "–"
+        measure(cells, shared, name, REFERENCE).text() if shared else "–"
         for measure in (_standings.interval_over_tasks, _standings.interval_over_seeds)
     ]
     lower, higher = zip(*map(_standings.sensitivity, own), strict=True)
@@ -180,18 +176,7 @@ def _speed_table(cells: _standings.Cells, learned: Sequence[str]) -> Table:
 def _difference(cells: _standings.Cells, task: str, name: str, other: str) -> str:
     if (task, name) not in cells:
         return "–"
-    return _format(confidence_interval(_standings.differences(cells, task, name, other)))
-
-
-def _format(interval: Interval) -> str:
-    """Format an interval; its ends are left out where there are none."""
-    if math.isnan(interval.low):
-        return f"{interval.mean:+.2f}"
-    return f"{interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
-
-
-def _cell(cells: _standings.Cells, task: str, name: str, key: str, digits: int) -> str:
-    return mean_pm_std(cells[task, name][key], digits) if (task, name) in cells else "–"
+    return confidence_interval(_standings.differences(cells, task, name, other)).text()
 
 
 def _setting(cells: _standings.Cells, task: str, name: str) -> str:

@@ -26,7 +26,7 @@ from flatopt.pretrained import LearnedRule, list_pretrained, load_pretrained
 
 from ._cache import Record, RunCache
 from ._evaluation import Evaluation, matching, option, progress
-from ._report import Interval, Report, Table, confidence_interval, mean_and_std, mean_pm_std
+from ._report import Interval, Report, Table, confidence_interval, mean_and_std, mean_pm_std, panels
 from ._training import Benchmark, run, tuned
 from .contestants import Contestant, baselines, learned_contestant
 from .curvature import Curvature
@@ -253,18 +253,13 @@ def _paired_table(comparisons: Sequence[Record], key: str, num_seeds: int) -> Ta
     names = list(dict.fromkeys(record["optimizee"] for record in own))
     rows: dict[str, list[str]] = {}
     for record in own:
-        rows.setdefault(_label(record), []).append(_format(_interval(record), MEASURES[key]))
+        rows.setdefault(_label(record), []).append(_interval(record).text(MEASURES[key].digits, MEASURES[key].scale))
     title = f"{MEASURES[key].name}: regularized less plain, paired, 95 % interval over {num_seeds} seeds"
     return Table(title, ["pair", *names], [[label, *cells] for label, cells in rows.items()])
 
 
 def _interval(record: Record) -> Interval:
     return Interval(*(record[end] for end in Interval._fields))
-
-
-def _format(interval: Interval, measure: Measure) -> str:
-    mean, low, high = (f"{measure.scale * value:+.{measure.digits}f}" for value in interval)
-    return f"{mean} [{low}, {high}]"
 
 
 def _label(record: Record) -> str:
@@ -292,9 +287,6 @@ def _draw_minima(figure: Figure, records: Sequence[Record], variants: dict[str, 
     names = list(dict.fromkeys(record["optimizee"] for record in records))
     optimizers = list(dict.fromkeys(record["optimizer"] for record in records))
     others = [optimizer for optimizer in optimizers if optimizer not in variants]
-    num_columns = min(3, len(names))
-    num_rows = -(-len(names) // num_columns)
-    figure.set_size_inches(4 * num_columns, 3.3 * num_rows + 0.8)
 
     def style(optimizer: str) -> dict[str, Any]:
         if optimizer in others:
@@ -302,8 +294,8 @@ def _draw_minima(figure: Figure, records: Sequence[Record], variants: dict[str, 
         rule, variant = variants[optimizer]
         return {"color": f"C{rule % 10}", "marker": "os^vp<>hd"[variant % 9]}
 
-    panels = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
-    for axes, name in zip(panels, names, strict=False):
+    every = panels(figure, names, 3, 4.0, 3.3)
+    for axes, name in zip(every, names, strict=True):
         for record in (record for record in records if record["optimizee"] == name):
             (x, x_std), (y, y_std) = mean_and_std(record["log_top_eigenvalue"]), mean_and_std(record["accuracy"])
             axes.errorbar(
@@ -317,13 +309,9 @@ def _draw_minima(figure: Figure, records: Sequence[Record], variants: dict[str, 
                 alpha=0.85,
                 **style(record["optimizer"]),
             )
-        axes.set_title(name, fontsize=10)
         axes.grid(alpha=0.25)
-    for axes in panels[len(names) :]:
-        axes.set_axis_off()
-    for axes in panels[: len(names)]:
         axes.set_xlabel("log10 of the top Hessian eigenvalue", fontsize=8)
-    for axes in panels[::num_columns]:
+    for axes in every[::3]:
         axes.set_ylabel("accuracy %")
     handles = [Line2D([], [], linestyle="none", label=optimizer, **style(optimizer)) for optimizer in optimizers]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=8)

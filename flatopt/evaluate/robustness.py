@@ -20,6 +20,7 @@ from ._cache import Record, RunCache
 from ._code import code_hash, describe
 from ._data import data_hash
 from ._evaluation import Evaluation, option, progress
+from ._figures import plain_name
 from ._report import Report, Table
 from ._training import Benchmark, run_key, train_benchmark
 from .contestants import Contestant, Setting, baselines, learned_contestants
@@ -255,18 +256,30 @@ def _rows(records: Sequence[Record], cells: Sequence[Cell], names: Sequence[str]
 
 def _draw(figure: Figure, records: Sequence[Record], cells: Sequence[Cell], names: Sequence[str]) -> None:
     """Draw the ratio of final to initial loss of each cell; the best learning rate for Adam, the worst seed for all."""
+    figure.set_size_inches(9, 1.5 + 0.24 * len(cells))
     axes = figure.subplots()
     order = sorted(cells, key=lambda cell: (cell.architecture, cell.depth, cell.width))
+    low, high = 1e-3, 10.0
     for index, name in enumerate(names):
         ratios = [_ratio(_of(records, cell, name)) for cell in order]
         axes.plot(
-            [min(ratio, 10.0) for ratio in ratios], range(len(order)), "o", color=f"C{index}", label=name, alpha=0.7
+            [max(low, min(ratio, high)) for ratio in ratios],
+            [height + 0.2 * (index - (len(names) - 1) / 2) for height in range(len(order))],
+            "o",
+            color=f"C{index}",
+            label=plain_name(name),
+            alpha=0.8,
+            clip_on=False,
         )
-    axes.axvline(1, color="0.5")
+    axes.axvspan(1, high, color="C3", alpha=0.08, zorder=0)
     axes.set_xscale("log")
-    axes.set_yticks(range(len(order)), [_describe(cell) for cell in order], fontsize=5)
-    axes.set_xlabel("final / initial training loss (10: diverged)")
-    axes.legend(fontsize=8)
+    axes.set_xlim(low, high)
+    axes.set_xticks([0.001, 0.01, 0.1, 1, 10], ["0.001 or less", "0.01", "0.1", "1", "10 or more"])
+    axes.set_yticks(range(len(order)), [_describe(cell) for cell in order], fontsize=8)
+    axes.set_ylim(-0.7, len(order) - 0.3)
+    axes.grid(alpha=0.25)
+    axes.set_xlabel("final training loss / initial one: in the red band the run diverged")
+    figure.legend(fontsize=9, loc="outside upper center", ncols=len(names))
 
 
 FAST_CELLS = (

@@ -167,14 +167,21 @@ def _row(record: Record, kinds: Sequence[str]) -> list[str]:
 
 
 def _draw(figure: Figure, records: Sequence[Record], kinds: Sequence[str]) -> None:
-    """Draw the parts of a training step as stacked bars, one per optimizer."""
-    axes = figure.subplots()
-    gradients = [record["gradient_ms"] for record in records]
-    for index, kind in enumerate(kinds):
-        where = [position + 0.27 * (index - (len(kinds) - 1) / 2) for position in range(len(records))]
-        axes.bar(where, gradients, width=0.25, color="0.8", label="forward and backward" if index == 0 else None)
-        steps = [record[kind]["ms"] for record in records]
-        axes.bar(where, steps, width=0.25, bottom=gradients, color=f"C{index}", label=kind)
-    axes.set_xticks(range(len(records)), [record["model"] for record in records], rotation=15, ha="right", fontsize=8)
-    axes.set_ylabel("milliseconds per training step")
-    axes.legend()
+    """Draw a step of each optimizer, alone and with the gradients, as multiples of AdamW's."""
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = ("the optimizer's step alone", "with forward and backward pass, batch of 64")
+    for axes, title, extra in zip(panels, titles, (False, True), strict=True):
+        for index, kind in enumerate(kinds):
+            for row, record in enumerate(records):
+                gradient = record["gradient_ms"] if extra else 0.0
+                multiple = (record[kind]["ms"] + gradient) / (record[kinds[0]]["ms"] + gradient)
+                height = row + 0.27 * (index - (len(kinds) - 1) / 2)
+                label = kind if row == 0 and not extra else None
+                axes.barh(height, multiple, height=0.25, color=f"C{index}", label=label)
+                axes.annotate(f" {multiple:.1f}", (multiple, height), va="center", fontsize=8)
+        axes.set(title=title, xlabel=f"times {kinds[0]}'s")
+        axes.margins(x=0.12)
+    names = [f"{record['model']}\n{record['num_params']:,} parameters" for record in records]
+    panels[0].set_yticks(range(len(records)), names, fontsize=8)
+    panels[0].invert_yaxis()
+    figure.legend(loc="outside upper center", ncols=len(kinds), fontsize=9)

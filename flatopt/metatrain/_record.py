@@ -46,7 +46,7 @@ class Recorder:
 
     def _graph(self, values: list[Tensor], form: pytree.TreeSpec, terms: Terms) -> Callable[..., list[Tensor]]:
         """Return the function of the tensors of weights, runs and draws to those of runs and losses."""
-        key = (terms, form, *((value.shape, value.stride(), value.dtype) for value in values))
+        key = (terms, repr(form), *((value.shape, value.stride(), value.dtype) for value in values))
         if key not in self.graphs:
             self.graphs[key] = self._record(values, form, terms)
         return self.graphs[key]

@@ -7,6 +7,7 @@ Exit codes: 0 when done; 2 for a request that cannot be carried out, with one li
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -58,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command(arguments)
     except RefusedByFirstError:
         return 2
+    except BrokenPipeError:  # the reader of `flatopt-train list | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         return _refuse(error, str(error), arguments)
     except ImportError as error:
@@ -92,7 +96,7 @@ def _go_on(out: Path) -> str:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
-    imports = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    imports = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
     _add_import(imports)
     imported, argv = imports.parse_known_args(argv)  # anywhere in the line
     arguments, rest = parser.parse_known_args(argv, imported)

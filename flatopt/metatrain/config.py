@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from .._dataclass_json import above, assign, at_least, at_most, below, check, parse_json, read
@@ -43,6 +43,12 @@ class EstimatorConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        perturbs = self.name in EVOLUTION_STRATEGIES
+        unused = ("second_derivatives",) if perturbs else ("std", "families_per_update", "only")
+        defaults = {one.name: one.default for one in fields(self) if one.name in unused}
+        if any(getattr(self, name) != value for name, value in defaults.items()):
+            kept = " ".join(f"{name}={json.dumps(value)}" for name, value in defaults.items())
+            raise ValueError(f"{self.name} has no use for {', '.join(unused)}: leave {kept}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +67,7 @@ class TaskConfig:
     """Inner steps per meta-update of this family, ``estimator.truncation_length`` if ``None``."""
     unknown_horizon_probability: Probability = 0.33
     """Fraction of the runs in which the rule is not told the horizon."""
-    weight: float = 1.0
+    weight: Positive = 1.0
     """Weight of the family in the meta-loss."""
     num_train: Count | None = None
     """Training examples of every run, at most what there are; the family's own range of sizes if ``None``."""
@@ -249,7 +255,7 @@ class MetaTrainConfig:
     """``adam``, or ``rmsprop-tf`` for the RMSProp of TensorFlow 1."""
     meta_lr: Positive = 4e-4
     """Peak learning rate of the meta-optimizer."""
-    meta_lr_final_fraction: float = 0.0
+    meta_lr_final_fraction: Probability = 0.0
     """What is left of it at the end of the cosine."""
     schedule_updates: Count | None = None
     """Length of the cosine, ``num_updates`` if ``None``; a run may end before its cosine does."""
@@ -262,7 +268,7 @@ class MetaTrainConfig:
     seed: Seed = 0
     checkpoint_every: NotNegative = 500
     """Meta-updates between checkpoints; 0 for none but the first, the last and those by time."""
-    checkpoint_every_seconds: float = 300.0
+    checkpoint_every_seconds: Annotated[float, at_least(0)] = 300.0
     """Seconds after which a checkpoint is due in any case."""
     log_every: Count = 10
     """Meta-updates between lines of ``metrics.jsonl``."""
@@ -270,12 +276,14 @@ class MetaTrainConfig:
     """Meta-updates between validations; 0 for none.  With validation, what is exported are the best weights by it."""
     compile: bool = False
     """Compile the recorded inner step with ``torch.compile``: takes minutes per family on a CPU
-    (evolution strategies only)."""
+    (evolution strategies, and ``validation.compile``)."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
 
     def __post_init__(self) -> None:
         check(self)
+        if self.num_updates >= 2**31:
+            raise ValueError(f"num_updates must be below {2**31}, not {self.num_updates}")
         if self.rule not in RULES:
             raise ValueError(f"unknown rule {self.rule!r}: valid are {', '.join(RULES)}")
         self.build_rule()
@@ -289,6 +297,9 @@ class MetaTrainConfig:
             raise ValueError(f"estimator.families_per_update must be at most the number of tasks, not {families}")
         if self.curriculum.stages and not self.validate_every:
             raise ValueError("validate_every must be at least 1 with a curriculum, not 0")
+        compiles = self.estimator.name in EVOLUTION_STRATEGIES or (self.validate_every and self.validation.compile)
+        if self.compile and not compiles:
+            raise ValueError(f"{self.estimator.name} compiles nothing but validations: set validation.compile too")
         measure = self.objective.flatness.build_measure()
         if self.estimator.name in EVOLUTION_STRATEGIES and measure is not None and not measure.has_value:
             raise ValueError(

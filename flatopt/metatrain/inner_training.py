@@ -16,8 +16,8 @@ from torch import Tensor
 from ..rules import UpdateRule, Weights
 from ..tasks import TaskDistribution
 from .config import MetaTrainConfig, TaskConfig
-from .estimators import Inner
 from .families import FAMILIES, check_families
+from .inner import Inner
 from .runs import Draws, Runs, StepLosses, replace_runs, share_weights
 from .unroll import Mode, Unroll, can_compile
 

@@ -315,6 +315,8 @@ def _loop(out: Path, run: _Run, log: Log | NoLog, stop: StopOnSignal) -> None:
 def _check_resumable(state: RunState, config: MetaTrainConfig, out: Path) -> None:
     """Raise ``ValueError`` unless the run can go on with a configuration."""
     kept = replace(config, **{key: getattr(state.config, key) for key in ADJUSTABLE})
+    if config.num_updates < state.update:
+        raise ValueError(f"num_updates must be at least {state.update}, which are done, not {config.num_updates}")
     if state.config.to_json() != kept.to_json():
         raise ValueError(f"{out} holds a run of another configuration: only {', '.join(ADJUSTABLE)} may be changed")
 

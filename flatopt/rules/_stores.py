@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._torch import foreach_copy_
-from ._layout import Layout, Pack, Run
+from ._layout import Pack, Run
 from ._phases import Coordinates, move_param
 from ._rule import State, UpdateRule
 
@@ -55,7 +55,6 @@ class Store(ABC):
     def __init__(
         self,
         rule: UpdateRule,
-        layout: Layout,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
         states: Sequence[State],

@@ -11,10 +11,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from flatopt.evaluate import _code, models
 from flatopt.evaluate._cache import NotComputed, RunCache
 from flatopt.evaluate._code import code_hash, describe
+from flatopt.evaluate._training import results
 
 
 def test_cache_computes_once_and_survives_a_new_process(tmp_path: Path) -> None:
@@ -106,6 +108,13 @@ def test_a_hash_follows_what_the_code_computes_and_not_its_prose(
     assert old in SOURCE
     first, second = (hash_of(source, tmp_path, monkeypatch) for source in (SOURCE, SOURCE.replace(old, new)))
     assert (first == second) is same
+
+
+def test_a_hash_does_not_depend_on_the_version_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = code_hash(results)  # which notes the version in what it returns
+    _code._sources.cache_clear()
+    monkeypatch.setattr(torch, "__version__", "another")
+    assert code_hash(results) == expected
 
 
 def pythons() -> list[str]:

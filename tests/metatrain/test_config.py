@@ -173,6 +173,7 @@ def test_overrides_are_checked_together():
         ("meta_optimizer=sgd", "meta_optimizer must be one of adam, rmsprop-tf, not 'sgd'"),
         ("validation.patience=0", "validation.patience must be an integer of at least 1 or none, not 0"),
         ("num_updates", "'num_updates' is not of the form key=value"),
+        ("estimator.second_derivatives=true", "persistent-es has no use for second_derivatives: leave second_deriv"),
         ("estimator.name=guess", "estimator.name must be one of persistent-es, truncated-es, truncated-backprop, not"),
         ("rule_options.betas.low=1", "'rule_options.betas.low': rule_options.betas has no parts"),
     ],
@@ -181,6 +182,22 @@ def test_a_wrong_override_says_what_is_valid(assignment, message):
     with pytest.raises(ValueError, match=message) as caught:
         make_config().override([assignment])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("assignment", ["std=0.03", 'only=["constants.*"]', "families_per_update=1"])
+def test_what_backpropagation_does_not_use_cannot_be_set(assignment):
+    backprop = make_config().override(["estimator.name=truncated-backprop", "estimator.std=0.01"])
+    message = r"estimator: .* no use for .*: leave std=0.01 families_per_update=null only=\[\]"
+    with pytest.raises(ValueError, match=message):
+        backprop.override([f"estimator.{assignment}"])
+    backprop.override([f"estimator.{assignment}", "estimator.name=truncated-es"])
+
+
+def test_backpropagation_compiles_nothing_but_validation():
+    backprop = make_config().override(["estimator.name=truncated-backprop", "estimator.std=0.01"])
+    with pytest.raises(ValueError, match="truncated-backprop compiles nothing but validations"):
+        backprop.override(["compile=true", "validation.compile=true"])
+    assert backprop.override(["compile=true", "validation.compile=true", "validate_every=5"]).compile
 
 
 def test_a_configuration_from_before_an_option_is_one_without_it():

@@ -23,8 +23,9 @@ def test_features_of_the_training_split_are_standardised(data: Tabular) -> None:
     for source in range(data.num_sets):
         train = split_of(data, "train", source).inputs
         assert train.shape == (800, 6)
-        torch.testing.assert_close(train.mean(0), torch.zeros(6), rtol=0, atol=0.03)  # outliers are clipped
-        torch.testing.assert_close(train.std(0), torch.ones(6), rtol=0, atol=0.1)
+        torch.testing.assert_close(train.mean(0), torch.zeros(6), rtol=0, atol=0.03)
+        # Outliers are clipped: how many depends on the draws, which are not those of every build of torch.
+        assert train.std(0).min() > 0.75 and train.std(0).max() < 1.001
         held_out = split_of(data, "meta", source).inputs
         assert held_out.shape == (1000, 6)
         assert held_out.mean(0).abs().max() < 0.2 and (held_out.std(0) - 1).abs().max() < 0.3

@@ -7,8 +7,9 @@ import torch
 from ...rules import UpdateRule
 from .._ranks import Ranks
 from ..config import MetaTrainConfig
+from ..inner import Inner
 from ._estimator import EstimatorState, GradientEstimator, MetaGradient, Track, untracked
-from .truncated_backprop import Inner, TruncatedBackprop
+from .truncated_backprop import TruncatedBackprop
 
 
 def build_estimator(

@@ -26,11 +26,12 @@ from torch.func import grad, vmap
 from ...rules import Adam, State, StepContext, UpdateRule, Weights, apply_rule
 from ...tasks import Batch, Params
 from ..config import FlatnessConfig, MetaTrainConfig
+from ..inner import Inner, InnerState
 from ..inner_training import Families
 from ..runs import Draws, Runs, Terms, map_tree, share_weights
 from ..unroll import Unroll
 from ._estimator import EstimatorState, GradientEstimator, MetaGradient
-from .truncated_backprop import Inner, InnerState, TruncatedBackprop
+from .truncated_backprop import TruncatedBackprop
 
 
 def build_teacher(name: str, lr: float) -> UpdateRule:
