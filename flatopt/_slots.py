@@ -5,18 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _dtensor as dtensor
 from ._abstract import is_abstract
-from ._state import compute_dtype
+from ._state import NUMEL, compute_dtype
 from .rules import State, Strips, TensorShape, UpdateRule
 
 OVERFLOW_MARGIN = 1e-4
 """Gradients up to this fraction of the square root of the largest number can be squared and summed 1e8 times."""
+
+
+class Bucket(NamedTuple):
+    """What parameters have in common that are updated together."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """The one to compute in."""
+    is_of_one_rank: bool
+    """Whether other ranks have other parameters, such as experts.  Those that are replicas never depend on these."""
 
 
 @dataclass(eq=False)
@@ -33,6 +43,8 @@ class Slot:
     """Largest absolute value of the whole gradient."""
     step: float = 0.0
     """Steps that the parameter has taken."""
+    made_for: float | None = None
+    """Coordinates that the state was made for, ``None`` if it does not say."""
 
 
 class Shard:
@@ -90,15 +102,22 @@ def measure(slots: Sequence[Slot], states: Mapping[Tensor, State], dtype: torch.
     for param, state in states.items():
         if state["step"].device != param.device:  # Lightning moves all of a state but this
             state["step"] = state["step"].to(param.device)
-    values = _largest(slots, dtype) + [state["step"] for state in states.values()]
+    stamped = [slot for slot in slots if NUMEL in states[slot.param]]
+    steps = [state["step"] for state in states.values()]
+    values = _largest(slots, dtype) + steps + [states[slot.param][NUMEL] for slot in stamped]
     if not values:
         return 0.0
     stacked = torch.stack(values)
-    measured = [1.0] * len(values) if is_abstract(stacked) else stacked.tolist()
-    steps = dict(zip(states, measured[len(slots) :], strict=True))
-    for slot, norm in zip(slots, measured, strict=False):
-        slot.norm, slot.step = norm, steps[slot.param]
-    return max(steps.values())
+    has_values = not is_abstract(stacked)
+    measured = iter(stacked.tolist() if has_values else [1.0] * len(values))
+    for slot in slots:
+        slot.norm = next(measured)
+    last_steps = {param: next(measured) for param in states}
+    for slot in slots:
+        slot.step = last_steps[slot.param]
+    for slot in stamped:
+        slot.made_for = next(measured) if has_values else None
+    return max(last_steps.values())
 
 
 def _largest(slots: Sequence[Slot], dtype: torch.dtype) -> list[Tensor]:
@@ -116,9 +135,14 @@ def _largest(slots: Sequence[Slot], dtype: torch.dtype) -> list[Tensor]:
     return list(norms.unbind())
 
 
-def bucket_of(param: Tensor) -> tuple[torch.device, torch.dtype]:
-    """Return device and compute dtype of a parameter: those that agree are updated together."""
-    return param.device, compute_dtype(param)
+def bucket_of(param: Tensor) -> Bucket:
+    """Return what a parameter is updated together with."""
+    return Bucket(param.device, compute_dtype(param), is_of_one_rank(param))
+
+
+def is_of_one_rank(param: Tensor) -> bool:
+    """Tell if a parameter is no replica, by the mark of DDP, or that of Megatron and DeepSpeed."""
+    return getattr(param, "_ddp_ignored", False) or not getattr(param, "allreduce", True)
 
 
 def real_view(tensor: Tensor) -> Tensor:
