@@ -87,16 +87,30 @@ class Shard:
             self.target.copy_(self.param)
 
 
-def measure(slots: Sequence[Slot], states: Mapping[Tensor, State], dtype: torch.dtype) -> float:
-    """Fill in gradients, their largest absolute values (inf for NaN) and steps; return the last step of all.
+def measure(slots: Sequence[Slot], states: Mapping[Tensor, State]) -> dict[Bucket, tuple[list[Slot], float]]:
+    """Fill in what a step has to know of the slots; return those that are updated together, and their step.
 
-    One transfer to the host.
+    One transfer to the host for each bucket.  The step is one after the last of all tensors; replicas do not count
+    those of one rank.
 
     Args:
-        slots: parameters of one device and dtype.
-        states: of these parameters and all others there.
-        dtype: the dtype to compute in.
+        slots: parameters with a gradient.
+        states: of these parameters and all others.
     """
+    buckets: dict[Bucket, list[Slot]] = {}
+    states_of: dict[Bucket, dict[Tensor, State]] = {}
+    for param, state in states.items():
+        states_of.setdefault(bucket_of(param), {})[param] = state
+    for slot in slots:
+        buckets.setdefault(bucket_of(slot.param), []).append(slot)
+    last_steps = {key: _measure(buckets.get(key, []), own, key.dtype) for key, own in states_of.items()}
+    last = max(last_steps.values(), default=0.0)
+    last_of_replicas = max((step for key, step in last_steps.items() if not key.is_of_one_rank), default=0.0)
+    return {key: (members, 1 + (last if key.is_of_one_rank else last_of_replicas)) for key, members in buckets.items()}
+
+
+def _measure(slots: Sequence[Slot], states: Mapping[Tensor, State], dtype: torch.dtype) -> float:
+    """Fill in gradients, their largest absolute values (inf for NaN) and steps of a bucket; return its last step."""
     for slot in slots:
         slot.local = real_view(dtensor.local_grad(slot.grad, slot.param)).contiguous()
     for param, state in states.items():
@@ -148,3 +162,11 @@ def is_of_one_rank(param: Tensor) -> bool:
 def real_view(tensor: Tensor) -> Tensor:
     """Return a real view: complex numbers become pairs."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def position_of(param: Tensor, groups: Sequence[dict[str, Any]]) -> int:
+    """Return where a parameter stands among all; replicas are counted among themselves, alike on every rank."""
+    others = [other for group in groups for other in group["params"]]
+    if not is_of_one_rank(param):
+        others = [other for other in others if not is_of_one_rank(other)]
+    return next(index for index, other in enumerate(others) if other is param)

@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ._abstract import real_tensors, without_autocast
 from ._applied import AppliedRule
 from ._groups import check_gradient, check_options, has_matrices, name_of, refuse_flattened
-from ._slots import OVERFLOW_MARGIN, Bucket, Slot, bucket_of, is_of_one_rank, measure
+from ._slots import OVERFLOW_MARGIN, Slot, bucket_of, measure, position_of
 from ._state import (
     RECORD,
     SHARED_PREFIX,
@@ -187,22 +187,15 @@ class FlatOpt(Optimizer):
             if slot.is_new:
                 self._init_state(slot.param)
             self._layout.complete(self.state[slot.param], slot.param)
-        buckets = dict[Bucket, list[Slot]]()
-        last_steps = {False: 0.0, True: 0.0}
-        for key in dict.fromkeys(map(bucket_of, self._holders())):
-            members = [slot for slot in slots if bucket_of(slot.param) == key]
-            states = {param: self.state[param] for param in self._holders() if bucket_of(param) == key}
-            last_steps[key.is_of_one_rank] = max(last_steps[key.is_of_one_rank], measure(members, states, key.dtype))
-            for slot in members:
-                self._layout.check_numel(slot.made_for, slot.param, self.param_groups)
-            buckets[key] = members
-        for key, members in buckets.items():
-            members = [slot for slot in members if self._is_usable(slot, key.dtype)]
-            if members:
-                step = 1.0 + (max(last_steps.values()) if key.is_of_one_rank else last_steps[False])
+        together = measure(slots, {param: self.state[param] for param in self._holders()})
+        for slot in slots:
+            self._layout.check_numel(slot.made_for, slot.param, self.param_groups)
+        for key, (members, step) in together.items():
+            usable = [slot for slot in members if self._is_usable(slot, key.dtype)]
+            if usable:
                 context = (step, self._watch.length(self.param_groups, step))
                 with without_autocast(key.device):  # a step taken inside autocast keeps its precision
-                    self._update(members, context)
+                    self._update(usable, context)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -361,11 +354,7 @@ class FlatOpt(Optimizer):
             relatives = (self.state[other] for other in self._holders() if bucket_of(other) == bucket_of(param))
             shared = shared_of(next(relatives, {})) or self.learned.rule.init_shared(weights)
         # Of its own, so that no order of creation matters.
-        others = [other for group in self.param_groups for other in group["params"]]
-        if not is_of_one_rank(param):
-            others = [other for other in others if not is_of_one_rank(other)]
-        index = next(index for index, other in enumerate(others) if other is param)
-        generator = state_generator(int(self.param_groups[0]["seed"]), index)
+        generator = state_generator(int(self.param_groups[0]["seed"]), position_of(param, self.param_groups))
         self.state[param].update(self._layout.make(weights, param, generator, shared))
 
     def _is_usable(self, slot: Slot, dtype: torch.dtype) -> bool:
