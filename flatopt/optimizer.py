@@ -214,6 +214,8 @@ class FlatOpt(Optimizer):
         given = [group.get("num_steps", math.inf) for group in self.param_groups]
 
         def capture(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            if not {"state", "param_groups"} <= state_dict.keys():
+                raise ValueError("this is not the state of an optimizer: it must hold 'state' and 'param_groups'")
             self._check_loaded(state_dict)
             seen.update(state_dict)
 

@@ -383,6 +383,45 @@ INVALID: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         "not complete in the cache",
     ),
     ("state of Adam", lambda: optimizer().load_state_dict(state_of_adam()), ValueError, "saved by another optimizer"),
+    ("state of a model", lambda: optimizer().load_state_dict(model().state_dict()), ValueError, "not the state of an"),
+    ("no state", lambda: optimizer().load_state_dict({}), ValueError, "'state' and 'param_groups'"),
+    ("no parameters at all", lambda: FlatOpt(None), TypeError, "not iterable"),
+    ("a group without parameters", lambda: FlatOpt([{"lr": 1.0}]), KeyError, "params"),
+    ("a list for a group", lambda: optimizer().add_param_group([nn.Parameter(X)]), TypeError, "must be a dict"),
+    ("no rate", lambda: optimizer(lr=None), ValueError, "Invalid learning rate: None"),
+    ("a list of rates", lambda: optimizer(lr=[1]), ValueError, "Invalid learning rate: [1]"),
+    ("no weight decay", lambda: optimizer(weight_decay=None), ValueError, "Invalid weight_decay value: None"),
+    ("weight decay as text", lambda: optimizer(weight_decay="x"), ValueError, "Invalid weight_decay value: 'x'"),
+    ("steps nobody can count", lambda: optimizer(num_steps=float("nan")), ValueError, "num_steps value: nan"),
+    ("steps below 0", lambda: optimizer(num_steps=-1), ValueError, "num_steps value: -1"),
+    ("half a seed", lambda: optimizer(seed=1.5), ValueError, "Invalid seed value: 1.5"),
+    ("a dtype as text", lambda: optimizer(pretrained="l2o-dm", state_dtype="bf16"), ValueError, "state_dtype value"),
+    ("no weights to load", lambda: optimizer(pretrained=None), TypeError, "not NoneType"),
+    ("the class of a rule", lambda: optimizer(pretrained=L2ODM), TypeError, "LearnedRule(L2ODM(), L2ODM().init"),
+    ("a revision by number", lambda: load_pretrained("org/name", revision=3), ValueError, "revision must be"),
+    ("an empty revision", lambda: load_pretrained("org/name", revision=""), ValueError, "revision must be"),
+    ("a repository by number", lambda: push_to_hub("l2o-dm", 3), ValueError, "repo_id must be"),  # type: ignore[arg-type]
+    ("nothing to push", lambda: push_to_hub(None, "org/name"), TypeError, "not NoneType"),  # type: ignore[arg-type]
+    (
+        "weights as text",
+        lambda: LearnedRule(L2ODM(), dict.fromkeys(L2ODM().init_weights(), "x")),  # type: ignore[arg-type]
+        TypeError,
+        "must be a tensor, not str",
+    ),
+    ("a folder below a file", lambda: load_pretrained("l2o-dm").save_pretrained("file/x"), FileExistsError, "file"),
+    ("a file for a folder", lambda: load_pretrained("l2o-dm").save_pretrained("file"), FileExistsError, "not a folder"),
+    ("no model", lambda: flatness.flatness_of(None, cross_entropy, (X, Y)), TypeError, "in this order"),  # type: ignore[arg-type]
+    ("no data", lambda: flatness.flatness_of(model(), cross_entropy, None), TypeError, "in this order"),  # type: ignore[arg-type]
+    ("no batch", lambda: flatness.flatness_of(model(), cross_entropy, []), ValueError, "at least one batch"),
+    (
+        "a batch of three",
+        lambda: flatness.flatness_of(model(), cross_entropy, (X, Y, Y)),
+        ValueError,
+        "(inputs, targets)",
+    ),  # type: ignore[arg-type]
+    ("no parameters to bend", lambda: flatness.top_eigenvalue(square, {}), ValueError, "at least one scalar"),
+    ("a rho of 0", lambda: flatness.sam_gap(square, ONES, rho=0), ValueError, "rho must be > 0, got 0"),
+    ("no Lanczos steps", lambda: flatness.spectral_density(square, ONES, num_lanczos=0), ValueError, "num_lanczos"),
     (
         "state of fewer parameters",
         lambda: optimizer().load_state_dict(optimizer([nn.Parameter(X)]).state_dict()),
