@@ -37,6 +37,8 @@ class Slot:
     grad: Tensor
     group: dict[str, Any]
     is_new: bool
+    is_stamped: bool
+    """Whether the state says how many coordinates it was made for."""
     local: Tensor = field(init=False)
     """Real, contiguous gradient of the local shard, in the layout of the parameter."""
     norm: float = math.inf
@@ -44,7 +46,7 @@ class Slot:
     step: float = 0.0
     """Steps that the parameter has taken."""
     made_for: float | None = None
-    """Coordinates that the state was made for, ``None`` if it does not say."""
+    """Coordinates that the state was made for, ``None`` where that is not known."""
 
 
 class Shard:
@@ -116,7 +118,7 @@ def _measure(slots: Sequence[Slot], states: Mapping[Tensor, State], dtype: torch
     for param, state in states.items():
         if state["step"].device != param.device:  # Lightning moves all of a state but this
             state["step"] = state["step"].to(param.device)
-    stamped = [slot for slot in slots if NUMEL in states[slot.param]]
+    stamped = [slot for slot in slots if slot.is_stamped]
     steps = [state["step"] for state in states.values()]
     values = _largest(slots, dtype) + steps + [states[slot.param][NUMEL] for slot in stamped]
     if not values:

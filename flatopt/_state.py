@@ -64,6 +64,11 @@ class StateLayout(NamedTuple):
         """Keys of the state of the rule itself."""
         return (*self.per_tensor, *self.per_coordinate)
 
+    @property
+    def describes_whole(self) -> bool:
+        """Whether some of the state is of all coordinates together, so that it must not be cut."""
+        return len(self.per_tensor) > 1  # besides the step
+
     def is_made(self, state: Mapping[str, Any]) -> bool:
         """Return whether the rule has a state here; a wrapper may have put values of its own, or a ``step``."""
         return any(key in state for key in self.per_coordinate or self.per_tensor)
@@ -89,7 +94,7 @@ class StateLayout(NamedTuple):
             )
         same = {key: self._as_kept(key, state[key]) for key in self.per_tensor}
         self.check_shapes({**state, **same}, param, groups)
-        made_for = state.get(NUMEL)
+        made_for = state.get(NUMEL) if self.describes_whole else None
         if made_for is not None and not (isinstance(made_for, Tensor) and is_abstract(made_for)):
             self.check_numel(float(made_for), param, groups)
 
@@ -108,7 +113,7 @@ class StateLayout(NamedTuple):
         """Add what is kept besides the state of the rule, where it is missing."""
         if "num_skipped" not in state:
             state["num_skipped"] = torch.zeros((), dtype=torch.int64, device=param.device)
-        if NUMEL not in state and len(self.per_tensor) > 1:
+        if self.describes_whole and NUMEL not in state:
             state[NUMEL] = torch.full((), param.numel(), dtype=compute_dtype(param), device=param.device)
 
     def _refuse(self, key: str, found: Any, expected: torch.Size, param: Tensor, groups: Groups) -> None:

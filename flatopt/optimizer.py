@@ -128,6 +128,7 @@ class FlatOpt(Optimizer):
     ) -> None:
         # A number even when unknown: flattened distributed checkpoints accept only numbers and tensors.
         options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "num_steps": num_steps, "seed": seed}
+        options["maximize"] = maximize
         check_options(options)
         if isinstance(pretrained, LearnedRule):
             if revision is not None:
@@ -148,7 +149,7 @@ class FlatOpt(Optimizer):
         self._watch = Watch()
         self._prepare()
         # Inert: OneCycleLR and CyclicLR write their momentum here, and refuse optimizers that have none.
-        options |= {"maximize": maximize, "momentum": 0.0} | record_of(self.learned)
+        options |= {"momentum": 0.0} | record_of(self.learned)
         self._had_matrices = False
         super().__init__(params, options)
         self._watch.look_at_new(self.param_groups, needs_matrices=self.learned.rule.max_strip > 0)
@@ -328,7 +329,7 @@ class FlatOpt(Optimizer):
                 else:
                     self._layout.check_shapes(state, param, self.param_groups)
                 check_gradient(param, param.grad, self.param_groups)
-                yield Slot(param, param.grad, group, is_new)
+                yield Slot(param, param.grad, group, is_new, self._layout.describes_whole)
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         """Raise ``ValueError`` if a state is not one for this optimizer; warn if it is an empty one of another."""

@@ -224,7 +224,7 @@ def test_a_wrapper_may_write_into_the_state_first(name: str) -> None:
             for param in params:
                 opt.state[param]["average"] = param.detach().clone()
             opt.state["calls"] = 3  # type: ignore[index]
-            opt.state[params[0]]["step"] = 0
+            opt.state[params[0]] |= {"step": 0, "numel": 1, "num_skipped": 0}
         for seed in range(2):
             step_with(opt, params, seed)
         assert all(("average" in opt.state[param]) is wrapped for param in params)
