@@ -41,7 +41,7 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
     A tensor is looked at only where that costs no synchronisation with a device.
 
     Args:
-        options: some or all of ``lr``, ``weight_decay``, ``num_steps``, ``seed`` and ``maximize``; no others are looked at.
+        options: some or all of ``lr``, ``weight_decay``, ``num_steps``, ``seed``, ``maximize``; others are left alone.
         where: end of the error message, such as ``" in parameter group 1"``.
 
     Raises:
