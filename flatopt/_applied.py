@@ -37,7 +37,7 @@ class AppliedRule:
 
     def weights_for(self, param: Tensor) -> Weights:
         """Return the weights on the device of a parameter, in the dtype to compute in."""
-        device, dtype = bucket_of(param)
+        device, dtype, _ = bucket_of(param)
         if is_fake(param):
             return {
                 key: torch.empty(value.shape, device=device, dtype=dtype) for key, value in self.learned.weights.items()
@@ -58,7 +58,7 @@ class AppliedRule:
             shared: what it keeps of all.
             context: number of the step, and the length of the run.
         """
-        device, dtype = bucket_of(slots[0].param)
+        device, dtype, _ = bucket_of(slots[0].param)
 
         def scalar(value: float | Tensor) -> Tensor:
             if isinstance(value, Tensor):

@@ -20,6 +20,7 @@ _NAMES = {
     "weight_decay": "weight_decay value",
     "num_steps": "num_steps value",
     "seed": "seed value",
+    "maximize": "maximize value",
 }
 
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -30,6 +31,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "must be an integer >= 1, or None",
     ),
     "seed": (lambda value: isinstance(value, int) and 0 <= value < 2**32, "must be in [0, 2^32)"),
+    "maximize": (lambda value: value in (False, True), "must be True or False"),
 }
 
 
@@ -39,7 +41,7 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
     A tensor is looked at only where that costs no synchronisation with a device.
 
     Args:
-        options: some or all of ``lr``, ``weight_decay``, ``num_steps`` and ``seed``; others are left alone.
+        options: some or all of ``lr``, ``weight_decay``, ``num_steps``, ``seed``, ``maximize``; others are left alone.
         where: end of the error message, such as ``" in parameter group 1"``.
 
     Raises:
@@ -55,7 +57,7 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
         if key not in options:
             continue
         value = options[key]
-        if type(value) not in (float, int):
+        if type(value) not in (float, int, bool):
             value = options[key] = _plain(key, value)
             if isinstance(value, Tensor) and (value.device.type != "cpu" or is_abstract(value)):
                 continue
@@ -73,6 +75,8 @@ def _plain(key: str, value: Any) -> Any:
         return value if key in ("lr", "weight_decay") else value.item()
     if value is None and key == "num_steps":
         return math.inf
+    if key == "maximize":
+        return bool(value) if value in (False, True) else value
     if isinstance(value, Integral):
         return int(value)
     return float(value) if isinstance(value, Real) else value

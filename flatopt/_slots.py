@@ -5,18 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _dtensor as dtensor
 from ._abstract import is_abstract
-from ._state import compute_dtype
+from ._state import NUMEL, compute_dtype
 from .rules import State, Strips, TensorShape, UpdateRule
 
 OVERFLOW_MARGIN = 1e-4
 """Gradients up to this fraction of the square root of the largest number can be squared and summed 1e8 times."""
+
+
+class Bucket(NamedTuple):
+    """What parameters have in common that are updated together."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """The one to compute in."""
+    is_of_one_rank: bool
+    """Whether other ranks have other parameters, such as experts.  Those that are replicas never depend on these."""
 
 
 @dataclass(eq=False)
@@ -27,12 +37,16 @@ class Slot:
     grad: Tensor
     group: dict[str, Any]
     is_new: bool
+    is_stamped: bool
+    """Whether the state says how many coordinates it was made for."""
     local: Tensor = field(init=False)
     """Real, contiguous gradient of the local shard, in the layout of the parameter."""
     norm: float = math.inf
     """Largest absolute value of the whole gradient."""
     step: float = 0.0
     """Steps that the parameter has taken."""
+    made_for: float | None = None
+    """Coordinates that the state was made for, ``None`` where that is not known."""
 
 
 class Shard:
@@ -75,30 +89,51 @@ class Shard:
             self.target.copy_(self.param)
 
 
-def measure(slots: Sequence[Slot], states: Mapping[Tensor, State], dtype: torch.dtype) -> float:
-    """Fill in gradients, their largest absolute values (inf for NaN) and steps; return the last step of all.
+def measure(slots: Sequence[Slot], states: Mapping[Tensor, State]) -> dict[Bucket, tuple[list[Slot], float]]:
+    """Fill in what a step has to know of the slots; return those that are updated together, and their step.
 
-    One transfer to the host.
+    One transfer to the host for each bucket.  The step is one after the last of all tensors; replicas do not count
+    those of one rank.
 
     Args:
-        slots: parameters of one device and dtype.
-        states: of these parameters and all others there.
-        dtype: the dtype to compute in.
+        slots: parameters with a gradient.
+        states: of these parameters and all others.
     """
+    buckets: dict[Bucket, list[Slot]] = {}
+    states_of: dict[Bucket, dict[Tensor, State]] = {}
+    for param, state in states.items():
+        states_of.setdefault(bucket_of(param), {})[param] = state
+    for slot in slots:
+        buckets.setdefault(bucket_of(slot.param), []).append(slot)
+    last_steps = {key: _measure(buckets.get(key, []), own, key.dtype) for key, own in states_of.items()}
+    last = max(last_steps.values(), default=0.0)
+    last_of_replicas = max((step for key, step in last_steps.items() if not key.is_of_one_rank), default=0.0)
+    return {key: (members, 1 + (last if key.is_of_one_rank else last_of_replicas)) for key, members in buckets.items()}
+
+
+def _measure(slots: Sequence[Slot], states: Mapping[Tensor, State], dtype: torch.dtype) -> float:
+    """Fill in gradients, their largest absolute values (inf for NaN) and steps of a bucket; return its last step."""
     for slot in slots:
         slot.local = real_view(dtensor.local_grad(slot.grad, slot.param)).contiguous()
     for param, state in states.items():
         if state["step"].device != param.device:  # Lightning moves all of a state but this
             state["step"] = state["step"].to(param.device)
-    values = _largest(slots, dtype) + [state["step"] for state in states.values()]
+    stamped = [slot for slot in slots if slot.is_stamped]
+    steps = [state["step"] for state in states.values()]
+    values = _largest(slots, dtype) + steps + [states[slot.param][NUMEL] for slot in stamped]
     if not values:
         return 0.0
     stacked = torch.stack(values)
-    measured = [1.0] * len(values) if is_abstract(stacked) else stacked.tolist()
-    steps = dict(zip(states, measured[len(slots) :], strict=True))
-    for slot, norm in zip(slots, measured, strict=False):
-        slot.norm, slot.step = norm, steps[slot.param]
-    return max(steps.values())
+    has_values = not is_abstract(stacked)
+    measured = iter(stacked.tolist() if has_values else [1.0] * len(values))
+    for slot in slots:
+        slot.norm = next(measured)
+    last_steps = {param: next(measured) for param in states}
+    for slot in slots:
+        slot.step = last_steps[slot.param]
+    for slot in stamped:
+        slot.made_for = next(measured) if has_values else None
+    return max(last_steps.values())
 
 
 def _largest(slots: Sequence[Slot], dtype: torch.dtype) -> list[Tensor]:
@@ -116,11 +151,24 @@ def _largest(slots: Sequence[Slot], dtype: torch.dtype) -> list[Tensor]:
     return list(norms.unbind())
 
 
-def bucket_of(param: Tensor) -> tuple[torch.device, torch.dtype]:
-    """Return device and compute dtype of a parameter: those that agree are updated together."""
-    return param.device, compute_dtype(param)
+def bucket_of(param: Tensor) -> Bucket:
+    """Return what a parameter is updated together with."""
+    return Bucket(param.device, compute_dtype(param), is_of_one_rank(param))
+
+
+def is_of_one_rank(param: Tensor) -> bool:
+    """Tell if a parameter is no replica, by the mark of DDP, or that of Megatron and DeepSpeed."""
+    return getattr(param, "_ddp_ignored", False) or not getattr(param, "allreduce", True)
 
 
 def real_view(tensor: Tensor) -> Tensor:
     """Return a real view: complex numbers become pairs."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def position_of(param: Tensor, groups: Sequence[dict[str, Any]]) -> int:
+    """Return where a parameter stands among all; replicas are counted among themselves, alike on every rank."""
+    others = [other for group in groups for other in group["params"]]
+    if not is_of_one_rank(param):
+        others = [other for other in others if not is_of_one_rank(other)]
+    return next(index for index, other in enumerate(others) if other is param)

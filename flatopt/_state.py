@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _dtensor as dtensor
+from ._abstract import is_abstract
 from ._groups import name_of
 from .pretrained import LearnedRule
 from .rules import UpdateRule, Weights
@@ -18,6 +20,9 @@ SHARED_PREFIX = "shared."
 
 RECORD = ("weights_name", "weights_sha256", "weights_commit")
 """Options of a group that record the weights.  Integers: flattened distributed checkpoints accept only numbers."""
+
+NUMEL = "numel"
+"""Coordinates of the parameter that a state was made for, where some of the state describes all of them together."""
 
 SEED_STRIDE = 1_000_003
 """Seeds this far apart share no random initial state between parameters with indices below it."""
@@ -59,14 +64,21 @@ class StateLayout(NamedTuple):
         """Keys of the state of the rule itself."""
         return (*self.per_tensor, *self.per_coordinate)
 
+    @property
+    def describes_whole(self) -> bool:
+        """Whether some of the state is of all coordinates together, so that it must not be cut."""
+        return len(self.per_tensor) > 1  # besides the step
+
     def is_made(self, state: Mapping[str, Any]) -> bool:
         """Return whether the rule has a state here; a wrapper may have put values of its own, or a ``step``."""
         return any(key in state for key in self.per_coordinate or self.per_tensor)
 
     def check_shapes(self, state: Mapping[str, Any], param: Tensor, groups: Groups) -> None:
         """Raise ``ValueError`` unless all is there and every value per coordinate has the parameter's shape; cheap."""
-        for key in self.per_tensor.keys() - state.keys():
-            self._refuse(key, None, self.per_tensor[key], param, groups)
+        for key, expected in self.per_tensor.items():
+            found = getattr(state.get(key), "shape", None)
+            if found != expected:
+                self._refuse(key, found, expected, param, groups)
         shape = torch.Size((*param.shape, 2)) if param.is_complex() else param.shape
         for key, extra in self.per_coordinate.items():
             found = getattr(state.get(key), "shape", None)
@@ -80,10 +92,29 @@ class StateLayout(NamedTuple):
                 f"state of {name_of(param, groups)} has no {key!r}: it was saved by another optimizer or rule "
                 f"than {self.rule.name!r}"
             )
-        self.check_shapes(state, param, groups)
-        for key, shape in self.per_tensor.items():
-            if isinstance(state[key], Tensor) and state[key].numel() != shape.numel():
-                self._refuse(key, state[key].shape, shape, param, groups)
+        same = {key: self._as_kept(key, state[key]) for key in self.per_tensor}
+        self.check_shapes({**state, **same}, param, groups)
+        made_for = state.get(NUMEL) if self.describes_whole else None
+        if made_for is not None and not (isinstance(made_for, Tensor) and is_abstract(made_for)):
+            self.check_numel(float(made_for), param, groups)
+
+    def check_numel(self, made_for: float | None, param: Tensor, groups: Groups) -> None:
+        """Raise ``ValueError`` if a state was made for another number of coordinates; cut or extended, it may fit."""
+        if made_for is None or math.isclose(made_for, param.numel(), rel_tol=torch.finfo(torch.float32).eps):
+            return
+        whole = " and ".join(repr(key) for key in self.per_tensor if key != "step")
+        raise ValueError(
+            f"state of {name_of(param, groups)} was made for {made_for:.0f} coordinates, but the parameter has shape "
+            f"{list(param.shape)}: {whole} still describes the tensor that it was; delete optimizer.state[param] to "
+            f"start it anew, or only optimizer.state[param][{NUMEL!r}] to go on with it"
+        )
+
+    def complete(self, state: MutableMapping[str, Any], param: Tensor) -> None:
+        """Add what is kept besides the state of the rule, where it is missing."""
+        if "num_skipped" not in state:
+            state["num_skipped"] = torch.zeros((), dtype=torch.int64, device=param.device)
+        if self.describes_whole and NUMEL not in state:
+            state[NUMEL] = torch.full((), param.numel(), dtype=compute_dtype(param), device=param.device)
 
     def _refuse(self, key: str, found: Any, expected: torch.Size, param: Tensor, groups: Groups) -> None:
         if found is None:
@@ -109,14 +140,15 @@ class StateLayout(NamedTuple):
                 else dtensor.placed_like(value.to(self._kept_dtype(key, dtype)), param)
                 for key, value in fresh.items()
             }
-        state["num_skipped"] = torch.zeros((), dtype=torch.int64, device=param.device)
+        self.complete(state, param)
         return state | {SHARED_PREFIX + key: value.clone() for key, value in shared.items()}
 
     def take(self, saved: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
         """Return a copy of a saved state, where and how it is kept."""
         dtype = compute_dtype(param)
         taken = {key: self._take(key, value, param, self._kept_dtype(key, dtype)) for key, value in saved.items()}
-        return {"num_skipped": torch.zeros((), dtype=torch.int64, device=param.device)} | taken
+        self.complete(taken, param)
+        return taken
 
     def _kept_dtype(self, key: str, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype that a value is kept in between steps."""
@@ -132,11 +164,18 @@ class StateLayout(NamedTuple):
             return value
         wanted = dtype if value.is_floating_point() or not dtype.is_floating_point else value.dtype
         copied = value.detach().to(param.device, wanted).clone(memory_format=torch.contiguous_format)
-        if key in self.per_tensor:
-            return copied.reshape(self.per_tensor[key])
+        copied = self._as_kept(key, copied)
         if key in self.per_coordinate and dtensor.is_dtensor(copied) != dtensor.is_dtensor(param):
             return dtensor.placed_like(dtensor.whole_copy(copied), param)
         return copied
+
+    def _as_kept(self, key: str, value: Any) -> Any:
+        """Return a value that exists once per tensor in its shape, if it has as many numbers."""
+        shape = self.per_tensor.get(key)
+        if shape is None:
+            return value
+        value = torch.as_tensor(value) if isinstance(value, int | float) else value
+        return value.reshape(shape) if isinstance(value, Tensor) and value.numel() == shape.numel() else value
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:

@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ._abstract import real_tensors, without_autocast
 from ._applied import AppliedRule
 from ._groups import check_gradient, check_options, has_matrices, name_of, refuse_flattened
-from ._slots import OVERFLOW_MARGIN, Slot, bucket_of, measure
+from ._slots import OVERFLOW_MARGIN, Slot, bucket_of, measure, position_of
 from ._state import (
     RECORD,
     SHARED_PREFIX,
@@ -128,6 +128,7 @@ class FlatOpt(Optimizer):
     ) -> None:
         # A number even when unknown: flattened distributed checkpoints accept only numbers and tensors.
         options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "num_steps": num_steps, "seed": seed}
+        options["maximize"] = maximize
         check_options(options)
         if isinstance(pretrained, LearnedRule):
             if revision is not None:
@@ -148,7 +149,7 @@ class FlatOpt(Optimizer):
         self._watch = Watch()
         self._prepare()
         # Inert: OneCycleLR and CyclicLR write their momentum here, and refuse optimizers that have none.
-        options |= {"maximize": maximize, "momentum": 0.0} | record_of(self.learned)
+        options |= {"momentum": 0.0} | record_of(self.learned)
         self._had_matrices = False
         super().__init__(params, options)
         self._watch.look_at_new(self.param_groups, needs_matrices=self.learned.rule.max_strip > 0)
@@ -186,20 +187,16 @@ class FlatOpt(Optimizer):
         for slot in slots:
             if slot.is_new:
                 self._init_state(slot.param)
-        last_step, buckets = 0.0, dict[tuple[torch.device, torch.dtype], list[Slot]]()
-        for key in dict.fromkeys(map(bucket_of, self._holders())):
-            members = [slot for slot in slots if bucket_of(slot.param) == key]
-            states = {param: self.state[param] for param in self._holders() if bucket_of(param) == key}
-            last_step = max(last_step, measure(members, states, key[1]))
-            usable = buckets[key] = []
-            for slot in members:
-                if self._is_usable(slot, key[1]):
-                    usable.append(slot)
-        context = (1.0 + last_step, self._watch.length(self.param_groups, 1.0 + last_step))
-        for (device, _), members in buckets.items():
-            if members:
-                with without_autocast(device):  # a step taken inside autocast keeps its precision
-                    self._update(members, context)
+            self._layout.complete(self.state[slot.param], slot.param)
+        together = measure(slots, {param: self.state[param] for param in self._holders()})
+        for slot in slots:
+            self._layout.check_numel(slot.made_for, slot.param, self.param_groups)
+        for key, (members, step) in together.items():
+            usable = [slot for slot in members if self._is_usable(slot, key.dtype)]
+            if usable:
+                context = (step, self._watch.length(self.param_groups, step))
+                with without_autocast(key.device):  # a step taken inside autocast keeps its precision
+                    self._update(usable, context)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -218,6 +215,8 @@ class FlatOpt(Optimizer):
         given = [group.get("num_steps", math.inf) for group in self.param_groups]
 
         def capture(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            if not {"state", "param_groups"} <= state_dict.keys():
+                raise ValueError("this is not the state of an optimizer: it must hold 'state' and 'param_groups'")
             self._check_loaded(state_dict)
             seen.update(state_dict)
 
@@ -330,7 +329,7 @@ class FlatOpt(Optimizer):
                 else:
                     self._layout.check_shapes(state, param, self.param_groups)
                 check_gradient(param, param.grad, self.param_groups)
-                yield Slot(param, param.grad, group, is_new)
+                yield Slot(param, param.grad, group, is_new, self._layout.describes_whole)
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         """Raise ``ValueError`` if a state is not one for this optimizer; warn if it is an empty one of another."""
@@ -358,9 +357,7 @@ class FlatOpt(Optimizer):
             relatives = (self.state[other] for other in self._holders() if bucket_of(other) == bucket_of(param))
             shared = shared_of(next(relatives, {})) or self.learned.rule.init_shared(weights)
         # Of its own, so that no order of creation matters.
-        everywhere = (other for group in self.param_groups for other in group["params"])
-        index = next(index for index, other in enumerate(everywhere) if other is param)
-        generator = state_generator(int(self.param_groups[0]["seed"]), index)
+        generator = state_generator(int(self.param_groups[0]["seed"]), position_of(param, self.param_groups))
         self.state[param].update(self._layout.make(weights, param, generator, shared))
 
     def _is_usable(self, slot: Slot, dtype: torch.dtype) -> bool:

@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from . import hub
 from ._cards import address, model_card
 from ._folder import (
@@ -66,11 +68,12 @@ def load_pretrained(
     """
     given: Any = pretrained
     if not isinstance(given, str | os.PathLike):
-        kind = type(given).__name__
+        is_class = isinstance(given, type) and issubclass(given, UpdateRule)
+        kind = given.__name__ if is_class else type(given).__name__
         hint = f"; a rule without weights: LearnedRule({kind}(), {kind}().init_weights())"
         raise TypeError(
             f"pretrained must be a name, a folder or 'org/name', not {kind}"
-            + (hint if isinstance(given, UpdateRule) else "")
+            + (hint if is_class or isinstance(given, UpdateRule) else "")
         )
     source = os.fspath(pretrained)
     shipped = list_pretrained()
@@ -188,6 +191,9 @@ class LearnedRule:
         if not isinstance(rule, UpdateRule) or not isinstance(given, Mapping):
             kinds = f"{type(rule).__name__} and {type(given).__name__}"
             raise TypeError(f"a LearnedRule takes an UpdateRule and a dict of its weights, not {kinds}")
+        for key, value in given.items():
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"weights: {key!r} must be a tensor, not {type(value).__name__}")
         weights = {key: value.detach().cpu().clone().contiguous() for key, value in self.weights.items()}
         check_weights(self.rule, weights)
         object.__setattr__(self, "weights", weights)

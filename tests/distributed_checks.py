@@ -37,7 +37,8 @@ def run_all(rank: int, world_size: int, folder: str) -> None:
             check_fsdp2(name, mesh, Path(folder) / name)
         check_bad_gradient_on_one_rank(mesh)
         check_ddp()
-        check_parameters_of_one_rank()
+        for name in ("orthogonalized-momentum", "rnnprop", "l2o-scale"):
+            check_parameters_of_one_rank(name, lambda step: step % (2 + rank) > 0)
         check_zero_redundancy("adam")
         check_zero_redundancy("orthogonalized-momentum")
         check_tensor_parallel(mesh)
@@ -171,39 +172,50 @@ def check_ddp() -> None:
     assert_same(model.parameters(), oracle.parameters())
 
 
-class WithExpert(nn.Module):
-    """A network with a layer that lives on one rank only."""
+class WithExperts(nn.Module):
+    """A network with layers that live on one rank only: none, two, four."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.expert, self.last = nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 1)
+        self.first, self.last = nn.Linear(3, 16), nn.Linear(16, 1)
         torch.manual_seed(1 + dist.get_rank())
-        self.expert.reset_parameters()
+        self.experts = nn.Sequential(*[nn.Linear(16, 16) for _ in range(2 * dist.get_rank())])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.expert(self.first(x).tanh()).tanh())
+        return self.last(self.experts(self.first(x).tanh()).tanh())
 
 
-def check_parameters_of_one_rank() -> None:
-    """Parameters that DDP ignores leave the shared ones equal on all ranks.
-
-    A tensor-local rule needs nothing for it; one that mixes over tensors needs an optimizer of their own for them.
-    """
-    for name, separate in (("orthogonalized-momentum", False), ("l2o-scale", True)):
-        model = WithExpert()
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["expert.weight", "expert.bias"])
-        replica = DistributedDataParallel(model)
+def check_parameters_of_one_rank(name: str, expert_steps: Callable[[int], bool]) -> None:
+    """Experts that DDP ignores, other ones on every rank and with other steps, leave the shared parameters equal."""
+    rule = learned(name, perturbation=0.1)
+    for mark in ("DDP", "allreduce"):
+        model = WithExperts()
+        own = list(model.experts.parameters())
         shared = [*model.first.parameters(), *model.last.parameters()]
-        own = list(model.expert.parameters())
-        rule = learned(name, perturbation=0.1)
-        opts = [FlatOpt(params, pretrained=rule) for params in ([shared, own] if separate else [shared + own])]
+        names = [key for key, _ in model.named_parameters() if "experts" in key]
+        if mark == "DDP":
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+            replica: nn.Module = DistributedDataParallel(model)
+        else:
+            for param in own:
+                param.allreduce = False
+            replica = model
+        opt = FlatOpt([*own, *shared], pretrained=rule, num_steps=30)
         for step in range(20):
             x = batch(step).chunk(dist.get_world_size())[dist.get_rank()]
             replica(x).sub(1).square().mean().backward()
-            for opt in opts:
-                opt.step()
-                opt.zero_grad()
+            for param in shared:
+                if mark != "DDP":
+                    dist.all_reduce(param.grad)
+                if step < 3:  # frozen at first, while the experts learn
+                    param.grad = None
+            for param in own:
+                if not expert_steps(step):
+                    param.grad = None
+            opt.step()
+            opt.zero_grad()
+        assert len(own) == 0 or float(opt.state[own[0]]["step"]) == sum(map(expert_steps, range(20)))
         for param in shared:
             copies = [torch.empty_like(param) for _ in range(dist.get_world_size())]
             dist.all_gather(copies, param.detach())

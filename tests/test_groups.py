@@ -31,6 +31,9 @@ BAD_OPTIONS = [
     ({"num_steps": float("nan")}, "Invalid num_steps value: nan"),
     ({"seed": 2**32}, "Invalid seed value: 4294967296"),
     ({"seed": 0.5}, "Invalid seed value: 0.5"),
+    ({"maximize": None}, "Invalid maximize value: None"),
+    ({"maximize": "no"}, "Invalid maximize value: 'no'"),
+    ({"maximize": 2}, "Invalid maximize value: 2"),
 ]
 bad_options = pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
 
@@ -82,10 +85,13 @@ def test_a_step_refuses_options_written_out_of_range(options: dict[str, Any], me
     assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
 
 
-@pytest.mark.parametrize("key", ["lr", "weight_decay", "num_steps", "seed"])
+NUMPY = {"num_steps": np.int64(5), "seed": np.int64(5), "maximize": np.bool_(True)}
+
+
+@pytest.mark.parametrize("key", ["lr", "weight_decay", "num_steps", "seed", "maximize"])
 @pytest.mark.parametrize("how", ["constructor", "group", "written"])
 def test_numbers_of_numpy_are_saved_as_those_of_python(key: str, how: str, toy: LearnedRule) -> None:
-    value = np.int64(5) if key in ("num_steps", "seed") else np.float64(0.25)
+    value: Any = NUMPY.get(key, np.float64(0.25))
     params = make_params("network")
     if how == "constructor":
         opt = FlatOpt(params, pretrained=toy, **{key: value})

@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "_warn": set(),
     "_groups": {"_abstract"},
     "_watch": {"_groups", "_warn"},
-    "_state": {"_dtensor", "_groups", "pretrained", "rules"},
+    "_state": {"_abstract", "_dtensor", "_groups", "pretrained", "rules"},
     "_slots": {"_abstract", "_dtensor", "_state", "rules"},
     "_applied": {"_compile", "_dtensor", "_slots", "_torch", "pretrained", "rules"},
     "optimizer": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +126,74 @@ def test_a_gradient_of_another_shape_is_refused_before_anything_moves(name: str,
     step_with(opt, params, 0)
 
 
-def test_surgery_on_one_of_two_moments_is_refused() -> None:
-    (old,), opt = stepped("orthogonalized-momentum", [(10, 3)])
-    keep = torch.arange(10) >= 3
-    new, state = nn.Parameter(old.detach()[keep]), opt.state.pop(old)
-    state["exp_avg"] = state["exp_avg"][keep]
+def replace_rows(opt: FlatOpt, old: nn.Parameter, change: Any, keys: Sequence[str]) -> nn.Parameter:
+    """Replace a parameter by one with other rows, and change some of its state in the same way."""
+    new, state = nn.Parameter(change(old.detach())), opt.state.pop(old)
+    for key in keys:
+        state[key] = change(state[key])
     opt.param_groups[0]["params"][0] = new
     opt.state[new] = state
-    with pytest.raises(ValueError, match=r"state 'exp_avg_sq' of parameter 0 of group 0 has shape \[10, 3\].*\[7, 3\]"):
+    return new
+
+
+def per_coordinate(opt: FlatOpt, param: nn.Parameter) -> list[str]:
+    return [key for key, value in opt.state[param].items() if value.shape[: param.dim()] == param.shape]
+
+
+CHANGES_OF_ROWS = [lambda value: value[3:].clone(), lambda value: torch.cat([value, torch.zeros_like(value[:4])])]
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_ROWS, ids=["prune", "extend"])
+def test_surgery_on_one_of_two_moments_is_refused(change: Any) -> None:
+    (old,), opt = stepped("orthogonalized-momentum", [(10, 3)])
+    new = replace_rows(opt, old, change, ["exp_avg"])
+    message = rf"state 'exp_avg_sq' of parameter 0 of group 0 has shape \[10, 3\].*\[{len(new)}, 3\]"
+    with pytest.raises(ValueError, match=message):
         step_with(opt, [new], 1)
-    state["exp_avg_sq"] = state["exp_avg_sq"][keep]
+
+
+@every_rule
+@pytest.mark.parametrize("change", CHANGES_OF_ROWS, ids=["prune", "extend"])
+def test_surgery_is_refused_where_the_state_describes_the_whole_tensor(name: str, change: Any) -> None:
+    """Pruning all that has rows is complete for the rules that keep nothing else, as it is for AdamW."""
+    (old,), opt = stepped(name, [(10, 3)])
+    new = replace_rows(opt, old, change, per_coordinate(opt, old))
+    whole = opt.learned.rule.memory
+    if whole:
+        before, message = new.detach().clone(), rf"made for 30 coordinates.*\[{len(new)}, 3\]: '{whole[0]}'"
+        with pytest.raises(ValueError, match=message):
+            step_with(opt, [new], 1)
+        other = nn.Parameter(new.detach().clone())
+        with pytest.raises(ValueError, match=message):
+            FlatOpt([other], pretrained=learned(name)).load_state_dict(opt.state_dict())
+        assert torch.equal(new, before)
+        del opt.state[new]["numel"]  # as the message says
     step_with(opt, [new], 1)
+    assert float(opt.state[new]["step"]) == 2
+    if whole:
+        assert float(opt.state[new]["numel"]) == new.numel()
+
+
+def test_rows_with_large_gradients_would_slow_the_rest_after_they_are_gone() -> None:
+    """Why pruning both moments is not enough: the largest gradient so far is one of the whole tensor."""
+    moved = {}
+    for is_reset in (False, True):
+        (old,) = model_of([(10, 3)])
+        opt = FlatOpt([old], pretrained="flat-v2")
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(20):
+            old.grad = torch.randn(10, 3, generator=generator) * torch.tensor([100.0] * 3 + [1.0] * 7)[:, None]
+            opt.step()
+        new = replace_rows(opt, old, lambda value: value[3:].clone(), ["exp_avg", "exp_avg_sq"])
+        del opt.state[new]["numel"]
+        if is_reset:
+            opt.state[new]["grad_rms_max"].zero_()
+        start = new.detach().clone()
+        for _ in range(5):
+            new.grad = torch.randn(7, 3, generator=generator)
+            opt.step()
+        moved[is_reset] = float((new.detach() - start).norm())
+    assert moved[True] > 10 * moved[False]
 
 
 @pytest.mark.parametrize("key", ["exp_avg", "step", "grad_rms_max"])
@@ -143,6 +201,16 @@ def test_a_state_that_lost_a_key_is_refused(key: str) -> None:
     params, opt = stepped("orthogonalized-momentum", SHAPES)
     del opt.state[params[0]][key]
     with pytest.raises(ValueError, match=f"state of parameter 0 of group 0 has no tensor '{key}'"):
+        step_with(opt, params, 1)
+
+
+def test_a_step_that_a_wrapper_overwrote_is_refused() -> None:
+    params, opt = stepped("orthogonalized-momentum", SHAPES)
+    opt.state[params[0]]["step"] = 5  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="state of parameter 0 of group 0 has no tensor 'step'"):
+        step_with(opt, params, 1)
+    opt.state[params[0]]["step"] = torch.tensor([5.0])
+    with pytest.raises(ValueError, match=r"state 'step' of parameter 0 of group 0 has shape \[1\]"):
         step_with(opt, params, 1)
 
 
@@ -156,7 +224,7 @@ def test_a_wrapper_may_write_into_the_state_first(name: str) -> None:
             for param in params:
                 opt.state[param]["average"] = param.detach().clone()
             opt.state["calls"] = 3  # type: ignore[index]
-            opt.state[params[0]]["step"] = 0
+            opt.state[params[0]] |= {"step": 0, "numel": 1, "num_skipped": 0}
         for seed in range(2):
             step_with(opt, params, seed)
         assert all(("average" in opt.state[param]) is wrapped for param in params)

@@ -56,10 +56,10 @@ MEANS = "Means and counts"
 
 SUMMARY = {
     "optimizer": "optimizer",
-    "accuracy %": "mean accuracy % (tasks)",
-    "-100 MSE": "regression: -100 MSE (tasks)",
+    "accuracy %": "accuracy %",
+    "-100 MSE": "-100 MSE",
     "mean rank": "mean rank",
-    "at least the best tuned": "at least the best tuned on",
+    "at least the best tuned": "no worse than the best tuned one",
 }
 COMMAND = "OMP_NUM_THREADS=1 flatopt-eval reproduction"
 RULES = {"l2o-dm": "L2O-DM", "rnnprop": "RNNProp", "l2o-scale": "L2O-Scale"}
@@ -174,9 +174,14 @@ def summary(one: dict[str, Any]) -> str:
     chosen = [index for index, name in enumerate(one["columns"]) if name in SUMMARY]
     rows = [[row[index] for index in chosen] for row in one["rows"] if "untrained" not in row[0]]
     rows = [[row[0].replace("horizon unknown", "length of the run unknown"), *row[1:]] for row in rows]
-    rank = [one["columns"][index] for index in chosen].index("mean rank")
-    rows.sort(key=lambda row: float(row[rank]))
-    return table([SUMMARY[one["columns"][index]] for index in chosen], rows)
+    header = [SUMMARY[one["columns"][index]] for index in chosen]
+    rows.sort(key=lambda row: float(row[header.index("mean rank")]))
+    for column, name in enumerate(header):  # the number of tasks behind a mean stands in the header if it is one number
+        counts = {row[column].partition(" (")[2] for row in rows}
+        if len(counts) == 1 and (count := counts.pop()):
+            header[column] = f"{name}, {count.rstrip(')')} tasks"
+            rows = [[*row[:column], row[column].partition(" (")[0], *row[column + 1 :]] for row in rows]
+    return table(header, rows)
 
 
 def reproduction(content: dict[str, Any]) -> dict[str, str]:

@@ -197,16 +197,16 @@ def test_every_setting_that_is_shown_can_be_given_back(recipe):
 
 
 def test_show_takes_settings_and_says_what_the_recipe_is(capsys):
-    assert main(["show", "smoke", "tasks.mlp.num_tasks=7"]) == 0
+    assert main(["show", "smoke", "tasks.tabular.num_tasks=7"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("Is a whole run with several checkpoints")
-    assert "\ntasks.mlp.num_tasks=7\n" in out
+    assert "\ntasks.tabular.num_tasks=7\n" in out
 
 
 def test_a_dry_run_checks_and_does_nothing(tmp_path, capsys):
     assert main(["run", "smoke", "num_updates=3", "--dry-run", "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
-    assert "num_updates=3\n" in out and out.endswith("tasks: mlp (nothing was done)\n")
+    assert "num_updates=3\n" in out and out.endswith("tasks: tabular (nothing was done)\n")
     assert not (tmp_path / "run").exists()
 
 
@@ -299,10 +299,16 @@ def test_a_disk_that_is_full_from_the_start_does_not_offer_to_go_on(tmp_path, ca
     assert "No space left" in line and "resume" not in line
 
 
+def test_smoke_needs_no_data_that_has_to_be_fetched(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLATOPT_DATA", str(tmp_path))
+    _cached_table.cache_clear()
+    assert main(["run", "smoke", "num_updates=1", "--out", str(tmp_path / "run")]) == 0
+
+
 def test_a_dry_run_says_that_data_are_missing(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FLATOPT_DATA", str(tmp_path))
     _cached_table.cache_clear()
-    assert main(["run", "smoke", "--dry-run", "--out", str(tmp_path / "run")]) == 2
+    assert main(["run", "l2o-dm", "--dry-run", "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and "name their folder in FLATOPT_DATA" in said.err
 
@@ -320,7 +326,7 @@ def test_version_is_that_of_the_package(capsys):
         (["run", "smoke", "speed=1", "--out", "OUT"], "unknown key 'speed': valid are recipe, rule"),
         (["run", "smoke", "seed=a", "--out", "OUT"], "seed must be an integer of at least 0"),
         (["run", "smoke", "estimator.name=guess", "--out", "OUT"], "estimator.name must be one of persistent-es, "),
-        (["run", "smoke", "tasks.mlp.name=tree", "--out", "OUT"], "'tree'"),
+        (["run", "smoke", "tasks.tabular.name=tree", "--out", "OUT"], "'tree'"),
         (["run", "smoke", "--out", "OUT", "--device", "nowhere"], "device 'nowhere' cannot be used"),
         (["resume", "OUT"], "no whole checkpoint in OUT/checkpoints"),
         (["export", "OUT", "--to", "OUT/export"], "no whole checkpoint in OUT/checkpoints"),

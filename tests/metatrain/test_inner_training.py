@@ -124,7 +124,7 @@ def test_configuration_names_the_estimator():
 
 
 def test_random_scaling_of_a_configuration_is_one_number_per_coordinate():
-    config = smoke().override(["estimator.name=truncated-backprop", "tasks.mlp.random_scaling=2"])
+    config = smoke().override(["estimator.name=truncated-backprop", "tasks.tabular.random_scaling=2"])
     (unroll,) = build_estimator(config, config.build_rule(), torch.device("cpu")).inner.unrolls
     problems = unroll.distribution.sample_problems(3, torch.Generator().manual_seed(0))
     for scale in problems.param_scales.values():
@@ -143,7 +143,7 @@ def test_an_unknown_family_is_named(name):
 
 def test_command_line_trains_by_backpropagation(tmp_path):
     options = ["estimator.name=truncated-backprop", "estimator.truncation_length=2", "num_updates=3"]
-    assert main(["run", "smoke", *options, "tasks.mlp.min_steps=2", "--out", str(tmp_path / "run")]) == 0
+    assert main(["run", "smoke", *options, "tasks.tabular.min_steps=2", "--out", str(tmp_path / "run")]) == 0
     assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "export")]) == 0
     assert (tmp_path / "export" / "model.safetensors").exists()
 

@@ -34,7 +34,7 @@ from flatopt.metatrain.trainer import _begin
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 
 # Three problems for two processes, and validation of one family.
-RUN = ["run", "smoke", "num_updates=6", "tasks.mlp.num_tasks=3", "validate_every=3", "validation.num_tasks=1"]
+RUN = ["run", "smoke", "num_updates=6", "tasks.tabular.num_tasks=3", "validate_every=3", "validation.num_tasks=1"]
 
 
 class Alone(Ranks):
@@ -165,7 +165,7 @@ def test_two_processes_give_the_weights_of_one_and_one_of_them_writes(tmp_path):
 @pytest.mark.slow
 def test_torchrun_goes_on_from_the_last_checkpoint_when_any_process_dies(tmp_path):
     """Killed first one, then the other: what either leaves in the store of torchrun must not be taken for alive."""
-    arguments = ["smoke", "num_updates=14", "tasks.mlp.num_tasks=3", "estimator.truncation_length=20"]
+    arguments = ["smoke", "num_updates=14", "tasks.tabular.num_tasks=3", "estimator.truncation_length=20"]
     process = start(tmp_path / "run", "run", *arguments, "checkpoint_every=1", torchrun=["--max-restarts", "2"])
     num_updates, dead = 0, set[int]()
     for rank in (1, 0):

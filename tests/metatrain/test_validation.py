@@ -135,7 +135,7 @@ def test_validation_of_a_configuration_is_plain():
         flatness=FlatnessConfig(name="trace", coefficient=1.0),
         inner_flatness=FlatnessConfig(name="squared-trace", coefficient=0.1),
     )
-    config = smoke().override(["tasks.mlp.random_scaling=2", "validation.num_tasks=5", "validation.num_steps=15"])
+    config = smoke().override(["tasks.tabular.random_scaling=2", "validation.num_tasks=5", "validation.num_steps=15"])
     config = type(config)(**{**vars(config), "objective": objective})
     validation = build_validation(config, config.build_rule(), torch.device("cpu"))
     (unroll,) = validation.families.unrolls
@@ -145,7 +145,7 @@ def test_validation_of_a_configuration_is_plain():
 
 
 def test_the_size_of_the_training_set_is_that_of_the_configuration():
-    config = smoke().override(["tasks.mlp.num_train=70"])
+    config = smoke().override(["tasks.tabular.num_train=70"])
     (unroll,) = build_validation(config, config.build_rule(), torch.device("cpu")).families.unrolls
     problems = unroll.distribution.sample_problems(5, torch.Generator().manual_seed(0))
     assert problems.num_train.tolist() == [70] * 5
