@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ._abstract import is_abstract
 
@@ -113,8 +114,8 @@ def refuse_flattened(param: Tensor, groups: Sequence[dict[str, Any]], had_matric
 
 
 def has_matrices(groups: Iterable[dict[str, Any]]) -> bool:
-    """Return whether any parameter has two axes."""
-    return any(param.dim() > 1 for group in groups for param in group["params"])
+    """Return whether any parameter has two axes; one of a lazy module has none yet."""
+    return any(not is_lazy(param) and param.dim() > 1 for group in groups for param in group["params"])
 
 
 def name_of(param: Tensor, groups: Iterable[dict[str, Any]]) -> str:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from torch.nn.parameter import is_lazy
+
 from ._groups import check_options, has_matrices, highest_lr
 from ._warn import warn
 
@@ -45,7 +47,8 @@ class Watch:
 
     def look_at_new(self, groups: Sequence[dict[str, Any]], *, needs_matrices: bool) -> None:
         """Warn of a learning rate that is none of this optimizer, and of a vector that may have been matrices."""
-        longest = max((param.numel() for group in groups for param in group["params"]), default=0)
+        params = [param for group in groups for param in group["params"] if not is_lazy(param)]
+        longest = max((param.numel() for param in params), default=0)
         if needs_matrices and longest >= FLAT_NUMEL and not has_matrices(groups):
             warn(
                 f"no parameter is a matrix, and one is a vector of {longest:,} coordinates: if it holds the flattened "

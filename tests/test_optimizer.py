@@ -905,6 +905,19 @@ def test_gradient_accumulation_equals_the_sum(toy: LearnedRule) -> None:
     torch.testing.assert_close(once, twice)
 
 
+def test_a_lazy_module_may_get_its_shapes_after_the_optimizer_is_made(toy: LearnedRule) -> None:
+    ends = []
+    for is_lazy in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.LazyLinear(2)
+        opt = FlatOpt(model.parameters(), pretrained=toy) if is_lazy else None
+        model(torch.ones(3, 4))
+        opt = opt or FlatOpt(model.parameters(), pretrained=toy)
+        step_with(opt, list(model.parameters()), 0)
+        ends.append([param.detach() for param in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+
 def test_parameters_may_be_replaced_by_moved_ones(toy: LearnedRule) -> None:
     params = make_params("network")
     opt = FlatOpt(params, pretrained=toy)
