@@ -240,8 +240,8 @@ class OrthogonalizedMomentum(UpdateRule):
         fan, is_matrix = table_FN[2:4]
         seen = self._measure(summaries_NS, memory_NM[:, 0], table_FN, factors, context)
         in_run = torch.stack([*embed_step(context.step, STEP_SCALES), *_embed_horizon(context, known)]).to(fan)
-        features = [seen.features, table_FN[4:], in_run.unsqueeze(-1).expand(-1, len(fan))]
-        log_step, log_decay, adam, log_mix = _control(weights, torch.cat(features), is_matrix)
+        features_FN = torch.cat([seen.features, table_FN[4:], in_run.unsqueeze(-1).expand(-1, len(fan))])
+        log_step, log_decay, adam, log_mix = _control(weights, features_FN, is_matrix)
 
         def of_kind(name: str) -> Tensor:
             return torch.where(is_matrix > 0, factors[f"matrix_{name}"], factors[f"vector_{name}"])
@@ -249,14 +249,13 @@ class OrthogonalizedMomentum(UpdateRule):
         def power(name: str) -> Tensor:
             return CONSTANT_SCALE * weights[f"constants.{name}"]
 
-        schedule = self._schedule(weights, factors, context, known)
+        schedule = self._schedule(factors, context, known)
         log_signal = seen.log_signal.clamp(-FEATURE_BOUND, FEATURE_BOUND)
         peak = self.base_step * schedule * of_kind("step")
         growth = power("gradient_power") * seen.log_ratio + power("noise_step") * log_signal
         step_size = peak * fan.rsqrt() * (growth + log_step).exp()
-        log_ratio = seen.log_ratio.clamp(min=-FEATURE_BOUND)
         shrinkage = power("noise_decay") * log_signal + power("late_decay") * schedule.clamp(min=MIN_SCHEDULE).log()
-        shrinkage = shrinkage + power("gradient_decay") * log_ratio
+        shrinkage = shrinkage + power("gradient_decay") * seen.log_ratio.clamp(min=-FEATURE_BOUND)
         decay = self.base_decay * of_kind("decay") * (log_decay - shrinkage).exp()
         control = torch.stack([(1 - adam.abs()) * seen.per_polar, adam * seen.per_adam, decay, step_size], -1)
         return control, torch.stack([seen.rms_max, log_mix], -1), shared
@@ -328,7 +327,7 @@ class OrthogonalizedMomentum(UpdateRule):
         rates = [(1 - momentum) * factors["momentum"], (1 - square) * factors["square_decay"]]
         return torch.stack(rates).clamp(max=1)
 
-    def _schedule(self, weights: Weights, factors: dict[str, Tensor], context: StepContext, known: Tensor) -> Tensor:
+    def _schedule(self, factors: dict[str, Tensor], context: StepContext, known: Tensor) -> Tensor:
         """Return the multiplier of the step over the run, 0-D; before learning at most 1."""
         warmup = (context.step / (self.warmup_steps * factors["warmup"])).clamp(max=1)
         fraction = ((context.step - 1) / context.num_steps).clamp(max=1)
