@@ -57,14 +57,14 @@ def differences(cells: Cells, task: str, optimizer: str, other: str, key: str = 
     return [one - two for one, two in pairs]
 
 
-def interval_over_tasks(cells: Cells, tasks: Sequence[str], optimizer: str, other: str) -> Interval:
+def interval_over_tasks(cells: Cells, tasks: Sequence[str], optimizer: str, other: str, key: str = "score") -> Interval:
     """Return the mean difference over tasks; its interval is over the tasks, each the mean over its seeds."""
-    return confidence_interval([fmean(differences(cells, task, optimizer, other)) for task in tasks])
+    return confidence_interval([fmean(differences(cells, task, optimizer, other, key)) for task in tasks])
 
 
-def interval_over_seeds(cells: Cells, tasks: Sequence[str], optimizer: str, other: str) -> Interval:
+def interval_over_seeds(cells: Cells, tasks: Sequence[str], optimizer: str, other: str, key: str = "score") -> Interval:
     """Return the mean difference over tasks; its interval is over the seeds, each the mean over the tasks."""
-    of_tasks = [differences(cells, task, optimizer, other) for task in tasks]
+    of_tasks = [differences(cells, task, optimizer, other, key) for task in tasks]
     return confidence_interval([fmean(of_seed) for of_seed in zip(*of_tasks, strict=True)])
 
 

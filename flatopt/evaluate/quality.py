@@ -16,7 +16,7 @@ from ._evaluation import Evaluation, matching, option
 from ._report import Report, Table, confidence_interval
 from ._training import Benchmark
 from .benchmarks import choose_benchmarks
-from .contestants import REFERENCE, Contestant, baselines, learned_contestants
+from .contestants import REFERENCE, UNKNOWN, Contestant, baselines, learned_contestants
 
 CLASSIFICATION, REGRESSION = ("classification",), ("regression", "reconstruction")
 
@@ -100,6 +100,8 @@ def _more_tables(records: Sequence[Record], num_seeds: int) -> list[Table]:
     if learned and REFERENCE in optimizers:
         tables.insert(1, _difference_table(cells, learned, num_seeds))
         tables.append(_speed_table(cells, learned))
+    if {"FlatOpt", "untrained core"} <= set(learned):
+        tables.insert(1, _learning_table(cells, learned))
     return tables
 
 
@@ -158,6 +160,19 @@ def _difference_table(cells: _standings.Cells, learned: Sequence[str], num_seeds
         rows.append([*row, best])
     header = ["task", *(f"{name} less {other}" for name in learned for other in (REFERENCE, "the best tuned"))]
     return Table(f"Differences of the score, 95 % interval over {num_seeds} seeds", [*header, "best tuned"], rows)
+
+
+def _learning_table(cells: _standings.Cells, learned: Sequence[str]) -> Table:
+    """Return what the learned weights add to the untrained rule, over the classification tasks."""
+    rows = []
+    for horizon, suffix in (("told", ""), ("not told", UNKNOWN)):
+        pair = [name + suffix for name in ("FlatOpt", "untrained core")]
+        tasks = _standings.shared_tasks(cells, pair, CLASSIFICATION) if set(pair) <= set(learned) else []
+        if tasks:
+            over = _standings.interval_over_seeds, _standings.interval_over_tasks
+            rows.append([horizon, *(one(cells, tasks, *pair, key).text() for key in ("score", "loss") for one in over)])
+    header = ["length of the run", "accuracy: over seeds", "over tasks", "test loss: over seeds", "over tasks"]
+    return Table("FlatOpt less the same rule untrained, classification", header, rows)
 
 
 def _speed_table(cells: _standings.Cells, learned: Sequence[str]) -> Table:

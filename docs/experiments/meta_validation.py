@@ -1,0 +1,76 @@
+"""Constants of the default rule, set by hand or learned, on the tasks of meta-validation.
+
+Each candidate trains the 18 tasks of ``flatopt-eval quality --split meta``, with the length of the run told and not,
+and is judged on the ``meta`` split against the untrained rule.  The log entry on the decay of 2026-11-26 quotes it.
+
+Run as ``OMP_NUM_THREADS=1 python docs/experiments/meta_validation.py [SET ...]``: three minutes per candidate on an
+idle core.  Sets are names or folders of weights.  ``--fast`` takes two tasks and two candidates, cut short.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from statistics import fmean
+
+import torch
+
+from flatopt import LearnedRule, load_pretrained
+from flatopt.evaluate._report import mean_pm_std
+from flatopt.evaluate._training import Benchmark, results
+from flatopt.evaluate.benchmarks import META_BENCHMARKS
+from flatopt.evaluate.contestants import learned_contestant
+from flatopt.rules import OrthogonalizedMomentum
+from flatopt.rules.orthogonalized_momentum import CONSTANT_SCALE
+
+FAST = "--fast" in sys.argv
+WORDS = [word for word in sys.argv[1:] if not word.startswith("--")]
+SEEDS = (0,) if FAST else (0, 1)
+RULE = OrthogonalizedMomentum()
+UNTRAINED = RULE.init_weights(torch.Generator().manual_seed(0))
+
+LOGARITHMS = {
+    "decay times 1/2": {"matrix_decay": -0.7, "vector_decay": -0.7},
+    "and more as the gradient shrinks, power 0.7": {"matrix_decay": -0.7, "vector_decay": -0.7, "gradient_decay": 0.7},
+    "and power 1.2": {"matrix_decay": -0.7, "vector_decay": -0.7, "gradient_decay": 1.2},
+    "decay late, power 1/2": {"late_decay": 0.5},
+    "decay with noise, power 0.3": {"noise_decay": 0.3},
+    "steps without a known length": {"anytime_power": 0.5, "anytime_step": 0.35},
+    "step without noise": {"noise_step": -0.3, "matrix_step": -0.3, "vector_step": -0.3},
+}
+"""What is added to the exponents of factors, and to powers."""
+
+
+def candidates() -> dict[str, LearnedRule]:
+    """Return the untrained rule, and what is compared with it."""
+    found = {"untrained": LearnedRule(RULE, UNTRAINED)}
+    if WORDS:
+        return found | {word: load_pretrained(word) for word in WORDS}
+    for label, constants in LOGARITHMS.items():
+        weights = {f"constants.{name}": torch.tensor(value / CONSTANT_SCALE) for name, value in constants.items()}
+        found[label] = LearnedRule(RULE, UNTRAINED | weights)
+    return dict(list(found.items())[:2]) if FAST else found
+
+
+def score(benchmark: Benchmark, learned: LearnedRule, *, horizon_known: bool) -> float:
+    """Return the mean score on the ``meta`` split, times 100."""
+    contestant = learned_contestant("candidate", learned, horizon_known=horizon_known)
+    (setting,) = contestant.settings()
+    return 100 * fmean(results(benchmark, contestant, setting, seed)["meta_score"] for seed in SEEDS)
+
+
+tasks = list(META_BENCHMARKS)
+if FAST:
+    cut = replace(tasks[0], num_steps=3, num_train=100)
+    tasks = [cut, next(one for one in tasks if one.kind == "regression")]
+    tasks[1] = replace(tasks[1], num_steps=3)
+before: dict[tuple[str, bool], float] = {}
+for label, learned in candidates().items():
+    for known in (True, False):
+        differences: dict[str, list[float]] = {"classification": [], "regression": []}
+        for task in tasks:
+            found = score(task, learned, horizon_known=known)
+            differences[task.kind].append(found - before.setdefault((task.name, known), found))
+        told = "told" if known else "not told"
+        words = [f"{kind} {mean_pm_std(values)} over {len(values)} tasks" for kind, values in differences.items()]
+        print(f"{label}, length {told}: {', '.join(words)}", flush=True)
