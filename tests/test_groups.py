@@ -317,6 +317,14 @@ def test_a_decaying_schedule_on_top_of_a_known_length_is_told_once(
     assert len(caught) == len(told)
 
 
+def test_a_rate_lowered_by_hand_is_not_told(toy: LearnedRule) -> None:
+    params = make_params("network")
+    opt = FlatOpt(params, pretrained=toy, num_steps=10)
+    for seed in range(2):
+        step_with(opt, params, seed)  # warnings are errors
+        opt.param_groups[0]["lr"] /= 2
+
+
 def test_an_empty_state_of_another_optimizer_is_told(toy: LearnedRule) -> None:
     params = make_params("network")
     opt = FlatOpt(params, pretrained=toy)

@@ -127,7 +127,8 @@ def test_random_scaling_of_a_configuration_is_one_number_per_coordinate():
     config = smoke().override(["estimator.name=truncated-backprop", "tasks.tabular.random_scaling=2"])
     (unroll,) = build_estimator(config, config.build_rule(), torch.device("cpu")).inner.unrolls
     problems = unroll.distribution.sample_problems(3, torch.Generator().manual_seed(0))
-    for scale in problems.param_scales.values():
+    for name, scale in problems.param_scales.items():
+        assert scale.shape == problems.params[name].shape
         assert len(scale.unique()) == scale.numel()
         assert 2 > scale.log().abs().max() > 1
 
