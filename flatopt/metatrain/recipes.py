@@ -33,6 +33,35 @@ def smoke() -> MetaTrainConfig:
     )
 
 
+_FLAT_V2_FAMILIES = (
+    # Name, problems, steps, weight.  Neighbours are of different kinds: a table, an image net and a sequence, say.
+    ("tabular", 32, 800, 1.0),
+    ("mlp-deep", 20, 600, 1.0),
+    ("lstm", 16, 400, 1.0),
+    ("transformer", 10, 400, 1.0),
+    ("regression", 32, 500, 0.5),
+    ("mlp-wide", 10, 600, 1.0),
+    ("vit", 10, 400, 1.0),
+    ("cnn-groupnorm", 8, 400, 1.0),
+    ("tabular-binary", 32, 400, 1.0),
+    ("mlp-layernorm", 20, 600, 1.0),
+    ("gru-text", 12, 400, 1.0),
+    ("cnn", 12, 500, 1.0),
+    ("regression-few", 32, 400, 0.5),
+    ("mlp-gelu", 24, 600, 1.0),
+    ("gru", 16, 300, 1.0),
+    ("mlp-preln", 16, 400, 1.0),
+    ("tabular-wide", 16, 400, 1.0),
+    ("autoencoder", 20, 500, 1.0),
+    ("cnn-batchnorm", 10, 400, 1.0),
+    ("mlp-deeper", 20, 300, 1.0),
+    ("regression-noisy", 32, 300, 0.5),
+    ("mlp-sigmoid", 24, 800, 1.0),
+    ("mlp-tanh", 12, 200, 1.0),
+    ("mlp-wider", 6, 200, 1.0),
+)
+
+
 def flat_v2() -> MetaTrainConfig:
     """Return the run behind the shipped weights ``flat-v2``: 25 minutes on two cores.
 
@@ -42,9 +71,8 @@ def flat_v2() -> MetaTrainConfig:
     grows with the noise, late in a run, and as the gradient shrinks.  The step stays as it is (docs/log.md).
     """
     only = tuple(f"constants.{name}_decay" for name in ("matrix", "vector", "noise", "late", "gradient"))
-
-    def task(name: str, num_tasks: int, num_steps: int, weight: float = 1.0) -> TaskConfig:
-        return TaskConfig(
+    tasks = tuple(
+        TaskConfig(
             name=name,
             num_tasks=num_tasks,
             min_steps=num_steps,
@@ -53,38 +81,13 @@ def flat_v2() -> MetaTrainConfig:
             unknown_horizon_probability=0.5,
             weight=weight,
         )
-
+        for name, num_tasks, num_steps, weight in _FLAT_V2_FAMILIES
+    )
     return MetaTrainConfig(
         recipe="flat-v2",
         rule="orthogonalized-momentum",
         estimator=EstimatorConfig(std=0.1, families_per_update=3, only=only),
-        # Neighbours are of different kinds: an update sees a table, an image net and a sequence, say.
-        tasks=(
-            task("tabular", 32, 800),
-            task("mlp-deep", 20, 600),
-            task("lstm", 16, 400),
-            task("transformer", 10, 400),
-            task("regression", 32, 500, weight=0.5),
-            task("mlp-wide", 10, 600),
-            task("vit", 10, 400),
-            task("cnn-groupnorm", 8, 400),
-            task("tabular-binary", 32, 400),
-            task("mlp-layernorm", 20, 600),
-            task("gru-text", 12, 400),
-            task("cnn", 12, 500),
-            task("regression-few", 32, 400, weight=0.5),
-            task("mlp-gelu", 24, 600),
-            task("gru", 16, 300),
-            task("mlp-preln", 16, 400),
-            task("tabular-wide", 16, 400),
-            task("autoencoder", 20, 500),
-            task("cnn-batchnorm", 10, 400),
-            task("mlp-deeper", 20, 300),
-            task("regression-noisy", 32, 300, weight=0.5),
-            task("mlp-sigmoid", 24, 800),
-            task("mlp-tanh", 12, 200),
-            task("mlp-wider", 6, 200),
-        ),
+        tasks=tasks,
         objective=ObjectiveConfig(
             meta_weight=0.05,
             error_weight=1.0,
@@ -108,6 +111,7 @@ def flat_v2() -> MetaTrainConfig:
         max_grad_norm=1.0,
         ema_decay=0.9,
         checkpoint_every=8,
+        log_every=1,
     )
 
 
