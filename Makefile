@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # The tools of an upload have dependencies of their own, which nothing else needs.
 UPLOAD := $(VENV)/upload
 
-.PHONY: demo test lint format types docs dist check clean
+.PHONY: demo test test-lowest lint format types docs dist check clean
 .DEFAULT_GOAL := check
 
 $(STAMP): requirements-dev.txt pyproject.toml
@@ -18,8 +18,11 @@ $(STAMP): requirements-dev.txt pyproject.toml
 demo: $(STAMP)  ## train a CNN on digits with Adam and with FlatOpt; table and figure in demo-output/
 	$(BIN)/python -m flatopt.evaluate.demo --out demo-output
 
-test: $(STAMP)  ## everything that CI runs: tests and the examples in docstrings
+test: $(STAMP)  ## all tests and the examples in docstrings
 	$(BIN)/python -m pytest
+
+test-lowest:  ## the tests of the core with the lowest versions that pyproject.toml allows, in .venv-lowest (6 GB)
+	.ci/lowest
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
