@@ -170,7 +170,12 @@ def _learning_table(cells: _standings.Cells, learned: Sequence[str]) -> Table:
         tasks = _standings.shared_tasks(cells, pair, CLASSIFICATION) if set(pair) <= set(learned) else []
         if tasks:
             over = _standings.interval_over_seeds, _standings.interval_over_tasks
-            rows.append([horizon, *(one(cells, tasks, *pair, key).text() for key in ("score", "loss") for one in over)])
+            rows.append(
+                [
+                    horizon,
+                    *(one(cells, tasks, pair[0], pair[1], key).text() for key in ("score", "loss") for one in over),
+                ]
+            )
     header = ["length of the run", "accuracy: over seeds", "over tasks", "test loss: over seeds", "over tasks"]
     return Table("FlatOpt less the same rule untrained, classification", header, rows)
 
