@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from flatopt.evaluate._cache import RunCache
+from flatopt.evaluate import quality
+from flatopt.evaluate._cache import Record, RunCache
+from flatopt.evaluate._report import confidence_interval
+from flatopt.evaluate._standings import by_cell
 from flatopt.evaluate._training import results
 from flatopt.evaluate.benchmarks import BENCHMARKS, FAST_STEPS, FAST_TRAIN
 from flatopt.evaluate.cli import main
@@ -98,6 +101,25 @@ def test_at_least_eighteen_tasks_of_all_kinds_and_eight_families() -> None:
     assert len(BENCHMARKS) >= 18 and len({one.name for one in BENCHMARKS}) == len(BENCHMARKS)
     assert {one.kind for one in BENCHMARKS} == {"classification", "regression", "reconstruction"}
     assert len(baselines()) >= 7 + hasattr(torch.optim, "Muon")
+
+
+def test_what_learning_adds_is_the_paired_difference_to_the_untrained_rule() -> None:
+    def record(task: str, name: str, score: list[float], loss: list[float], kind: str = "classification") -> Record:
+        return {"task": task, "optimizer": name, "score": score, "loss": loss, "kind": kind, "tuned": False}
+
+    cells = by_cell(
+        [
+            record("a", "FlatOpt", [81.0, 83.0], [0.5, 0.4]),
+            record("a", "untrained core", [80.0, 80.0], [0.6, 0.6]),
+            record("b", "FlatOpt", [60.0, 60.0], [1.0, 1.0]),
+            record("b", "untrained core", [60.0, 58.0], [1.0, 1.0]),
+            record("c", "FlatOpt", [-90.0, -90.0], [0.9, 0.9], kind="regression"),
+            record("c", "untrained core", [-50.0, -50.0], [0.5, 0.5], kind="regression"),
+        ]
+    )
+    ((told, *texts),) = quality._learning_table(cells, ["FlatOpt", "untrained core"]).rows
+    expected = [confidence_interval(values).text() for values in ([0.5, 2.5], [2.0, 1.0], [-0.05, -0.1], [-0.15, 0.0])]
+    assert told == "told" and texts == expected
 
 
 @pytest.mark.slow
