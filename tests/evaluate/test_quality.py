@@ -111,14 +111,14 @@ def test_what_learning_adds_is_the_paired_difference_to_the_untrained_rule() -> 
         [
             record("a", "FlatOpt", [81.0, 83.0], [0.5, 0.4]),
             record("a", "untrained core", [80.0, 80.0], [0.6, 0.6]),
-            record("b", "FlatOpt", [60.0, 60.0], [1.0, 1.0]),
+            record("b", "FlatOpt", [60.0, 60.0], [1.0, 0.9]),
             record("b", "untrained core", [60.0, 58.0], [1.0, 1.0]),
             record("c", "FlatOpt", [-90.0, -90.0], [0.9, 0.9], kind="regression"),
             record("c", "untrained core", [-50.0, -50.0], [0.5, 0.5], kind="regression"),
         ]
     )
     ((told, *texts),) = quality._learning_table(cells, ["FlatOpt", "untrained core"]).rows
-    expected = [confidence_interval(values).text() for values in ([0.5, 2.5], [2.0, 1.0], [-0.05, -0.1], [-0.15, 0.0])]
+    expected = [confidence_interval(values).text() for values in ([0.5, 2.5], [2.0, 1.0], [-0.05, -0.15], [-0.15, -0.05])]
     assert told == "told" and texts == expected
 
 
