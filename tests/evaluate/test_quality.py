@@ -118,7 +118,9 @@ def test_what_learning_adds_is_the_paired_difference_to_the_untrained_rule() -> 
         ]
     )
     ((told, *texts),) = quality._learning_table(cells, ["FlatOpt", "untrained core"]).rows
-    expected = [confidence_interval(values).text() for values in ([0.5, 2.5], [2.0, 1.0], [-0.05, -0.15], [-0.15, -0.05])]
+    expected = [
+        confidence_interval(values).text() for values in ([0.5, 2.5], [2.0, 1.0], [-0.05, -0.15], [-0.15, -0.05])
+    ]
     assert told == "told" and texts == expected
 
 
