@@ -22,7 +22,8 @@ def init_linear(
 ) -> Weights:
     """Return weight ``[num_outputs, num_inputs]``, normal with std ``scale / sqrt(num_inputs)`` or zero, and a bias."""
     weight = torch.randn(num_outputs, num_inputs, generator=generator) / num_inputs**0.5
-    return {f"{name}.weight": weight * (scale * (not zero)), f"{name}.bias": torch.full((num_outputs,), bias)}
+    weight = torch.zeros_like(weight) if zero else weight * scale
+    return {f"{name}.weight": weight, f"{name}.bias": torch.full((num_outputs,), bias)}
 
 
 def linear(weights: Weights, name: str, x_Fn: Tensor, shift: Tensor | None = None) -> Tensor:

@@ -126,6 +126,9 @@ class OrthogonalizedMomentum(UpdateRule):
         decay_steps: time scale of the decay of the step where the length of the run is unknown.
         anytime_power: power of that decay, before learning.
 
+    Raises:
+        ValueError: for a value out of bounds.
+
     Example:
         >>> rule = OrthogonalizedMomentum()
         >>> sum(weight.numel() for weight in rule.init_weights().values())
@@ -146,6 +149,22 @@ class OrthogonalizedMomentum(UpdateRule):
     warmup_steps: float = 10.0
     decay_steps: float = 100.0
     anytime_power: float = 0.7
+
+    def __post_init__(self) -> None:
+        positive = ("base_step", "vector_inputs", "min_inputs", "num_iterations", "warmup_steps", "decay_steps")
+        bounds = [
+            *((name, getattr(self, name), getattr(self, name) > 0, "positive") for name in positive),
+            *(
+                (name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+                for name in ("base_decay", "strip_size")
+            ),
+            ("betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "in [0, 1)"),
+            ("momentum_mix", self.momentum_mix, 0 <= self.momentum_mix <= 1, "in [0, 1]"),
+            ("anytime_power", self.anytime_power, 0 < self.anytime_power < 1, "between 0 and 1"),
+        ]
+        for name, value, is_inside, where in bounds:
+            if not is_inside:
+                raise ValueError(f"{name} must be {where}, not {value}")
 
     @property
     def max_strip(self) -> int:

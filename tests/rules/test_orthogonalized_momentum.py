@@ -211,3 +211,26 @@ def test_constants_are_learned_as_factors(name: str, matrix: float, vector: floa
 
     for one, other, factor in zip(step(weights), step(changed), (matrix, vector), strict=True):
         torch.testing.assert_close(other, factor * one)
+
+
+def test_untrained_weights_are_zero_to_the_bit_so_that_their_hash_is_one() -> None:
+    for generator in (None, torch.Generator().manual_seed(3)):
+        weights = OrthogonalizedMomentum().init_weights(generator)
+        assert not any(bool(value.any()) or bool(value.signbit().any()) for value in weights.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("strip_size", -3),
+        ("num_iterations", 0),
+        ("base_step", -1.0),
+        ("betas", (0.9, 1.0)),
+        ("momentum_mix", 1.5),
+        ("warmup_steps", 0.0),
+        ("anytime_power", 1.0),
+    ],
+)
+def test_a_value_out_of_bounds_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be .*, not "):
+        OrthogonalizedMomentum(**{name: value})
