@@ -55,7 +55,8 @@ class FlatOpt(Optimizer):
     parameters and in ``float64`` for double ones; half-precision parameters are added to in ``float32`` and rounded
     once.  Complex parameters are treated as pairs of real numbers.  Parameters sharded as ``DTensor`` (FSDP2) are
     updated shard by shard with statistics over the whole tensor.  Parameters on several devices, or in ``float64``
-    beside ``float32``, are updated in one group per device and dtype: the rule mixes information inside each.
+    beside ``float32``, are updated in one group per device and dtype, those of one rank apart: some rules mix
+    information inside each.
 
     A tensor takes part from its first gradient that is not zero; before that nothing moves it, weight decay included.
     A gradient with NaN, inf or values whose squares would overflow counts as no gradient: the tensor and its state
@@ -79,7 +80,7 @@ class FlatOpt(Optimizer):
         local_files_only: never download.
         maximize: go up instead of down.
         compile: compile the arithmetic on coordinates with ``torch.compile``: half a minute at the first step, once for
-            all models, for steps up to twice as fast on large ones.  Falls back to eager execution, with a warning,
+            all models, for steps up to 1.4 times as fast on large ones.  Falls back to eager execution, with a warning,
             where that is not possible.
         state_dtype: ``torch.bfloat16`` keeps the accumulators in ``UpdateRule.compressible_state`` in half precision
             (the recurrent states, most of the memory of ``l2o-dm`` and ``rnnprop``).  They are computed in ``float32``

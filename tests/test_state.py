@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from flatopt import FlatOpt, LearnedRule, list_pretrained
+from flatopt.rules.orthogonalized_momentum import CONSTANT_SCALE, OrthogonalizedMomentum
 
 every_rule = pytest.mark.parametrize("name", RULE_CASES)
 SHAPES = [(6, 3), (4,), (), (2, 3, 2)]
@@ -176,10 +177,11 @@ def test_surgery_is_refused_where_the_state_describes_the_whole_tensor(name: str
 
 def test_rows_with_large_gradients_would_slow_the_rest_after_they_are_gone() -> None:
     """Why pruning both moments is not enough: the largest gradient so far is one of the whole tensor."""
-    moved = {}
+    rule, moved = OrthogonalizedMomentum(), {}
+    weights = rule.init_weights() | {"constants.gradient_power": torch.tensor(0.9 / CONSTANT_SCALE)}
     for is_reset in (False, True):
         (old,) = model_of([(10, 3)])
-        opt = FlatOpt([old], pretrained="flat-v2")
+        opt = FlatOpt([old], pretrained=LearnedRule(rule, weights))
         generator = torch.Generator().manual_seed(0)
         for _ in range(20):
             old.grad = torch.randn(10, 3, generator=generator) * torch.tensor([100.0] * 3 + [1.0] * 7)[:, None]
@@ -236,10 +238,11 @@ def test_a_wrapper_may_write_into_the_state_first(name: str) -> None:
 
 
 def two_sets(name: str) -> tuple[LearnedRule, LearnedRule]:
-    one, other = (learned(name, seed=seed) for seed in (0, 1))
+    one = learned(name)
+    other = {key: weight + 0.01 for key, weight in one.weights.items()}
     return (
         LearnedRule(one.rule, one.weights, name="org/one", commit="a" * 40),
-        LearnedRule(other.rule, other.weights, name="other"),
+        LearnedRule(one.rule, other, name="other"),
     )
 
 

@@ -1,7 +1,8 @@
 """Constants of the default rule, set by hand or learned, on the tasks of meta-validation.
 
 Each candidate trains the 18 tasks of ``flatopt-eval quality --split meta``, with the length of the run told and not,
-and is judged on the ``meta`` split against the untrained rule.  The log entry on the decay of 2026-11-26 quotes it.
+and is judged on the ``meta`` split against the untrained rule: mean and standard deviation over tasks.  The log entry
+on the decay of 2026-11-26 quotes it.
 
 Run as ``OMP_NUM_THREADS=1 python docs/experiments/meta_validation.py [SET ...]``: three minutes per candidate on an
 idle core.  Sets are names or folders of weights.  ``--fast`` takes two tasks and two candidates, cut short.
@@ -31,8 +32,16 @@ UNTRAINED = RULE.init_weights(torch.Generator().manual_seed(0))
 
 LOGARITHMS = {
     "decay times 1/2": {"matrix_decay": -0.7, "vector_decay": -0.7},
-    "and more as the gradient shrinks, power 0.7": {"matrix_decay": -0.7, "vector_decay": -0.7, "gradient_decay": 0.7},
-    "and power 1.2": {"matrix_decay": -0.7, "vector_decay": -0.7, "gradient_decay": 1.2},
+    "decay times 1/2, and more as the gradient shrinks, power 0.7": {
+        "matrix_decay": -0.7,
+        "vector_decay": -0.7,
+        "gradient_decay": 0.7,
+    },
+    "decay times 1/2, and more as the gradient shrinks, power 1.2": {
+        "matrix_decay": -0.7,
+        "vector_decay": -0.7,
+        "gradient_decay": 1.2,
+    },
     "decay late, power 1/2": {"late_decay": 0.5},
     "decay with noise, power 0.3": {"noise_decay": 0.3},
     "steps without a known length": {"anytime_power": 0.5, "anytime_step": 0.35},

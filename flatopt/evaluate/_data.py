@@ -37,8 +37,7 @@ def images(size: int, *, name: str, standardize: bool = True) -> Splits:
 def text(size: int, *, validates: bool = False) -> Splits:
     """Return stretches of ``size`` characters of Python source, each with the next characters as targets.
 
-    They come from files behind those that :func:`flatopt.tasks.load_text` reads by default; if it ``validates``, from
-    these.
+    They come from the files after the ones that meta-training reads; with ``validates``, from those very files.
     """
     splits = []
     for whole, first in zip(load_text(TEXT_BYTES), load_text(), strict=True):

@@ -1,7 +1,7 @@
 """The problems of the quality table, as data.
 
-No row has the data *and* the architecture of a family of meta-training; the text comes from files that
-it does not read.
+No row has the data *and* the architecture of a family of meta-training.  The text of the test tasks comes from files
+that it does not read, that of meta-validation from those.
 """
 
 from __future__ import annotations

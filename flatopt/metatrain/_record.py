@@ -93,7 +93,10 @@ class LaunchedTogether:
         current.wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
         with torch.no_grad(), torch.cuda.graph(self.graph):
-            self.outputs = function(*self.inputs)
+            outputs = function(*self.inputs)
+            own = {value.untyped_storage().data_ptr() for value in self.inputs}
+            # What is only passed on is copied: the next call may want it as another argument.
+            self.outputs = [one.clone() if one.untyped_storage().data_ptr() in own else one for one in outputs]
 
     def __call__(self, *values: Tensor) -> list[Tensor]:
         """Return the results, in memory that the next call writes to."""

@@ -25,7 +25,7 @@ from ..tasks import (
     VisionTransformer,
 )
 
-# Deep and recurrent networks do not start from any scale.
+# Narrower than the default: deep and recurrent networks do not train from every initial scale.
 _images = partial(
     TaskDistribution,
     data=Images(standardize=True),
@@ -75,7 +75,7 @@ FAMILIES: dict[str, TaskDistribution] = {
         data=Tabular(num_features=16, noise_range=(0.5, 2.0), seed=6),
         num_train_range=(200, 1500),
     ),
-    # Images, dense: pixels of mean 0 and variance 1 but for two families, which have them in [0, 1].
+    # Images, dense: pixels of mean 0 and variance 1 where the family says `_images`, but for `mlp-gelu` and `gru`.
     "mlp": TaskDistribution(model=MLP(sizes=(64, 32, 10))),  # the family of the meta-speed benchmark
     "mlp-gelu": _images(model=MLP(sizes=(64, 96, 10), activation="gelu"), data=Images()),
     # From the scale of torch.nn, where the signal fades, to that of He et al.

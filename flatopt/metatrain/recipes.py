@@ -34,7 +34,7 @@ def smoke() -> MetaTrainConfig:
 
 
 _FLAT_V2_FAMILIES = (
-    # Name, problems, steps, weight.  Neighbours are of different kinds: a table, an image net and a sequence, say.
+    # Name, problems, steps, weight.  Most neighbours are of different kinds: a table, an image net and a sequence, say.
     ("tabular", 32, 800, 1.0),
     ("mlp-deep", 20, 600, 1.0),
     ("lstm", 16, 400, 1.0),
@@ -63,12 +63,12 @@ _FLAT_V2_FAMILIES = (
 
 
 def flat_v2() -> MetaTrainConfig:
-    """Return the run behind the shipped weights ``flat-v2``: 25 minutes on two cores.
+    """Return the run behind the shipped weights ``flat-v2``: 27 minutes on two cores.
 
     An evolution strategy over whole runs, three families of problems at a time.  A run is judged by its end: by the
     error, which is what users look at, a little by the logarithm of the loss, and by how much the training loss rises
     when the parameters are perturbed.  What is learned is the decay: its size for matrices and for vectors, and how it
-    grows with the noise, late in a run, and as the gradient shrinks.  The step stays as it is (docs/log.md).
+    changes with the noise, late in a run, and as the gradient shrinks.  The step stays as it is (docs/log.md).
     """
     only = tuple(f"constants.{name}_decay" for name in ("matrix", "vector", "noise", "late", "gradient"))
     tasks = tuple(

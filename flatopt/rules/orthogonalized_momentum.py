@@ -13,7 +13,7 @@ matrix alone, which is small:
 
 .. math::
     A_0 = X X^\top / \lVert X X^\top \rVert_F \qquad Q_i = a + b A_i + c A_i^2 \qquad A_{i+1} = Q_i A_i Q_i \qquad
-    P = Q_2 Q_1 Q_0 \qquad \bar X = P X.
+    P = Q_2 Q_1 Q_0 \qquad \bar X = P X / \lVert X X^\top \rVert_F^{1/2}.
 
 The step of a tensor :math:`x`, and that of a vector, which has :math:`u_t` in place of :math:`\bar X`, is
 
@@ -27,7 +27,9 @@ cosine to zero where the length of the run is known, and times :math:`(1 + t/100
 stays below 1, so that no run ends by itself.  :math:`\rho_t` is the root mean square of the gradient over its largest
 value so far: it falls as training data are learned by heart.  :math:`\sigma_t` is the root mean square of the momentum
 over that of the gradient, which is the size of Adam's step: near 1 for a gradient without noise.  So steps may shrink
-with the noise and the gradient, and decay may grow with the noise, with what is learned by heart, and late.
+with the noise and the gradient, and decay may grow with the noise, with what is learned by heart, and late, where
+:math:`s_t \ge 0.05`, :math:`|\ln \sigma_t| \le 3` and, in the decay, :math:`\ln \rho_t \ge -3`.  The powers :math:`q, p, h, l,
+g` are ``gradient_power``, ``noise_step``, ``noise_decay``, ``late_decay``, ``gradient_decay``.
 
 The controller is linear: from what the tensor's own sums, its shape and the time tell
 (:meth:`OrthogonalizedMomentum.mix` lists it) it finds :math:`\lambda, \omega, \alpha` and the :math:`\mu` of the next
@@ -36,7 +38,7 @@ too, each as the logarithm of a factor, and the powers.  With zero weights
 :math:`\lambda = \omega = \alpha = q = p = h = l = g = 0`: that is the untrained rule.
 
 A coordinate whose gradients were all exactly zero does not move; one that is not finite stays what it is.  State:
-two floats per coordinate, two per tensor.
+two floats per coordinate, three per tensor.
 
 References:
     Jordan et al., *Muon*, 2024, https://kellerjordan.github.io/posts/muon/ (orthogonalised momentum, the coefficients);
