@@ -135,8 +135,11 @@ def _together() -> Iterator[None]:
 
 
 @contextmanager
-def joined(backend: str) -> Iterator[Ranks]:
-    """Join the processes that ``torchrun`` started, and leave them at the end."""
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """Join the processes that ``torchrun`` started, each computing on a device, and leave them at the end."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # where kernels are captured, and NCCL keeps what it broadcasts
     if _num_processes() == 1:
         yield Ranks()
         return

@@ -98,9 +98,7 @@ def train(
     if estimator is None:
         check_families(task.name for task in config.tasks)
     device = check_device(own_device(device))
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # where kernels are captured, and NCCL keeps what it broadcasts
-    with joined("nccl" if device.type == "cuda" else "gloo") as ranks:
+    with joined(device) as ranks:
         state = ranks.share(lambda: _begin(config, out, ranks, resume=resume))
         is_new = not state.sessions
         if ranks.is_main:

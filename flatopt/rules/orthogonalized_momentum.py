@@ -27,9 +27,9 @@ cosine to zero where the length of the run is known, and times :math:`(1 + t/100
 stays below 1, so that no run ends by itself.  :math:`\rho_t` is the root mean square of the gradient over its largest
 value so far: it falls as training data are learned by heart.  :math:`\sigma_t` is the root mean square of the momentum
 over that of the gradient, which is the size of Adam's step: near 1 for a gradient without noise.  So steps may shrink
-with the noise and the gradient, and decay may grow with the noise, with what is learned by heart, and late, where
-:math:`s_t \ge 0.05`, :math:`|\ln \sigma_t| \le 3` and, in the decay, :math:`\ln \rho_t \ge -3`.  The powers :math:`q, p, h, l,
-g` are ``gradient_power``, ``noise_step``, ``noise_decay``, ``late_decay``, ``gradient_decay``.
+with the noise and the gradient, and decay may grow with the noise, with what is learned by heart, and late.  The powers
+are ``gradient_power, noise_step, noise_decay, late_decay, gradient_decay``; they see :math:`s_t \ge 0.05`,
+:math:`|\ln \sigma_t| \le 3` and, in the decay, :math:`\ln \rho_t \ge -3`.
 
 The controller is linear: from what the tensor's own sums, its shape and the time tell
 (:meth:`OrthogonalizedMomentum.mix` lists it) it finds :math:`\lambda, \omega, \alpha` and the :math:`\mu` of the next
