@@ -169,7 +169,7 @@ def _row(record: Record, kinds: Sequence[str]) -> list[str]:
 def _draw(figure: Figure, records: Sequence[Record], kinds: Sequence[str]) -> None:
     """Draw a step of each optimizer, alone and with the gradients, as multiples of AdamW's."""
     panels = figure.subplots(1, 2, sharey=True)
-    titles = ("the optimizer's step alone", "with forward and backward pass, batch of 64")
+    titles = ("the optimizer's step alone", "and with the gradients of a batch of 64")
     for axes, title, extra in zip(panels, titles, (False, True), strict=True):
         for index, kind in enumerate(kinds):
             for row, record in enumerate(records):
