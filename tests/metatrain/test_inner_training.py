@@ -129,7 +129,7 @@ def test_random_scaling_of_a_configuration_is_one_number_per_coordinate():
     problems = unroll.distribution.sample_problems(3, torch.Generator().manual_seed(0))
     for name, scale in problems.param_scales.items():
         assert scale.shape == problems.params[name].shape
-        assert len(scale.unique()) == scale.numel()
+        assert len(scale.unique()) > 0.99 * scale.numel()  # some draws of float32 coincide
         assert 2 > scale.log().abs().max() > 1
 
 
