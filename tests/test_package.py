@@ -349,3 +349,19 @@ learned.save_pretrained({str(tmp_path / "saved")!r})
 assert flatopt.load_pretrained({str(tmp_path / "saved")!r}).sha256 == learned.sha256
 """
     run_python(code)
+
+
+@pytest.mark.parametrize("module", ["flatopt.evaluate.cli", "flatopt.metatrain.cli"])
+def test_commands_show_their_help_without_the_packages_of_their_extras(module: str) -> None:
+    code = f"""
+import sys, warnings
+for name in ("numpy", "scipy", "sklearn", "matplotlib", "tqdm"):
+    sys.modules[name] = None
+warnings.simplefilter("ignore")  # torch says that it would like to have numpy
+from {module} import main
+try:
+    main(["--help"])
+except SystemExit as stopped:
+    assert stopped.code in (None, 0)
+"""
+    run_python(code)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,6 +85,7 @@ def friedman(size: int, *, num_train: int = 400, noise: float = 2.0) -> Splits:
 @lru_cache(maxsize=4)
 def linear(size: int, *, num_train: int = 200) -> Splits:
     """Return generated linear regression, a third of the ``size`` features informative, half of the variance noise."""
+    import numpy as np
     from sklearn.datasets import make_regression
 
     sizes = [num_train, 500, 2000]
