@@ -11,6 +11,7 @@ them anew with the same command, and the run goes on from its last checkpoint.
 
 from __future__ import annotations
 
+import importlib
 import os
 import textwrap
 import time
@@ -143,6 +144,9 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     if _num_processes() == 1:
         yield Ranks()
         return
+    # The compiler imports this module, whose functions take the group of then as a default and so keep it: its threads
+    # would be alive when the process ends, which now and then aborts it.  Imported first, it finds no group.
+    importlib.import_module("torch.distributed.nn.functional")
     # The store of torchrun outlives the processes, and still has the addresses of those that it replaces
     # (pytorch/pytorch#135712): gloo would try to connect to the dead, NCCL would take their identifier.
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))

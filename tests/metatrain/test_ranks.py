@@ -44,11 +44,14 @@ class Alone(Ranks):
         return tree
 
 
-def start(out: Path, *arguments: str, torchrun: Sequence[str] = ()) -> subprocess.Popen[str]:
+def launch(*arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(flatopt.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *torchrun]
-    command = [*launcher, "-m", "flatopt.metatrain", *arguments, "--out", str(out)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen([*launcher, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def start(out: Path, *arguments: str, torchrun: Sequence[str] = ()) -> subprocess.Popen[str]:
+    return launch(*torchrun, "-m", "flatopt.metatrain", *arguments, "--out", str(out))
 
 
 def test_parts_of_all_processes_add_up_to_a_run_of_one():
@@ -144,6 +147,29 @@ def test_the_documented_commands_are_those_of_torchrun_and_of_ours():
         arguments = cli._parse(launch.training_script_args)
         assert arguments.device == "cuda" and arguments.out.name == "flat-v2"
         assert launch.standalone or (launch.rdzv_backend == "c10d" and launch.rdzv_id and launch.rdzv_endpoint)
+
+
+LEAVES = """
+import pathlib
+
+import torch
+from flatopt.metatrain._ranks import joined
+
+with joined(torch.device("cpu")) as ranks:
+    import torch.distributed.nn.functional  # as the compiler does
+    ranks.sum(torch.ones(()))
+for task in pathlib.Path("/proc/self/task").iterdir():
+    assert "gloo" not in (task / "comm").read_text()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux shows them")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    script = tmp_path / "leaves.py"
+    script.write_text(LEAVES, encoding="utf-8")
+    process = launch(str(script))
+    err = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, err
 
 
 @pytest.mark.slow
