@@ -16,7 +16,7 @@ $(STAMP): requirements-dev.txt pyproject.toml
 	touch $@
 
 demo: $(STAMP)  ## train a CNN on digits with Adam and with FlatOpt; table and figure in demo-output/
-	$(BIN)/python -m flatopt.evaluate.demo --out demo-output
+	$(BIN)/python -m flatopt demo --out demo-output
 
 test: $(STAMP)  ## all tests and the examples in docstrings
 	$(BIN)/python -m pytest

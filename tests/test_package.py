@@ -245,6 +245,7 @@ import json, sys
 import torch
 before = set(sys.modules)
 import flatopt
+flatopt.FlatOpt
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
     loaded = json.loads(run_python(code))
@@ -313,8 +314,8 @@ def test_wheel_requires_exactly_three_distributions(wheel: Path) -> None:
         assert set(modules) <= {line.split(">")[0].replace("scikit-learn", "sklearn") for line in lines}
     assert set(headers.get_all("Provides-Extra", [])) == {"train", "eval", "test", "docs", "integrations"}
     assert headers["License-Expression"] == "Apache-2.0"
-    assert "flatopt-train = flatopt.metatrain.cli:main" in commands
-    assert "flatopt-eval = flatopt.evaluate.cli:main" in commands
+    assert "flatopt-train = flatopt.__main__:train" in commands
+    assert "flatopt-eval = flatopt.__main__:evaluate" in commands
 
 
 @pytest.mark.slow
@@ -363,5 +364,35 @@ try:
     main(["--help"])
 except SystemExit as stopped:
     assert stopped.code in (None, 0)
+"""
+    run_python(code)
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "demo"])
+def test_ctrl_c_while_a_command_is_loading_is_one_line(command: str) -> None:
+    code = f"""
+import signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from flatopt.__main__ import main
+main([{command!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (130, "", 1), done.stderr
+
+
+def test_the_package_offers_its_names_and_rooms_and_no_others() -> None:
+    code = """
+import sys
+import flatopt
+assert "torch" not in sys.modules
+assert set(flatopt.__all__) <= set(dir(flatopt))
+for name in flatopt.__all__ + ["flatness", "rules"]:
+    assert getattr(flatopt, name) is not None
+assert not hasattr(flatopt, "FlatOptimizer")
 """
     run_python(code)
