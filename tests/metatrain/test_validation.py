@@ -178,7 +178,7 @@ def test_published_training_resumes_bit_for_bit_over_stages_and_imitation(tmp_pa
         "validation.num_tasks=1",
         "imitation.probabilities=[0.5]",
         "estimator.truncation_length=5",
-        "meta_lr=0.5",  # too much: validation gets worse, and the stages go by
+        "meta_lr=2",  # too much: validation gets worse, and the stages go by
     ]
     config = RECIPES["l2o-scale"]().override(options)
     tasks = ['tasks=[{"name": "mlp", "num_tasks": 1, "min_steps": 10, "max_steps": 10}]']
