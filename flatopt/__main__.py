@@ -56,7 +56,9 @@ def evaluate() -> int:
 
 
 def _run(command: str, arguments: Sequence[str]) -> int:
-    before = signal.signal(signal.SIGINT, _stop)
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # and not where the shell has it ignored
+        signal.signal(signal.SIGINT, _stop)
     try:
         module = import_module(COMMANDS[command])
     finally:
