@@ -29,7 +29,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from helpers import learned  # noqa: E402
 
-from flatopt import FlatOpt, list_pretrained  # noqa: E402
+from flatopt import FlatOpt, LearnedRule, list_pretrained, load_pretrained  # noqa: E402
 from flatopt.rules import Adam  # noqa: E402
 
 
@@ -74,15 +74,34 @@ def error_inputs(device: Any, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
     return common + own
 
 
-def coordinatewise(test: Callable[..., None]) -> Callable[..., None]:
-    """Run a test on a rule without per-tensor statistics only."""
+def only(chosen: Callable[[LearnedRule], bool]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test with some rules only."""
 
-    @functools.wraps(test)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
-        with mock.patch.object(INFO, "optim_inputs_func", lambda device, dtype=None: optim_inputs(device, dtype)[:1]):
-            test(*args, **kwargs)
+    def inputs(device: Any, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
+        cases = []
+        for case in optim_inputs(device, dtype):
+            pretrained = case.kwargs["pretrained"]
+            if chosen(pretrained if isinstance(pretrained, LearnedRule) else load_pretrained(pretrained)):
+                cases.append(case)
+        return cases
 
-    return wrapper
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def wrapper(*args: Any, **kwargs: Any) -> None:
+            with mock.patch.object(INFO, "optim_inputs_func", inputs):
+                test(*args, **kwargs)
+
+        return wrapper
+
+    return decorate
+
+
+def is_adam(learned: LearnedRule) -> bool:
+    return isinstance(learned.rule, Adam)
+
+
+def has_no_matrices(learned: LearnedRule) -> bool:
+    return learned.rule.max_strip == 0
 
 
 INFO = OptimizerInfo(
@@ -92,8 +111,12 @@ INFO = OptimizerInfo(
     supported_impls=(),
     not_og_supported_flags=("maximize", "num_steps", "momentum", "weight_decay"),
     supports_complex=True,
-    # This test takes one complex tensor for two real ones, which a rule that looks at whole tensors must tell apart.
-    decorators=(DecorateInfo(coordinatewise, "TestOptimRenewed", "test_complex_2d"),),
+    decorators=(
+        # Takes one complex tensor for two real ones, which a rule that looks at whole tensors must tell apart.
+        DecorateInfo(only(is_adam), "TestOptimRenewed", "test_complex_2d"),
+        # Takes a complex vector for a real matrix [n, 2], which a rule that looks at matrices must tell apart.
+        DecorateInfo(only(has_no_matrices), "TestOptimRenewed", "test_complex"),
+    ),
 )
 
 
