@@ -131,6 +131,10 @@ FIGURES = {
         "Curvature of the minima that are reached, and their scores. Large dots are means, small ones seeds.",
     ),
     "step-time.png": ("flatopt-eval step-time", "Time of a step on one CPU core, next to AdamW."),
+    "meta-speed.png": (
+        "flatopt-eval meta-speed",
+        "Inner steps of meta-training per second: plain, recorded, and compiled.",
+    ),
     "robustness.png": (
         "flatopt-eval robustness",
         "How far the training loss comes down over widths, depths and batch sizes, and where it does not.",
