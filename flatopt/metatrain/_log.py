@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any
 
@@ -91,11 +92,12 @@ class Log(AbstractContextManager["Log"]):
         """Return the last line of a run: how long it took, where the meta-loss began and where it ended."""
         state = self._state
         summary = f"{state.update} of {self._config.num_updates} updates in {timedelta(seconds=round(state.seconds))}"
-        first = next(iter(self._path.read_text().splitlines()), None)
-        if first is not None:
-            begin = json.loads(first)
-            summary += f", meta-loss {_number(begin['smoothed_loss'])} at update {begin['update']}, "
-            summary += f"{_number(state.smoothed_loss)} now (moving average of the objective: lower is better)"
+        rows = map(json.loads, self._path.read_text().splitlines())
+        losses = [row["loss"] for row in rows if row["loss"] is not None]
+        if losses:
+            quarter = math.ceil(len(losses) / 4)  # single updates are noisy
+            summary += f", meta-loss {_number(fmean(losses[:quarter]))} in the first quarter, "
+            summary += f"{_number(fmean(losses[-quarter:]))} in the last (mean of the objective: lower is better)"
         if state.progress.finished:
             summary += ", ended by validation"
         if state.num_dropped:

@@ -487,7 +487,10 @@ def test_elsewhere_a_line_now_and_then_tells_the_progress(tmp_path, capsys):
     assert len(lines) == 2
     assert lines[0].startswith("update 1/30  meta-loss ")
     assert "ETA" in lines[0]
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    first, last = sum(losses[:8]) / 8, sum(losses[-8:]) / 8  # of thirty
     assert lines[1].startswith("30 of 30 updates in 0:00:0")
+    assert f", meta-loss {first:.4f} in the first quarter, {last:.4f} in the last (" in lines[1]
 
 
 def test_tensorboard_events_are_written_when_asked_for(tmp_path):
