@@ -1,8 +1,8 @@
 """Constants of the default rule, set by hand or learned, on the tasks of meta-validation.
 
 Each candidate trains the 18 tasks of ``flatopt-eval quality --split meta``, with the length of the run told and not,
-and is judged on the ``meta`` split against the untrained rule: mean and standard deviation over tasks.  The log entry
-on the decay of 2026-11-26 quotes it.
+and is judged on the ``meta`` split against the untrained rule: mean and standard deviation over tasks, of the score and
+of the logarithm of the loss.  Two log entries of 2026-11-26 quote it, with standard errors.
 
 Run as ``OMP_NUM_THREADS=1 python docs/experiments/meta_validation.py [SET ...]``: three minutes per candidate on an
 idle core.  Sets are names or folders of weights.  ``--fast`` takes two tasks and two candidates, cut short.
@@ -10,6 +10,7 @@ idle core.  Sets are names or folders of weights.  ``--fast`` takes two tasks an
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from statistics import fmean
@@ -61,11 +62,12 @@ def candidates() -> dict[str, LearnedRule]:
     return dict(list(found.items())[:2]) if FAST else found
 
 
-def score(benchmark: Benchmark, learned: LearnedRule, *, horizon_known: bool) -> float:
-    """Return the mean score on the ``meta`` split, times 100."""
+def outcome(benchmark: Benchmark, learned: LearnedRule, *, horizon_known: bool) -> tuple[float, float]:
+    """Return the mean score on the ``meta`` split, times 100, and the mean logarithm of the loss there."""
     contestant = learned_contestant("candidate", learned, horizon_known=horizon_known)
     (setting,) = contestant.settings()
-    return 100 * fmean(results(benchmark, contestant, setting, seed)["meta_score"] for seed in SEEDS)
+    runs = [results(benchmark, contestant, setting, seed) for seed in SEEDS]
+    return 100 * fmean(run["meta_score"] for run in runs), fmean(math.log(run["meta_loss"]) for run in runs)
 
 
 tasks = list(META_BENCHMARKS)
@@ -73,13 +75,17 @@ if FAST:
     cut = replace(tasks[0], num_steps=3, num_train=100)
     tasks = [cut, next(one for one in tasks if one.kind == "regression")]
     tasks[1] = replace(tasks[1], num_steps=3)
-before: dict[tuple[str, bool], float] = {}
+before: dict[tuple[str, bool], tuple[float, float]] = {}
 for label, learned in candidates().items():
     for known in (True, False):
-        differences: dict[str, list[float]] = {"classification": [], "regression": []}
+        differences: dict[str, list[float]] = {"classification": [], "regression": [], "all": [], "ln loss": []}
         for task in tasks:
-            found = score(task, learned, horizon_known=known)
-            differences[task.kind].append(found - before.setdefault((task.name, known), found))
+            found = outcome(task, learned, horizon_known=known)
+            score, loss = (
+                one - other for one, other in zip(found, before.setdefault((task.name, known), found), strict=True)
+            )
+            for kind, value in ((task.kind, score), ("all", score), ("ln loss", loss)):
+                differences[kind].append(value)
         told = "told" if known else "not told"
-        words = [f"{kind} {mean_pm_std(values)} over {len(values)} tasks" for kind, values in differences.items()]
-        print(f"{label}, length {told}: {', '.join(words)}", flush=True)
+        words = [f"{kind} {mean_pm_std(values, digits=3)} over {len(values)}" for kind, values in differences.items()]
+        print(f"{label}, length {told}: {', '.join(words)} tasks", flush=True)
