@@ -28,8 +28,8 @@ def public_names(package: types.ModuleType) -> list[str]:
         name
         for name in names
         if not name.startswith("__")
-        and not inspect.ismodule(vars(package)[name])
-        and (getattr(vars(package)[name], "__module__", None) or "flatopt").startswith("flatopt")
+        and not inspect.ismodule(getattr(package, name))
+        and (getattr(getattr(package, name), "__module__", None) or "flatopt").startswith("flatopt")
     ]
 
 
@@ -39,7 +39,7 @@ def check(app: Sphinx, env: BuildEnvironment) -> None:
     for package_name in app.config.public_packages:
         package = importlib.import_module(package_name)
         for name in public_names(package):
-            value = vars(package)[name]
+            value = getattr(package, name)
             if f"{package_name}.{name}" not in documented:
                 logger.warning("public name %s.%s is missing from the API page", package_name, name)
             elif (inspect.isclass(value) or inspect.isfunction(value)) and not typing.get_origin(value):
