@@ -120,12 +120,12 @@ class RuleCase(NamedTuple):
 _ROWS: dict[str, RuleCase] = {
     "adam": RuleCase(Adam(lr=0.02), max_step=0.5),
     "adam-other": RuleCase(Adam(lr=0.05, betas=(0.8, 0.95), eps=1e-10), max_step=0.5),
-    # 0.03 / sqrt(8) at the peak times 5, the controller's factors up to exp(2), and room for decay.
-    "orthogonalized-momentum": RuleCase(OrthogonalizedMomentum(), max_step=0.011 * 5 * 7.4 * 3),
+    # 0.034 / sqrt(8) at the peak times 5, the controller's factors up to exp(2), and room for decay.
+    "orthogonalized-momentum": RuleCase(OrthogonalizedMomentum(), max_step=0.012 * 5 * 7.4 * 3),
     "orthogonalized-momentum, strips of 3": RuleCase(
-        OrthogonalizedMomentum(strip_size=3), max_step=0.011 * 5 * 7.4 * 3
+        OrthogonalizedMomentum(strip_size=3), max_step=0.012 * 5 * 7.4 * 3
     ),
-    "orthogonalized-momentum, none": RuleCase(OrthogonalizedMomentum(strip_size=0), max_step=0.011 * 5 * 7.4 * 3),
+    "orthogonalized-momentum, none": RuleCase(OrthogonalizedMomentum(strip_size=0), max_step=0.012 * 5 * 7.4 * 3),
     # 0.01 (sum |w| + |b|) with |h| < 1: far below this for weights of a few tenths.
     "l2o-dm": RuleCase(L2ODM(), max_step=0.01 * 20, descends_untrained=False),
     "rnnprop": RuleCase(RNNProp(), max_step=0.01, descends_untrained=False),

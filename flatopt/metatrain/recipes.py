@@ -70,7 +70,7 @@ def flat_v2() -> MetaTrainConfig:
     when the parameters are perturbed.  What is learned is the decay: its size for matrices and for vectors, and how it
     grows as the gradient shrinks.  The step stays as it is (docs/log.md).
     """
-    only = tuple(f"constants.{name}_decay" for name in ("matrix", "vector", "gradient"))
+    only = tuple(f"constants.{name}_decay" for name in ("matrix", "vector", "anytime"))
     tasks = tuple(
         TaskConfig(
             name=name,
@@ -106,7 +106,7 @@ def flat_v2() -> MetaTrainConfig:
                 clip=6.0,
             ),
         ),
-        num_updates=24,
+        num_updates=16,
         meta_lr=0.03,
         warmup_updates=4,
         max_grad_norm=1.0,

@@ -8,21 +8,24 @@ Per coordinate, with gradient :math:`g_t`,
 
 A matrix ``[outputs, inputs]`` is cut into strips :math:`X` of at most 32 rows of its shorter axis (see
 :mod:`flatopt.rules._strips`), of :math:`(1 - \mu)\, m_t + \mu\, g_t`.  Each is replaced by nearly the closest matrix
-with orthonormal rows, its polar factor :math:`(X X^\top)^{-1/2} X`, by three Newton-Schulz iterations on the Gram
+with orthonormal rows, its polar factor :math:`(X X^\top)^{-1/2} X`, by four Newton-Schulz iterations on the Gram
 matrix alone, which is small:
 
 .. math::
     A_0 = X X^\top / \lVert X X^\top \rVert_F \qquad Q_i = a + b A_i + c A_i^2 \qquad A_{i+1} = Q_i A_i Q_i \qquad
-    P = Q_2 Q_1 Q_0 \qquad \bar X = P X / \lVert X X^\top \rVert_F^{1/2}.
+    P = Q_3 Q_2 Q_1 Q_0 \qquad \bar X = \sqrt{n}\, P X / \lVert X X^\top \rVert_F^{1/2}.
+
+With :math:`n`, the length of the longer axis, :math:`\bar X` has a root mean square of about 1 where the momentum has
+full rank, and a smaller one where it has not: no direction gets longer than it is in a matrix of full rank.
 
 The step of a tensor :math:`x`, and that of a vector, which has :math:`u_t` in place of :math:`\bar X`, is
 
 .. math::
-    \Delta_t = -\eta_t\, e^{\lambda} \Big( (1 - |\alpha|)\, \frac{\bar X}{\mathrm{rms}(\bar X)}
-    + \alpha\, \frac{u_t}{\mathrm{rms}(u_t)} + e^{\omega} \sigma_t^{-h} s_t^{-l} \rho_t^{-g}\, x \Big), \qquad
-    \eta_t = \frac{0.03\, s_t\, \rho_t^{\,q} \sigma_t^{\,p}}{\sqrt{\max(\text{inputs}, 8)}}
+    \Delta_t = -\eta_t\, e^{\lambda} \Big( (1 - |\alpha|)\, \bar X + \alpha\, \frac{u_t}{\mathrm{rms}(u_t)}
+    + e^{\omega} \sigma_t^{-h} s_t^{-l} \rho_t^{-g}\, x \Big), \qquad
+    \eta_t = \frac{0.034\, s_t\, \rho_t^{\,q} \sigma_t^{\,p}}{\sqrt{\max(\text{inputs}, 8)}}
 
-with the directions in brackets clipped to :math:`\pm 5`.  The schedule :math:`s_t` is a warm-up over 10 steps, times a
+with the directions in brackets clipped to :math:`\pm 5`.  The schedule :math:`s_t` is a warm-up over 30 steps, times a
 cosine to zero where the length of the run is known, and times :math:`(1 + t/100)^{-0.7}` where it is not; that power
 stays below 1, so that no run ends by itself.  :math:`\rho_t` is the root mean square of the gradient over its largest
 value so far: it falls as training data are learned by heart.  :math:`\sigma_t` is the root mean square of the momentum
@@ -76,6 +79,7 @@ CONSTANTS = (
     "cosine_power",
     "anytime_step",
     "anytime_power",
+    "anytime_decay",
     "gradient_power",
     "noise_step",
     "noise_decay",
@@ -105,10 +109,8 @@ class _Measured(NamedTuple):
     """``log(rho)``."""
     rms_max: Tensor
     """The largest root mean square of the gradient so far."""
-    per_polar: Tensor
-    """What brings the polar factor to unit size."""
     per_adam: Tensor
-    """The same for Adam's direction."""
+    """What brings Adam's direction to unit size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,21 +136,21 @@ class OrthogonalizedMomentum(UpdateRule):
     Example:
         >>> rule = OrthogonalizedMomentum()
         >>> sum(weight.numel() for weight in rule.init_weights().values())
-        124
+        125
     """
 
     name: ClassVar[str] = "orthogonalized-momentum"
     memory: ClassVar[tuple[str, ...]] = ("grad_rms_max", "log_momentum_mix")
 
-    base_step: float = 0.03
+    base_step: float = 0.034
     vector_inputs: float = 64.0
     min_inputs: float = 8.0
     base_decay: float = 1.0
     strip_size: int = 32
-    num_iterations: int = 3
+    num_iterations: int = 4
     betas: tuple[float, float] = (0.9, 0.99)
     momentum_mix: float = 0.1
-    warmup_steps: float = 10.0
+    warmup_steps: float = 30.0
     decay_steps: float = 100.0
     anytime_power: float = 0.7
 
@@ -215,10 +217,7 @@ class OrthogonalizedMomentum(UpdateRule):
         return torch.lerp(state["exp_avg"], grad, facts.given[0])
 
     def couple(self, weights: Weights, grams_Kss: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return ``P``; per strip, what it makes of the squared norm, and the effective rank.
-
-        ``P X`` has the squared Frobenius norm ``trace(P G P)``.  The effective rank is ``trace(G)^2 / trace(G^2)``.
-        """
+        """Return ``P``, and the effective rank of each strip, ``trace(G)^2 / trace(G^2)``."""
         floor = tiny(grams_Kss) ** 0.75  # of a strip of zeros, whose derivatives have to be finite
         trace_K = grams_Kss.diagonal(dim1=-2, dim2=-1).sum(-1)
         relative = grams_Kss / trace_K.clamp(min=floor)[:, None, None]  # whose squares neither overflow nor vanish
@@ -226,16 +225,14 @@ class OrthogonalizedMomentum(UpdateRule):
         gram = relative / norm_K[:, None, None]
         a, b, c = NEWTON_SCHULZ
         identity = a * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        factor = polynomial = half = gram
+        factor = polynomial = gram
         for iteration in range(self.num_iterations):
             if iteration:
-                gram = half @ polynomial
+                gram = polynomial @ gram @ polynomial
             polynomial = torch.baddbmm(torch.add(identity, gram, alpha=b), gram, gram, alpha=c)
             factor = polynomial @ factor if iteration else polynomial
-            half = polynomial @ gram
-        squares_K = (half * polynomial).sum((-2, -1))  # the trace of their product
         scale_K = (trace_K * norm_K).clamp(min=floor).rsqrt()
-        return factor * scale_K[:, None, None], [squares_K, (trace_K > 0) / norm_K.square()]
+        return factor * scale_K[:, None, None], [(trace_K > 0) / norm_K.square()]
 
     def mix(
         self,
@@ -258,7 +255,7 @@ class OrthogonalizedMomentum(UpdateRule):
         """
         factors, known = _factors(weights), _is_known(context)
         table_FN = torch.tensor(self._table(tuple(shapes)), dtype=summaries_NS.dtype, device=summaries_NS.device)
-        fan, is_matrix = table_FN[2:4]
+        per_polar, fan, is_matrix = table_FN[1:4]
         seen = self._measure(summaries_NS, memory_NM[:, 0], table_FN, factors, context)
         in_run = torch.stack([*embed_step(context.step, STEP_SCALES), *_embed_horizon(context, known)]).to(fan)
         features_FN = torch.cat([seen.features, table_FN[4:], in_run.unsqueeze(-1).expand(-1, len(fan))])
@@ -277,18 +274,19 @@ class OrthogonalizedMomentum(UpdateRule):
         step_size = peak * fan.rsqrt() * (growth + log_step).exp()
         shrinkage = power("noise_decay") * log_signal + power("late_decay") * schedule.clamp(min=MIN_SCHEDULE).log()
         shrinkage = shrinkage + power("gradient_decay") * seen.log_ratio.clamp(min=-FEATURE_BOUND)
-        decay = self.base_decay * of_kind("decay") * (log_decay - shrinkage).exp()
-        control = torch.stack([(1 - adam.abs()) * seen.per_polar, adam * seen.per_adam, decay, step_size], -1)
+        decay = self.base_decay * of_kind("decay") * torch.where(known, 1.0, factors["anytime_decay"])
+        decay = decay * (log_decay - shrinkage).exp()
+        control = torch.stack([(1 - adam.abs()) * per_polar, adam * seen.per_adam, decay, step_size], -1)
         return control, torch.stack([seen.rms_max, log_mix], -1), shared
 
     def _measure(
         self, summaries_NS: Tensor, rms_max: Tensor, table_FN: Tensor, factors: dict[str, Tensor], context: StepContext
     ) -> _Measured:
         """Return what the sums of every tensor tell."""
-        eps, (per_numel, per_rank, fan, is_matrix) = tiny(summaries_NS), table_FN[:4].unbind()
+        eps, (per_numel, per_polar, fan, is_matrix) = tiny(summaries_NS), table_FN[:4].unbind()
         sums = (summaries_NS.mT * per_numel).unbind()
         uu, mm, v, gg, gm, xx = sums[:6]
-        polar, rank = sums[6:] if self.strip_size else (torch.zeros_like(uu), torch.zeros_like(uu))
+        rank = sums[6] if self.strip_size else torch.zeros_like(uu)
         correction_m, correction_v = debiasing(1 - self._rates(factors), context.step).unbind()
         rms = (v * correction_v + eps).sqrt()
         rms_max = torch.maximum(rms_max, rms)
@@ -298,10 +296,11 @@ class OrthogonalizedMomentum(UpdateRule):
             log_signal + 1,
             gm / (gg * mm + eps).sqrt(),
             log_ratio + 1,
-            rank * per_rank - is_matrix,
+            2 * rank * per_polar.square() - is_matrix,
             (xx.nan_to_num() * fan + eps).log() / 4 + 0.5,
         ]
-        return _Measured(torch.stack(features), log_signal, log_ratio, rms_max, _per_rms(polar), _per_rms(uu))
+        per_adam = uu.clamp(min=eps**0.5).rsqrt()
+        return _Measured(torch.stack(features), log_signal, log_ratio, rms_max, per_adam)
 
     def propose(
         self,
@@ -339,7 +338,7 @@ class OrthogonalizedMomentum(UpdateRule):
                 (math.log(shape.num_outputs + 1) - 4) / 2,
                 (math.log(shape.numel + 1) - 7) / 3,
             ]
-            columns.append([1 / numel, 2 * is_matrix * numel / short, fan, is_matrix, *features])
+            columns.append([1 / numel, is_matrix * math.sqrt(numel / short), fan, is_matrix, *features])
         return [list(row) for row in zip(*columns, strict=True)]
 
     def _rates(self, factors: dict[str, Tensor]) -> Tensor:
@@ -379,11 +378,6 @@ def _control(weights: Weights, features_FN: Tensor, is_matrix: Tensor) -> list[T
 def _adam(m: Tensor, v: Tensor) -> Tensor:
     """Return Adam's direction but for a factor common to a tensor."""
     return m * v.clamp(min=tiny(v)).rsqrt()
-
-
-def _per_rms(mean_square: Tensor) -> Tensor:
-    """Return what brings a direction to unit size."""
-    return mean_square.clamp(min=tiny(mean_square) ** 0.5).rsqrt()
 
 
 def _is_known(context: StepContext) -> Tensor:

@@ -19,7 +19,7 @@ INF = math.inf
 
 
 def polar_by_hand(matrix: numpy.ndarray, size: int = 32) -> numpy.ndarray:
-    """Return the strips of a matrix by Newton-Schulz on the strips themselves, at unit size over the matrix."""
+    """Return the strips of a matrix by Newton-Schulz on the strips themselves, at unit size if of full rank."""
     flat = matrix.reshape(len(matrix), -1)
     oriented = flat.T if flat.shape[1] < flat.shape[0] else flat
     number = -(-len(oriented) // size)
@@ -28,13 +28,13 @@ def polar_by_hand(matrix: numpy.ndarray, size: int = 32) -> numpy.ndarray:
     for first in range(0, len(oriented), rows):
         x = oriented[first : first + rows]
         x = x / numpy.sqrt(numpy.linalg.norm(x @ x.T))
-        for _ in range(3):
+        for _ in range(4):
             a = x @ x.T
             x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
         strips.append(x)
     polar = numpy.concatenate(strips)
     polar = polar.T if oriented is not flat else polar
-    return polar.reshape(matrix.shape) / numpy.sqrt(numpy.mean(polar**2))
+    return polar.reshape(matrix.shape) * math.sqrt(oriented.shape[1])
 
 
 def run_by_hand(
@@ -57,14 +57,15 @@ def run_by_hand(
             largest[index] = max(largest[index], grad_rms)
             rho = grad_rms / largest[index]
             sigma = math.sqrt(numpy.mean(momenta[index] ** 2)) / (1 - 0.9**step) / grad_rms
-            schedule = min(1, step / 10)
+            schedule = min(1, step / 30)
             if num_steps < INF:
                 schedule *= (1 + math.cos(math.pi * (step - 1) / num_steps)) / 2
             else:
                 odds = 0.7 * math.exp(power["anytime_power"])
                 schedule /= (1 + step / 100) ** (odds / (0.3 + odds))
-            size = 0.03 / math.sqrt(inputs) * schedule * rho ** power["gradient_power"] * sigma ** power["noise_step"]
+            size = 0.034 / math.sqrt(inputs) * schedule * rho ** power["gradient_power"] * sigma ** power["noise_step"]
             decay = sigma ** -power["noise_decay"] * max(schedule, 0.05) ** -power["late_decay"]
+            decay *= math.exp(power["anytime_decay"]) if num_steps == INF else 1
             decay *= rho ** -power["gradient_decay"]
             params[index] = x - size * (numpy.clip(direction, -5, 5) + decay * x)
     return params
@@ -75,7 +76,7 @@ def grad_at(shape: tuple[int, ...], step: int, index: int) -> Tensor:
     return 10.0**index * torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-POWERS = ("anytime_power", "gradient_power", "noise_step", "noise_decay", "late_decay", "gradient_decay")
+POWERS = ("anytime_power", "gradient_power", "noise_step", "noise_decay", "late_decay", "gradient_decay", "anytime_decay")
 
 
 @pytest.mark.parametrize("num_steps", [INF, 30.0])
@@ -100,7 +101,7 @@ def test_it_follows_the_equations(num_steps: float, power: float) -> None:
 
 def factors_of(matrix: Tensor) -> Tensor:
     """Return what a rule with many iterations makes of a matrix of one strip."""
-    rule = OrthogonalizedMomentum(num_iterations=3)
+    rule = OrthogonalizedMomentum()
     weights = {key: value.to(matrix) for key, value in rule.init_weights().items()}
     strips = Strips.of(TensorShape.of(matrix.shape), rule.max_strip)
     factors, _ = rule.couple(weights, strips.gram(matrix))
@@ -132,7 +133,7 @@ def test_every_shape_and_scale_gives_finite_steps_of_one_size(shape: tuple[int, 
     generator = torch.Generator().manual_seed(0)
     param = torch.nn.Parameter(torch.zeros(shape))
     opt = FlatOpt([param], pretrained=learned("orthogonalized-momentum"), num_steps=1000)
-    for _ in range(12):
+    for _ in range(32):
         before = param.detach().clone()
         param.grad = scale * torch.randn(shape, generator=generator)
         opt.step()
@@ -141,7 +142,7 @@ def test_every_shape_and_scale_gives_finite_steps_of_one_size(shape: tuple[int, 
         assert step == 0
     else:
         inputs = 64 if sum(length > 1 for length in shape) < 2 or shape[0] == 1 else max(8, param[0].numel())
-        assert 0.8 < step * inputs**0.5 / 0.03 < 1.2
+        assert 0.65 < step * inputs**0.5 / 0.034 < 1.25  
 
 
 @pytest.mark.parametrize("shape", [(100,), (10, 10)])
@@ -154,7 +155,7 @@ def test_a_direction_is_clipped_to_five_times_its_size(shape: tuple[int, ...]) -
         param.grad = torch.full(shape, (-1.0) ** step)
         param.grad.view(-1)[7] = 1.0
         opt.step()
-    step_size = 0.03 / math.sqrt(64 if len(shape) == 1 else shape[1]) / (1 + step / 100) ** 0.7
+    step_size = 0.034 / math.sqrt(64 if len(shape) == 1 else shape[1]) / (1 + step / 100) ** 0.7
     direction = (before - param.detach()) / step_size - before  # less the decay
     assert float(direction.view(-1)[7]) == pytest.approx(5.0, rel=1e-3)
     assert float(direction.abs().view(-1)[:7].max()) < 1.0
