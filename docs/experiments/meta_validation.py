@@ -1,8 +1,8 @@
-"""Constants of the default rule, set by hand or learned, on the tasks of meta-validation.
+"""The default rule with other constants, set by hand or learned, on the tasks of meta-validation.
 
 Each candidate trains the 18 tasks of ``flatopt-eval quality --split meta``, with the length of the run told and not,
 and is judged on the ``meta`` split against the untrained rule: mean and standard deviation over tasks, of the score and
-of the logarithm of the loss.  Two log entries of 2026-11-26 quote it, with standard errors.
+of the logarithm of the loss.  Log entries of 2026-11-26 quote it, with standard errors.
 
 Run as ``OMP_NUM_THREADS=1 python docs/experiments/meta_validation.py [SET ...]``: three minutes per candidate on an
 idle core.  Sets are names or folders of weights.  ``--fast`` takes two tasks and two candidates, cut short.
@@ -33,6 +33,7 @@ UNTRAINED = RULE.init_weights(torch.Generator().manual_seed(0))
 
 LOGARITHMS = {
     "decay times 1/2": {"matrix_decay": -0.7, "vector_decay": -0.7},
+    "decay times 1/2 where the length is not told": {"anytime_decay": -0.7},
     "decay times 1/2, and more as the gradient shrinks, power 0.7": {
         "matrix_decay": -0.7,
         "vector_decay": -0.7,
@@ -50,6 +51,15 @@ LOGARITHMS = {
 }
 """What is added to the exponents of factors, and to powers."""
 
+RULES = {
+    "two iterations, steps longer by 1.12": replace(RULE, num_iterations=2, base_step=0.038),
+    "three iterations": replace(RULE, num_iterations=3),
+    "five iterations": replace(RULE, num_iterations=5),
+    "a warm-up of 10 steps": replace(RULE, warmup_steps=10.0),
+    "steps shorter by 1.12": replace(RULE, base_step=0.03),
+}
+"""Other cores."""
+
 
 def candidates() -> dict[str, LearnedRule]:
     """Return the untrained rule, and what is compared with it."""
@@ -59,6 +69,7 @@ def candidates() -> dict[str, LearnedRule]:
     for label, constants in LOGARITHMS.items():
         weights = {f"constants.{name}": torch.tensor(value / CONSTANT_SCALE) for name, value in constants.items()}
         found[label] = LearnedRule(RULE, UNTRAINED | weights)
+    found |= {label: LearnedRule(rule, UNTRAINED) for label, rule in RULES.items()}
     return dict(list(found.items())[:2]) if FAST else found
 
 

@@ -63,12 +63,12 @@ _FLAT_V2_FAMILIES = (
 
 
 def flat_v2() -> MetaTrainConfig:
-    """Return the run behind the shipped weights ``flat-v2``: half an hour on a core.
+    """Return the run behind the shipped weights ``flat-v2``: a third of an hour on a core.
 
     An evolution strategy over whole runs, three families of problems at a time.  A run is judged by its end: by the
     error, which is what users look at, a little by the logarithm of the loss, and by how much the training loss rises
-    when the parameters are perturbed.  What is learned is the decay: its size for matrices and for vectors, and how it
-    grows as the gradient shrinks.  The step stays as it is (docs/log.md).
+    when the parameters are perturbed.  What is learned is the decay: of matrices, of vectors, and of both where the
+    length of the run is not known.  The step stays as it is (docs/log.md).
     """
     only = tuple(f"constants.{name}_decay" for name in ("matrix", "vector", "anytime"))
     tasks = tuple(
@@ -85,7 +85,7 @@ def flat_v2() -> MetaTrainConfig:
     )
     return MetaTrainConfig(
         recipe="flat-v2",
-        seed=2,  # of 0, 1 and 2 the best on meta-validation
+        seed=0,  # of 0, 1 and 2 the best on meta-validation
         rule="orthogonalized-momentum",
         estimator=EstimatorConfig(std=0.1, families_per_update=3, only=only),
         tasks=tasks,

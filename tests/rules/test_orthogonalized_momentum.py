@@ -76,7 +76,15 @@ def grad_at(shape: tuple[int, ...], step: int, index: int) -> Tensor:
     return 10.0**index * torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-POWERS = ("anytime_power", "gradient_power", "noise_step", "noise_decay", "late_decay", "gradient_decay", "anytime_decay")
+POWERS = (
+    "anytime_power",
+    "gradient_power",
+    "noise_step",
+    "noise_decay",
+    "late_decay",
+    "gradient_decay",
+    "anytime_decay",
+)
 
 
 @pytest.mark.parametrize("num_steps", [INF, 30.0])
@@ -142,7 +150,7 @@ def test_every_shape_and_scale_gives_finite_steps_of_one_size(shape: tuple[int, 
         assert step == 0
     else:
         inputs = 64 if sum(length > 1 for length in shape) < 2 or shape[0] == 1 else max(8, param[0].numel())
-        assert 0.65 < step * inputs**0.5 / 0.034 < 1.25  
+        assert 0.65 < step * inputs**0.5 / 0.034 < 1.25  # what the iterations make of singular values
 
 
 @pytest.mark.parametrize("shape", [(100,), (10, 10)])
