@@ -153,6 +153,20 @@ def test_every_shape_and_scale_gives_finite_steps_of_one_size(shape: tuple[int, 
         assert 0.65 < step * inputs**0.5 / 0.034 < 1.25  # what the iterations make of singular values
 
 
+@pytest.mark.parametrize("shape", [(32, 96), (96, 32)])
+@pytest.mark.parametrize("rank", [1, 4, 32])
+def test_no_direction_is_longer_where_there_are_few(shape: tuple[int, int], rank: int) -> None:
+    """A step of unit size whatever the rank made wide networks diverge at small batches."""
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.zeros(shape))
+    opt = FlatOpt([param], pretrained=learned(OrthogonalizedMomentum(base_decay=0.0, warmup_steps=1.0)), num_steps=1000)
+    param.grad = torch.randn(shape[0], rank, generator=generator) @ torch.randn(rank, shape[1], generator=generator)
+    opt.step()
+    values = torch.linalg.svdvals(param.detach()) * math.sqrt(shape[1]) / 0.034 / math.sqrt(96)
+    assert bool((values[:rank] > 0.65).all()) and bool((values < 1.25).all())
+    assert bool((values[rank:] < 1e-3).all())
+
+
 @pytest.mark.parametrize("shape", [(100,), (10, 10)])
 def test_a_direction_is_clipped_to_five_times_its_size(shape: tuple[int, ...]) -> None:
     """One coordinate goes one way, where the momentum of all others cancels."""
