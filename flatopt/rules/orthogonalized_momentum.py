@@ -27,7 +27,8 @@ The step of a tensor :math:`x`, and that of a vector, which has :math:`u_t` in p
 
 with the directions in brackets clipped to :math:`\pm 5`.  The schedule :math:`s_t` is a warm-up over 30 steps, times a
 cosine to zero where the length of the run is known, and times :math:`(1 + t/100)^{-0.7}` where it is not; that power
-stays below 1, so that no run ends by itself.  :math:`\rho_t` is the root mean square of the gradient over its largest
+stays below 1, so that no run ends by itself.  There the decay has one more learned factor.
+:math:`\rho_t` is the root mean square of the gradient over its largest
 value so far: it falls as training data are learned by heart.  :math:`\sigma_t` is the root mean square of the momentum
 over that of the gradient, which is the size of Adam's step: near 1 for a gradient without noise.  So steps may shrink
 with the noise and the gradient, and decay may grow with the noise, with what is learned by heart, and late.  The powers
