@@ -93,7 +93,7 @@ def flagship_step_size(param: Tensor, step: int, num_steps: float = math.inf) ->
     fan = param.shape[1:].numel() if sum(length > 1 for length in param.shape) > 1 else 64
     known = (1 + math.cos(math.pi * (step - 1) / num_steps)) / 2
     schedule = known if num_steps < math.inf else (1 + step / 100) ** -0.7
-    return 0.034 / math.sqrt(max(fan, 8)) * min(step / 30, 1) * schedule
+    return 0.034 / math.sqrt(max(fan, 8)) * min(step / min(30, max(15, num_steps / 5)), 1) * schedule
 
 
 STEP_SIZES: dict[str, Callable[[Tensor, int, float], float]] = {

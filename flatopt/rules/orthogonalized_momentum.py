@@ -25,10 +25,10 @@ The step of a tensor :math:`x`, and that of a vector, which has :math:`u_t` in p
     + e^{\omega} \sigma_t^{-h} s_t^{-l} \rho_t^{-g}\, x \Big), \qquad
     \eta_t = \frac{0.034\, s_t\, \rho_t^{\,q} \sigma_t^{\,p}}{\sqrt{\max(\text{inputs}, 8)}}
 
-with the directions in brackets clipped to :math:`\pm 5`.  The schedule :math:`s_t` is a warm-up over 30 steps, times a
-cosine to zero where the length of the run is known, and times :math:`(1 + t/100)^{-0.7}` where it is not; that power
-stays below 1, so that no run ends by itself.  There the decay has one more learned factor.
-:math:`\rho_t` is the root mean square of the gradient over its largest
+with the directions in brackets clipped to :math:`\pm 5`.  The schedule :math:`s_t` is a warm-up over 30 steps (over a
+fifth of a shorter known run, but at least 15), times a cosine to zero where the length of the run is known, and times
+:math:`(1 + t/100)^{-0.7}` where it is not; that power stays below 1, so that no run ends by itself.  There the decay
+has one more learned factor.  :math:`\rho_t` is the root mean square of the gradient over its largest
 value so far: it falls as training data are learned by heart.  :math:`\sigma_t` is the root mean square of the momentum
 over that of the gradient, which is the size of Adam's step: near 1 for a gradient without noise.  So steps may shrink
 with the noise and the gradient, and decay may grow with the noise, with what is learned by heart, and late.  The powers
@@ -127,7 +127,7 @@ class OrthogonalizedMomentum(UpdateRule):
         num_iterations: Newton-Schulz iterations.
         betas: decays of the momentum and of the second moment, before learning.
         momentum_mix: share of the gradient in what is orthogonalised (Nesterov), before learning.
-        warmup_steps: length of the linear warm-up, before learning.
+        warmup_steps: length of the linear warm-up, before learning; as little as half of it in a short run.
         decay_steps: time scale of the decay of the step where the length of the run is unknown.
         anytime_power: power of that decay, before learning.
 
@@ -350,7 +350,9 @@ class OrthogonalizedMomentum(UpdateRule):
 
     def _schedule(self, factors: dict[str, Tensor], context: StepContext, known: Tensor) -> Tensor:
         """Return the multiplier of the step over the run, 0-D; before learning at most 1."""
-        warmup = (context.step / (self.warmup_steps * factors["warmup"])).clamp(max=1)
+        longest = self.warmup_steps * factors["warmup"]
+        warmup = torch.minimum(longest, torch.maximum(longest / 2, context.num_steps / 5))  # shorter in a short run
+        warmup = (context.step / warmup).clamp(max=1)
         fraction = ((context.step - 1) / context.num_steps).clamp(max=1)
         cosine = ((1 + torch.cos(math.pi * fraction)) / 2).clamp(min=1e-6) ** factors["cosine_power"]
         odds = self.anytime_power * factors["anytime_power"]

@@ -57,7 +57,7 @@ def run_by_hand(
             largest[index] = max(largest[index], grad_rms)
             rho = grad_rms / largest[index]
             sigma = math.sqrt(numpy.mean(momenta[index] ** 2)) / (1 - 0.9**step) / grad_rms
-            schedule = min(1, step / 30)
+            schedule = min(1, step / min(30, max(15, num_steps / 5)))
             if num_steps < INF:
                 schedule *= (1 + math.cos(math.pi * (step - 1) / num_steps)) / 2
             else:
