@@ -67,10 +67,10 @@ def flat_v2() -> MetaTrainConfig:
 
     An evolution strategy over whole runs, three families of problems at a time.  A run is judged by its end: by the
     error, which is what users look at, a little by the logarithm of the loss, and by how much the training loss rises
-    when the parameters are perturbed.  What is learned is the decay: of matrices, of vectors, and of both where the
-    length of the run is not known.  The step stays as it is (docs/log.md).
+    when the parameters are perturbed.  What is learned is by which power the step follows the noise, by which the decay
+    spares what is large, and a factor of both where the length of the run is not known (docs/log.md).
     """
-    only = tuple(f"constants.{name}_decay" for name in ("matrix", "vector", "anytime"))
+    only = tuple(f"constants.{name}" for name in ("noise_step", "size_decay", "anytime_step", "anytime_decay"))
     tasks = tuple(
         TaskConfig(
             name=name,
@@ -107,7 +107,7 @@ def flat_v2() -> MetaTrainConfig:
             ),
         ),
         num_updates=16,
-        meta_lr=0.03,
+        meta_lr=0.06,
         warmup_updates=4,
         max_grad_norm=1.0,
         ema_decay=0.9,

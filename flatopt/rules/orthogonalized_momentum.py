@@ -22,24 +22,26 @@ The step of a tensor :math:`x`, and that of a vector, which has :math:`u_t` in p
 
 .. math::
     \Delta_t = -\eta_t\, e^{\lambda} \Big( (1 - |\alpha|)\, \bar X + \alpha\, \frac{u_t}{\mathrm{rms}(u_t)}
-    + e^{\omega} \sigma_t^{-h} s_t^{-l} \rho_t^{-g}\, x \Big), \qquad
+    + e^{\omega} \sigma_t^{-h} s_t^{-l} \rho_t^{-g} r_t^{-k}\, x \Big), \qquad
     \eta_t = \frac{0.034\, s_t\, \rho_t^{\,q} \sigma_t^{\,p}}{\sqrt{\max(\text{inputs}, 8)}}
 
 with the directions in brackets clipped to :math:`\pm 5`.  The schedule :math:`s_t` is a warm-up over 30 steps (over a
 fifth of a shorter known run, but at least 15), times a cosine to zero where the length of the run is known, and times
 :math:`(1 + t/100)^{-0.7}` where it is not; that power stays below 1, so that no run ends by itself.  There the decay
 has one more learned factor.  :math:`\rho_t` is the root mean square of the gradient over its largest
-value so far: it falls as training data are learned by heart.  :math:`\sigma_t` is the root mean square of the momentum
-over that of the gradient, which is the size of Adam's step: near 1 for a gradient without noise.  So steps may shrink
-with the noise and the gradient, and decay may grow with the noise, with what is learned by heart, and late.  The powers
-are ``gradient_power, noise_step, noise_decay, late_decay, gradient_decay``; they see :math:`s_t \ge 0.05`,
-:math:`|\ln \sigma_t| \le 3` and, in the decay, :math:`\ln \rho_t \ge -3`.
+value so far: it falls as training data are learned by heart.  :math:`\sigma_t` is 6 times the root mean square of the
+momentum over that of the gradient.  That ratio is the size of Adam's step: 1 for a gradient without noise, near 1/6 in
+most runs.  :math:`r_t` tells what is large, as gains and embeddings are from their start: it is half the root mean
+square of the tensor times :math:`\sqrt{\text{inputs}}`, but at least 1.  So steps may shrink with the noise and the
+gradient, and decay may grow with the noise, with what is learned by heart, and late, and spare what is large.  The
+powers are ``gradient_power, noise_step, noise_decay, late_decay, gradient_decay, size_decay``; they see
+:math:`s_t \ge 0.05`, :math:`0.3 \le \sigma_t \le 120`, :math:`r_t \le 20` and, in the decay, :math:`\rho_t \ge 0.05`.
 
 The controller is linear: from what the tensor's own sums, its shape and the time tell
 (:meth:`OrthogonalizedMomentum.mix` lists it) it finds :math:`\lambda, \omega, \alpha` and the :math:`\mu` of the next
 step, with weights for matrices and others for vectors.  No tensor knows of another.  The constants above are learned
 too, each as the logarithm of a factor, and the powers.  With zero weights
-:math:`\lambda = \omega = \alpha = q = p = h = l = g = 0`: that is the untrained rule.
+:math:`\lambda = \omega = \alpha = q = p = h = l = g = k = 0`: that is the untrained rule.
 
 A coordinate whose gradients were all exactly zero does not move; one that is not finite stays what it is.  State:
 two floats per coordinate, three per tensor.
@@ -74,7 +76,7 @@ CONSTANTS = (
     "matrix_decay",
     "vector_decay",
     "momentum",
-    "square_decay",
+    "second_moment",
     "momentum_mix",
     "warmup",
     "cosine_power",
@@ -86,6 +88,7 @@ CONSTANTS = (
     "noise_decay",
     "late_decay",
     "gradient_decay",
+    "size_decay",
 )
 """The constants of the rule that are learned, each 0 at the start; see :func:`_factors`."""
 
@@ -97,6 +100,8 @@ STEP_SCALES = (10.0, 100.0, 1000.0)
 FEATURE_BOUND = 3.0
 DIRECTION_BOUND = 5.0
 MIN_SCHEDULE = 0.05
+USUAL_SIGNAL = 1 / 6
+LARGE_SIZE = 2.0
 
 
 class _Measured(NamedTuple):
@@ -108,6 +113,8 @@ class _Measured(NamedTuple):
     """``log(sigma)``."""
     log_ratio: Tensor
     """``log(rho)``."""
+    log_size: Tensor
+    """``log(r)``."""
     rms_max: Tensor
     """The largest root mean square of the gradient so far."""
     per_adam: Tensor
@@ -137,7 +144,7 @@ class OrthogonalizedMomentum(UpdateRule):
     Example:
         >>> rule = OrthogonalizedMomentum()
         >>> sum(weight.numel() for weight in rule.init_weights().values())
-        125
+        126
     """
 
     name: ClassVar[str] = "orthogonalized-momentum"
@@ -269,11 +276,11 @@ class OrthogonalizedMomentum(UpdateRule):
             return CONSTANT_SCALE * weights[f"constants.{name}"]
 
         schedule = self._schedule(factors, context, known)
-        log_signal = seen.log_signal.clamp(-FEATURE_BOUND, FEATURE_BOUND)
         peak = self.base_step * schedule * of_kind("step")
-        growth = power("gradient_power") * seen.log_ratio + power("noise_step") * log_signal
+        growth = power("gradient_power") * seen.log_ratio + power("noise_step") * seen.log_signal
         step_size = peak * fan.rsqrt() * (growth + log_step).exp()
-        shrinkage = power("noise_decay") * log_signal + power("late_decay") * schedule.clamp(min=MIN_SCHEDULE).log()
+        shrinkage = power("noise_decay") * seen.log_signal + power("size_decay") * seen.log_size
+        shrinkage = shrinkage + power("late_decay") * schedule.clamp(min=MIN_SCHEDULE).log()
         shrinkage = shrinkage + power("gradient_decay") * seen.log_ratio.clamp(min=-FEATURE_BOUND)
         decay = self.base_decay * of_kind("decay") * torch.where(known, 1.0, factors["anytime_decay"])
         decay = decay * (log_decay - shrinkage).exp()
@@ -292,16 +299,19 @@ class OrthogonalizedMomentum(UpdateRule):
         rms = (v * correction_v + eps).sqrt()
         rms_max = torch.maximum(rms_max, rms)
         log_ratio = (rms / rms_max).log()
-        log_signal = ((mm + eps) / (v + eps) * (correction_m.square() / correction_v)).log() / 2
+        log_adam = ((mm + eps) / (v + eps) * (correction_m.square() / correction_v)).log() / 2  # size of Adam's step
+        log_signal = log_adam.clamp(-FEATURE_BOUND, FEATURE_BOUND) - math.log(USUAL_SIGNAL)
+        log_size = (xx.nan_to_num() * fan + eps).log() / 2
         features = [
-            log_signal + 1,
+            log_adam + 1,
             gm / (gg * mm + eps).sqrt(),
             log_ratio + 1,
             2 * rank * per_polar.square() - is_matrix,
-            (xx.nan_to_num() * fan + eps).log() / 4 + 0.5,
+            log_size / 2 + 0.5,
         ]
         per_adam = uu.clamp(min=eps**0.5).rsqrt()
-        return _Measured(torch.stack(features), log_signal, log_ratio, rms_max, per_adam)
+        log_size = (log_size - math.log(LARGE_SIZE)).clamp(0, FEATURE_BOUND)
+        return _Measured(torch.stack(features), log_signal, log_ratio, log_size, rms_max, per_adam)
 
     def propose(
         self,
@@ -345,7 +355,7 @@ class OrthogonalizedMomentum(UpdateRule):
     def _rates(self, factors: dict[str, Tensor]) -> Tensor:
         """Return the share of the gradient in the momentum, and of its square in the second moment, ``[2]``."""
         momentum, square = self.betas
-        rates = [(1 - momentum) * factors["momentum"], (1 - square) * factors["square_decay"]]
+        rates = [(1 - momentum) * factors["momentum"], (1 - square) * factors["second_moment"]]
         return torch.stack(rates).clamp(max=1)
 
     def _schedule(self, factors: dict[str, Tensor], context: StepContext, known: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ def run_by_hand(
             grad_rms = math.sqrt(numpy.mean(squares[index]) / (1 - 0.99**step))
             largest[index] = max(largest[index], grad_rms)
             rho = grad_rms / largest[index]
-            sigma = math.sqrt(numpy.mean(momenta[index] ** 2)) / (1 - 0.9**step) / grad_rms
+            sigma = 6 * math.sqrt(numpy.mean(momenta[index] ** 2)) / (1 - 0.9**step) / grad_rms
+            size_ratio = max(1, math.sqrt(numpy.mean(x**2) * inputs) / 2)
             schedule = min(1, step / min(30, max(15, num_steps / 5)))
             if num_steps < INF:
                 schedule *= (1 + math.cos(math.pi * (step - 1) / num_steps)) / 2
@@ -66,7 +67,7 @@ def run_by_hand(
             size = 0.034 / math.sqrt(inputs) * schedule * rho ** power["gradient_power"] * sigma ** power["noise_step"]
             decay = sigma ** -power["noise_decay"] * max(schedule, 0.05) ** -power["late_decay"]
             decay *= math.exp(power["anytime_decay"]) if num_steps == INF else 1
-            decay *= rho ** -power["gradient_decay"]
+            decay *= rho ** -power["gradient_decay"] * size_ratio ** -power["size_decay"]
             params[index] = x - size * (numpy.clip(direction, -5, 5) + decay * x)
     return params
 
@@ -84,6 +85,7 @@ POWERS = (
     "late_decay",
     "gradient_decay",
     "anytime_decay",
+    "size_decay",
 )
 
 
