@@ -47,8 +47,8 @@ FACTORS = {
 }
 POWERS = {
     "gradient power 1/2": {"gradient_power": 0.5},
-    "step with signal, power 1/2": {"noise_step": 0.5, "matrix_step": 0.5, "vector_step": 0.5},
-    "step with signal, power 1": {"noise_step": 1.0, "matrix_step": 1.0, "vector_step": 1.0},
+    "step with signal, power 1/2": {"noise_step": 0.5},
+    "step with signal, power 1": {"noise_step": 1.0},
     "decay with noise, power 1/2": {"noise_decay": 0.5},
     "decay late, power 1/2": {"late_decay": 0.5},
 }

@@ -1,6 +1,6 @@
 """The default rule with other constants, set by hand or learned, on the tasks of meta-validation.
 
-Each candidate trains the 18 tasks of ``flatopt-eval quality --split meta``, with the length of the run told and not,
+Each candidate trains the 32 tasks of ``flatopt-eval quality --split meta``, with the length of the run told and not,
 and is judged on the ``meta`` split against the untrained rule: mean and standard deviation over tasks, of the score and
 of the logarithm of the loss.  Log entries of 2026-11-26 quote it, with standard errors.
 
@@ -47,7 +47,16 @@ LOGARITHMS = {
     "decay late, power 1/2": {"late_decay": 0.5},
     "decay with noise, power 0.3": {"noise_decay": 0.3},
     "steps without a known length": {"anytime_power": 0.5, "anytime_step": 0.35},
-    "step without noise": {"noise_step": -0.3, "matrix_step": -0.3, "vector_step": -0.3},
+    "steps shrink with the noise, power 1/2": {"noise_step": 0.5},
+    "steps shrink with the noise, power 1": {"noise_step": 1.0},
+    "steps shrink with the noise, power 1, all a fifth longer": {
+        "noise_step": 1.0,
+        "matrix_step": 0.2,
+        "vector_step": 0.2,
+    },
+    "steps shrink with the noise, power 2": {"noise_step": 2.0},
+    "decay spares what is large, power 1": {"size_decay": 1.0},
+    "decay spares what is large, and steps shrink with the noise, power 1": {"size_decay": 1.0, "noise_step": 1.0},
 }
 """What is added to the exponents of factors, and to powers."""
 

@@ -177,7 +177,6 @@ def summary(one: dict[str, Any]) -> str:
     """Return the few columns of the table of means that README and landing page show."""
     chosen = [index for index, name in enumerate(one["columns"]) if name in SUMMARY]
     rows = [[row[index] for index in chosen] for row in one["rows"] if "untrained" not in row[0]]
-    rows = [[row[0].replace("horizon unknown", "length of the run unknown"), *row[1:]] for row in rows]
     header = [SUMMARY[one["columns"][index]] for index in chosen]
     rows.sort(key=lambda row: float(row[header.index("mean rank")]))
     for column, name in enumerate(header):  # the number of tasks behind a mean stands in the header if it is one number

@@ -21,7 +21,7 @@ CURVE_TASKS = ("MLP 28x28", "CNN", "row LSTM", "text transformer")
 LOSSES = [digit * 10.0**power for power in range(-6, 3) for digit in (1, 2, 3, 5)]
 """What an axis of losses is labelled with."""
 
-CURVE_OPTIMIZERS = ("FlatOpt", "FlatOpt, horizon unknown", REFERENCE, "SGD momentum", "Muon")
+CURVE_OPTIMIZERS = ("FlatOpt", "FlatOpt, length unknown", REFERENCE, "SGD momentum", "Muon")
 
 
 def draw_ranks(figure: Figure, records: Sequence[Record]) -> None:
@@ -136,10 +136,10 @@ def plain_name(name: str) -> str:
     """Return an optimizer's name in words that need no page to explain them.
 
     Example:
-        >>> plain_name("untrained core, horizon unknown")
+        >>> plain_name("untrained core, length unknown")
         'FlatOpt untrained, length unknown'
     """
-    return name.replace("untrained core", "FlatOpt untrained").replace("horizon", "length")
+    return name.replace("untrained core", "FlatOpt untrained")
 
 
 def point_scale(axes: Axes) -> None:

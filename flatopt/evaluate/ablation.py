@@ -75,7 +75,7 @@ class Ablation(Evaluation):
         "rows: NAME_OR_FOLDER, or LABEL=FOLDER,FOLDER,... of several seeds of one meta-training (default: FlatOpt's)",
     )
     against: str = option(CORE, "label of the row that all others are compared with")
-    horizon: Literal["both", "known", "unknown"] = option("both", "whether the optimizers know the number of steps")
+    length: Literal["both", "known", "unknown"] = option("both", "whether the optimizers know the number of steps")
     flatness: bool = option(False, "measure the minima too")
     tasks: tuple[str, ...] = option((), "parts of the names of the tasks to run (default: all)")
     split: Literal["test", "meta"] = option("test", "split of the tables; meta has tasks of its own")
@@ -123,11 +123,11 @@ class Ablation(Evaluation):
         return cores | {label: [every[name] for name in names] for label, names in asked.items()}
 
     def suffixes(self) -> list[str]:
-        """Return what follows the names of contestants: nothing for a known horizon."""
-        return {"both": ["", UNKNOWN], "known": [""], "unknown": [UNKNOWN]}[self.horizon]
+        """Return what follows the names of contestants: nothing for a known length."""
+        return {"both": ["", UNKNOWN], "known": [""], "unknown": [UNKNOWN]}[self.length]
 
     def entrants(self, rows: Mapping[str, Sequence[LearnedRule]]) -> list[Contestant]:
-        """Return every set with every horizon; their names are ``label#index`` and the suffix."""
+        """Return every set with every length; their names are ``label#index`` and the suffix."""
         return [
             learned_contestant(f"{label}#{index}{suffix}", learned, horizon_known=not suffix)
             for suffix in self.suffixes()
@@ -200,9 +200,9 @@ def intervals(differences: Sequence[Sequence[Sequence[float]]]) -> tuple[Interva
 
 
 def _tables(
-    values: Mapping[str, Values], kinds: Mapping[str, str], labels: Sequence[str], against: str, horizon: str
+    values: Mapping[str, Values], kinds: Mapping[str, str], labels: Sequence[str], against: str, length: str
 ) -> list[Table]:
-    """Return the table of differences and that of the scores, for one horizon."""
+    """Return the table of differences and that of the scores, for one length."""
     tasks = [task for task in kinds if all((label, task) in values["score"] for label in labels)]
     header = ["row", "sets", "accuracy %", f"at least {against}"]
     rows = [[label, str(len(values["score"][label, tasks[0]])) if tasks else "–"] for label in labels]
@@ -223,8 +223,8 @@ def _tables(
         for label in labels
     ]
     return [
-        Table(f"Differences, horizon {horizon}", header, rows),
-        Table(f"Scores, horizon {horizon}", ["row", *kinds], scores),
+        Table(f"Differences, length {length}", header, rows),
+        Table(f"Scores, length {length}", ["row", *kinds], scores),
     ]
 
 

@@ -163,6 +163,30 @@ META_BENCHMARKS: tuple[Benchmark, ...] = (
         _text("text transformer, one layer", partial(models.decoder, width=64, depth=1)), source=_META_TEXT, size=24
     ),
     replace(_text("text GRU, narrow", partial(models.text_gru, width=48)), source=_META_TEXT, size=24),
+    # As wide and as deep as the test tasks.
+    _images("MLP 28x28, two wide layers", partial(models.mlp, width=192, depth=2), 28, num_train=10_000, num_steps=800),
+    _images("deep MLP 14x14", partial(models.mlp, width=96, depth=5), num_steps=800),
+    _images("sigmoid MLP, wide", partial(models.mlp, width=160, activation=nn.Sigmoid), num_steps=800),
+    _images("deep LayerNorm MLP 14x14", partial(models.mlp, width=96, depth=6, normalise=True), num_steps=800),
+    _images("pre-LN residual MLP, wide", partial(models.pre_norm_mlp, width=96, depth=5), label_noise=0.1),
+    _images("CNN, three layers", partial(models.cnn, width=20, depth=3)),
+    _images("GroupNorm CNN, two layers", partial(models.cnn, width=16, num_groups=4), num_steps=400),
+    _images("BatchNorm residual net 8x8", partial(models.residual_net, width=16, num_blocks=3), 8, num_steps=400),
+    _images("row transformer, three layers", partial(models.transformer, width=48, depth=3), num_steps=400),
+    _images("ViT 14x14, three layers", partial(models.vit, width=64, depth=3, patch=2), num_steps=300),
+    _images("row LSTM, wide", partial(models.lstm, width=96)),
+    Benchmark(
+        name="autoencoder 8x8",
+        source="fashion-mnist",
+        size=8,
+        num_train=4000,
+        build=partial(models.autoencoder, width=64, code=8),
+        num_steps=600,
+        kind="reconstruction",
+        num_eval=4000,
+    ),
+    replace(_text("text transformer, three layers", partial(models.decoder, width=64, depth=3)), source=_META_TEXT),
+    replace(_text("text GRU, wide", partial(models.text_gru, width=96)), source=_META_TEXT),
 )
 """Meta-validation: what weights and recipes are chosen by, on the ``meta`` split.  No row is one of the test tasks."""
 

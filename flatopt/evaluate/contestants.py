@@ -178,7 +178,7 @@ def learned_contestants(pretrained: str) -> list[Contestant]:
     ]
 
 
-UNKNOWN = ", horizon unknown"
+UNKNOWN = ", length unknown"
 
 
 def default_rule() -> LearnedRule:

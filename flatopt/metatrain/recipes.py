@@ -106,12 +106,12 @@ def flat_v2() -> MetaTrainConfig:
                 clip=6.0,
             ),
         ),
-        num_updates=16,
-        meta_lr=0.06,
-        warmup_updates=4,
+        num_updates=8,
+        meta_lr=0.08,
+        warmup_updates=2,
         max_grad_norm=1.0,
         ema_decay=0.9,
-        checkpoint_every=8,
+        checkpoint_every=4,
         log_every=1,
     )
 

@@ -28,14 +28,15 @@ The step of a tensor :math:`x`, and that of a vector, which has :math:`u_t` in p
 with the directions in brackets clipped to :math:`\pm 5`.  The schedule :math:`s_t` is a warm-up over 30 steps (over a
 fifth of a shorter known run, but at least 15), times a cosine to zero where the length of the run is known, and times
 :math:`(1 + t/100)^{-0.7}` where it is not; that power stays below 1, so that no run ends by itself.  There the decay
-has one more learned factor.  :math:`\rho_t` is the root mean square of the gradient over its largest
-value so far: it falls as training data are learned by heart.  :math:`\sigma_t` is 6 times the root mean square of the
-momentum over that of the gradient.  That ratio is the size of Adam's step: 1 for a gradient without noise, near 1/6 in
-most runs.  :math:`r_t` tells what is large, as gains and embeddings are from their start: it is half the root mean
-square of the tensor times :math:`\sqrt{\text{inputs}}`, but at least 1.  So steps may shrink with the noise and the
-gradient, and decay may grow with the noise, with what is learned by heart, and late, and spare what is large.  The
-powers are ``gradient_power, noise_step, noise_decay, late_decay, gradient_decay, size_decay``; they see
-:math:`s_t \ge 0.05`, :math:`0.3 \le \sigma_t \le 120`, :math:`r_t \le 20` and, in the decay, :math:`\rho_t \ge 0.05`.
+has one more learned factor.  :math:`\rho_t` is the root mean square of the gradient over its largest value so far: it
+falls as training data are learned by heart.  :math:`\sigma_t` is 6 times the root mean square of the momentum over that
+of the gradient.  That ratio is the size of Adam's step: 1 for a gradient without noise, near 1/6 in most runs.  (The
+momentum is corrected so that noise alone gives the same ratio in every step.)  :math:`r_t` tells what is large, as gains
+and embeddings are from their start: it is half the root mean square of the tensor times :math:`\sqrt{\text{inputs}}`, but
+at least 1.  So steps may shrink with the noise and the gradient, and decay may grow with the noise, with what is learned
+by heart, and late, and spare what is large.  The powers are ``gradient_power, noise_step, noise_decay, late_decay,
+gradient_decay, size_decay``; they see :math:`s_t \ge 0.05`, :math:`0.3 \le \sigma_t \le 120`, :math:`r_t \le 20` and, in
+the decay, :math:`\rho_t \ge 0.05`.
 
 The controller is linear: from what the tensor's own sums, its shape and the time tell
 (:meth:`OrthogonalizedMomentum.mix` lists it) it finds :math:`\lambda, \omega, \alpha` and the :math:`\mu` of the next
@@ -299,7 +300,8 @@ class OrthogonalizedMomentum(UpdateRule):
         rms = (v * correction_v + eps).sqrt()
         rms_max = torch.maximum(rms_max, rms)
         log_ratio = (rms / rms_max).log()
-        log_adam = ((mm + eps) / (v + eps) * (correction_m.square() / correction_v)).log() / 2  # size of Adam's step
+        noise = correction_m.square() / (2 * correction_m - 1)  # brings the momentum of noise alone to its size at last
+        log_adam = ((mm + eps) / (v + eps) * (noise / correction_v)).log() / 2
         log_signal = log_adam.clamp(-FEATURE_BOUND, FEATURE_BOUND) - math.log(USUAL_SIGNAL)
         log_size = (xx.nan_to_num() * fan + eps).log() / 2
         features = [

@@ -71,7 +71,7 @@ def sets(tmp_path: Path) -> list[str]:
 def test_command_compares_rows_of_several_sets_with_both_cores(sets: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["ablation", "--fast", "--seeds", "2", "--tasks", "digits MLP", "--out", str(out)]
-    main([*arguments, "--sets", f"both={','.join(sets)}", sets[0], "--horizon", "known"])
+    main([*arguments, "--sets", f"both={','.join(sets)}", sets[0], "--length", "known"])
     records = {record["optimizer"]: record for record in json.loads((out / "results.json").read_text())}
     assert list(records) == ["adam core#0", "core#0", "both#0", "both#1", f"{sets[0]}#0"]
     assert records["both#0"]["score"] == records[f"{sets[0]}#0"]["score"] != records["both#1"]["score"]

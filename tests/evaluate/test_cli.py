@@ -107,13 +107,13 @@ def test_quality_runs_the_optimizers_that_are_named(pretrained: str, tmp_path: P
     arguments = ["quality", "--fast", "--seeds", "1", "--pretrained", pretrained, "--out", str(tmp_path)]
     main([*arguments, "--tasks", "digits CNN", "--optimizers", "untrained core", "SGD"])
     found = [(record["task"], record["optimizer"]) for record in outputs(tmp_path)]
-    names = ["untrained core", "untrained core, horizon unknown", "SGD momentum"]
+    names = ["untrained core", "untrained core, length unknown", "SGD momentum"]
     assert found == [("digits CNN", name) for name in names]
 
 
 @pytest.mark.parametrize(
     ("option", "listed"),
-    [("--optimizers", "FlatOpt, horizon unknown, untrained core"), ("--tasks", "digits MLP, digits CNN")],
+    [("--optimizers", "FlatOpt, length unknown, untrained core"), ("--tasks", "digits MLP, digits CNN")],
 )
 def test_an_unknown_name_is_one_line_that_lists_the_valid_ones(
     option: str, listed: str, pretrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

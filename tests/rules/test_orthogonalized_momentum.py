@@ -56,7 +56,7 @@ def run_by_hand(
             grad_rms = math.sqrt(numpy.mean(squares[index]) / (1 - 0.99**step))
             largest[index] = max(largest[index], grad_rms)
             rho = grad_rms / largest[index]
-            sigma = 6 * math.sqrt(numpy.mean(momenta[index] ** 2)) / (1 - 0.9**step) / grad_rms
+            sigma = 6 * math.sqrt(numpy.mean(momenta[index] ** 2) / (1 - 0.9 ** (2 * step))) / grad_rms
             size_ratio = max(1, math.sqrt(numpy.mean(x**2) * inputs) / 2)
             schedule = min(1, step / min(30, max(15, num_steps / 5)))
             if num_steps < INF:
