@@ -31,12 +31,12 @@ fifth of a shorter known run, but at least 15), times a cosine to zero where the
 has one more learned factor.  :math:`\rho_t` is the root mean square of the gradient over its largest value so far: it
 falls as training data are learned by heart.  :math:`\sigma_t` is 6 times the root mean square of the momentum over that
 of the gradient.  That ratio is the size of Adam's step: 1 for a gradient without noise, near 1/6 in most runs.  (The
-momentum is corrected so that noise alone gives the same ratio in every step.)  :math:`r_t` tells what is large, as gains
-and embeddings are from their start: it is half the root mean square of the tensor times :math:`\sqrt{\text{inputs}}`, but
-at least 1.  So steps may shrink with the noise and the gradient, and decay may grow with the noise, with what is learned
-by heart, and late, and spare what is large.  The powers are ``gradient_power, noise_step, noise_decay, late_decay,
-gradient_decay, size_decay``; they see :math:`s_t \ge 0.05`, :math:`0.3 \le \sigma_t \le 120`, :math:`r_t \le 20` and, in
-the decay, :math:`\rho_t \ge 0.05`.
+momentum is corrected so that noise alone gives the same ratio in every step.) :math:`r_t` tells what is large, as
+gains and embeddings are from their start: it is half the root mean square of the tensor times
+:math:`\sqrt{\text{inputs}}`, but at least 1.  So steps may shrink with the noise and the gradient, and decay may grow
+with the noise, with what is learned by heart, and late, and spare what is large.  The powers are
+``gradient_power, noise_step, noise_decay, late_decay, gradient_decay, size_decay``; they see :math:`s_t \ge 0.05`,
+:math:`0.3 \le \sigma_t \le 120`, :math:`r_t \le 20` and, in the decay, :math:`\rho_t \ge 0.05`.
 
 The controller is linear: from what the tensor's own sums, its shape and the time tell
 (:meth:`OrthogonalizedMomentum.mix` lists it) it finds :math:`\lambda, \omega, \alpha` and the :math:`\mu` of the next
