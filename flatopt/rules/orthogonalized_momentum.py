@@ -31,7 +31,7 @@ fifth of a shorter known run, but at least 15), times a cosine to zero where the
 has one more learned factor.  :math:`\rho_t` is the root mean square of the gradient over its largest value so far: it
 falls as training data are learned by heart.  :math:`\sigma_t` is 6 times the root mean square of the momentum over that
 of the gradient.  That ratio is the size of Adam's step: 1 for a gradient without noise, near 1/6 in most runs.  (The
-momentum is corrected so that noise alone gives the same ratio in every step.) :math:`r_t` tells what is large, as
+momentum is corrected so that noise alone gives the same ratio in every step.)  :math:`r_t` tells what is large, as
 gains and embeddings are from their start: it is half the root mean square of the tensor times
 :math:`\sqrt{\text{inputs}}`, but at least 1.  So steps may shrink with the noise and the gradient, and decay may grow
 with the noise, with what is learned by heart, and late, and spare what is large.  The powers are
@@ -106,20 +106,14 @@ LARGE_SIZE = 2.0
 
 
 class _Measured(NamedTuple):
-    """What the sums of every tensor tell, ``[N]`` each."""
+    """What the sums of every tensor tell, ``[N]`` each: features, ``[5, N]``, and the logarithms of sigma, rho and r."""
 
     features: Tensor
-    """Those that are measured, ``[5, N]``."""
     log_signal: Tensor
-    """``log(sigma)``."""
     log_ratio: Tensor
-    """``log(rho)``."""
     log_size: Tensor
-    """``log(r)``."""
     rms_max: Tensor
-    """The largest root mean square of the gradient so far."""
     per_adam: Tensor
-    """What brings Adam's direction to unit size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,20 +158,16 @@ class OrthogonalizedMomentum(UpdateRule):
     anytime_power: float = 0.7
 
     def __post_init__(self) -> None:
+        values = vars(self)
         positive = ("base_step", "vector_inputs", "min_inputs", "num_iterations", "warmup_steps", "decay_steps")
-        bounds = [
-            *((name, getattr(self, name), getattr(self, name) > 0, "positive") for name in positive),
-            *(
-                (name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-                for name in ("base_decay", "strip_size")
-            ),
-            ("betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "in [0, 1)"),
-            ("momentum_mix", self.momentum_mix, 0 <= self.momentum_mix <= 1, "in [0, 1]"),
-            ("anytime_power", self.anytime_power, 0 < self.anytime_power < 1, "between 0 and 1"),
-        ]
-        for name, value, is_inside, where in bounds:
+        bounds = {name: (values[name] > 0, "positive") for name in positive}
+        bounds |= {name: (values[name] >= 0, "0 or more") for name in ("base_decay", "strip_size")}
+        bounds["betas"] = all(0 <= beta < 1 for beta in self.betas), "in [0, 1)"
+        bounds["momentum_mix"] = 0 <= self.momentum_mix <= 1, "in [0, 1]"
+        bounds["anytime_power"] = 0 < self.anytime_power < 1, "between 0 and 1"
+        for name, (is_inside, where) in bounds.items():
             if not is_inside:
-                raise ValueError(f"{name} must be {where}, not {value}")
+                raise ValueError(f"{name} must be {where}, not {values[name]}")
 
     @property
     def max_strip(self) -> int:
