@@ -106,7 +106,7 @@ LARGE_SIZE = 2.0
 
 
 class _Measured(NamedTuple):
-    """What the sums of every tensor tell, ``[N]`` each: features, ``[5, N]``, and the logarithms of sigma, rho and r."""
+    """What the sums of every tensor tell, ``[N]`` each: features, ``[5, N]``, and logarithms of sigma, rho and r."""
 
     features: Tensor
     log_signal: Tensor
