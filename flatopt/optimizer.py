@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from . import _averages as averages
 from ._abstract import real_tensors, without_autocast
 from ._applied import AppliedRule
 from ._groups import check_gradient, check_options, has_matrices, name_of, refuse_flattened
@@ -34,7 +35,7 @@ from ._watch import Watch
 from .pretrained import LearnedRule, load_pretrained
 
 
-class FlatOpt(Optimizer):
+class FlatOpt(averages.Averaging):
     r"""Implements a learned optimizer: pretrained weights, nothing to tune.
 
     .. math::
@@ -51,12 +52,14 @@ class FlatOpt(Optimizer):
     with :math:`g_t` the gradient (negated by ``maximize``), :math:`w` the learned weights, :math:`\gamma` = ``lr``,
     :math:`\lambda` = ``weight_decay``, :math:`T` = ``num_steps`` and :math:`\alpha_t` the rule's own step size.
 
-    It needs no closure, no loss and no ``train()`` or ``eval()``.  State is kept in ``float32`` for half-precision
-    parameters and in ``float64`` for double ones; half-precision parameters are added to in ``float32`` and rounded
-    once.  Complex parameters are treated as pairs of real numbers.  Parameters sharded as ``DTensor`` (FSDP2) are
-    updated shard by shard with statistics over the whole tensor.  Parameters on several devices, or in ``float64``
-    beside ``float32``, are updated in one group per device and dtype, those of one rank apart: some rules mix
-    information inside each.
+    It needs no closure and no loss.  Where the length of the run is not known, it keeps an average of the parameters
+    that is better than the last ones: evaluate and save between :meth:`eval` and :meth:`train`.
+
+    State is kept in ``float32`` for half-precision parameters and in ``float64`` for double ones; half-precision
+    parameters are added to in ``float32`` and rounded once.  Complex parameters are treated as pairs of real numbers.
+    Parameters sharded as ``DTensor`` (FSDP2) are updated shard by shard with statistics over the whole tensor.
+    Parameters on several devices, or in ``float64`` beside ``float32``, are updated in one group per device and dtype,
+    those of one rank apart: some rules mix information inside each.
 
     A tensor takes part from its first gradient that is not zero; before that nothing moves it, weight decay included.
     A gradient with NaN, inf or values whose squares would overflow counts as no gradient: the tensor and its state
@@ -70,8 +73,8 @@ class FlatOpt(Optimizer):
         pretrained: name of a shipped set of weights (:func:`flatopt.list_pretrained`), a folder, a Hugging Face Hub id
             ``"org/name"``, or a :class:`flatopt.LearnedRule`.
         num_steps: length of the run in steps if it is known: the learned schedule then ends with it, and a run that
-            goes on does so as if it was not known.  ``None`` for a run that may stop at any time.  What is given here
-            wins over what a loaded state brings; :meth:`set_num_steps` changes it in the middle of a run.
+            goes on does so as if it was not known.  ``None`` for a run that may stop at any time.  A loaded state never
+            overrules what is given here; :meth:`set_num_steps` changes it in the middle of a run.
         weight_decay: decoupled weight decay, multiplied by the rule's own step size, so that values usual for AdamW
             (0.01 to 0.1) mean the same here.
         revision: branch, tag or commit on the Hub; a 40-digit commit that was used before needs no network.
@@ -173,7 +176,7 @@ class FlatOpt(Optimizer):
             What ``closure`` returned, ``None`` without one.
 
         Raises:
-            RuntimeError: if a gradient is sparse, or a parameter flattened.
+            RuntimeError: if a gradient is sparse, a parameter flattened, or its average in its place (:meth:`eval`).
             ValueError: if an option of a group is out of range, or a state or gradient does not have the shape of its
                 parameter.
             TypeError: if a parameter with a gradient is neither floating-point nor complex.
@@ -328,6 +331,7 @@ class FlatOpt(Optimizer):
                 if is_new:
                     refuse_flattened(param, self.param_groups, self._had_matrices)
                 else:
+                    averages.check_absent(state)
                     self._layout.check_shapes(state, param, self.param_groups)
                 check_gradient(param, param.grad, self.param_groups)
                 yield Slot(param, param.grad, group, is_new, self._layout.describes_whole)
@@ -360,6 +364,8 @@ class FlatOpt(Optimizer):
         # Of its own, so that no order of creation matters.
         generator = state_generator(int(self.param_groups[0]["seed"]), position_of(param, self.param_groups))
         self.state[param].update(self._layout.make(weights, param, generator, shared))
+        if self.learned.rule.average_power and math.isinf(self.param_groups[0]["num_steps"]):
+            averages.start(param, self.state[param])
 
     def _is_usable(self, slot: Slot, dtype: torch.dtype) -> bool:
         """Return whether a gradient can be used; count it if it is not finite.  Before the first, zero is none."""
@@ -380,6 +386,7 @@ class FlatOpt(Optimizer):
         states = [self.state[slot.param] for slot in slots]
         own = [{key: state[key] for key in self._layout.keys} for state in states]
         shared = self._applied.step(slots, own, shared_of(states[0]), context)
+        averages.advance(slots, states, self.learned.rule.average_power if math.isinf(context[1]) else 0.0)
         for other in self._holders() if shared else ():
             if bucket_of(other) == bucket_of(slots[0].param):
                 for key, value in shared.items():
