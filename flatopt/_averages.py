@@ -46,7 +46,7 @@ class Averaging(Optimizer):
             >>> torch.equal(param, last)
             True
         """
-        for param, state in self.state.items():
+        for param, state in self._states():
             if AVERAGE in state and ITERATE not in state:
                 state[ITERATE] = copy_of(param)
                 average, local = dtensor.local_view(state[AVERAGE]), _local(param)
@@ -55,17 +55,22 @@ class Averaging(Optimizer):
     @torch.no_grad()
     def train(self) -> None:
         """Put the parameters themselves back, to go on after :meth:`eval`; without effect otherwise."""
-        for param, state in self.state.items():
+        for param, state in self._states():
             if ITERATE in state:
                 _local(param).copy_(dtensor.local_view(state.pop(ITERATE)))
 
+    def _states(self) -> list[tuple[Tensor, MutableMapping[str, Any]]]:
+        """Return the parameters that have a state, with it."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        return [(param, self.state[param]) for param in params if param in self.state]
 
-def start(param: Tensor, state: MutableMapping[str, Any]) -> None:
+
+def start_average(param: Tensor, state: MutableMapping[str, Any]) -> None:
     """Begin an average before the first step: distributed checkpoints load what a fresh state has."""
     state[AVERAGE] = copy_of(param)
 
 
-def advance(slots: Sequence[Slot], states: Sequence[MutableMapping[str, Any]], power: float) -> None:
+def advance_averages(slots: Sequence[Slot], states: Sequence[MutableMapping[str, Any]], power: float) -> None:
     """Take the parameters after a step into their averages.
 
     Args:
@@ -78,12 +83,12 @@ def advance(slots: Sequence[Slot], states: Sequence[MutableMapping[str, Any]], p
             state.pop(AVERAGE, None)
             continue
         if AVERAGE not in state:  # the length was known up to now
-            start(slot.param, state)
+            start_average(slot.param, state)
         average = dtensor.local_view(state[AVERAGE])
         average.lerp_(_local(slot.param).to(average.dtype), average_weight(power, slot.step + 1))
 
 
-def check_absent(state: Mapping[str, Any]) -> None:
+def check_no_average(state: Mapping[str, Any]) -> None:
     """Raise ``RuntimeError`` if the average stands in the place of a parameter."""
     if ITERATE in state:
         raise RuntimeError("the parameters hold averages: call optimizer.train() before the next step")

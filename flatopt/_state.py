@@ -24,7 +24,7 @@ RECORD = ("weights_name", "weights_sha256", "weights_commit")
 NUMEL = "numel"
 """Coordinates of the parameter that a state was made for, where some of the state describes all of them together."""
 
-AVERAGE, ITERATE = "average", "iterate"
+AVERAGE, ITERATE = "param_average", "param_iterate"
 """The average of a parameter, where one is kept; and the parameter, while its average stands in its place."""
 
 SEED_STRIDE = 1_000_003
@@ -169,7 +169,8 @@ class StateLayout(NamedTuple):
         wanted = dtype if value.is_floating_point() or not dtype.is_floating_point else value.dtype
         copied = value.detach().to(param.device, wanted).clone(memory_format=torch.contiguous_format)
         copied = self._as_kept(key, copied)
-        if key in (*self.per_coordinate, AVERAGE, ITERATE) and dtensor.is_dtensor(copied) != dtensor.is_dtensor(param):
+        is_cut = key in self.per_coordinate or key in (AVERAGE, ITERATE)
+        if is_cut and dtensor.is_dtensor(copied) != dtensor.is_dtensor(param):
             return dtensor.placed_like(dtensor.whole_copy(copied), param)
         return copied
 

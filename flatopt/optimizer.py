@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import _averages as averages
 from ._abstract import real_tensors, without_autocast
 from ._applied import AppliedRule
+from ._averages import Averaging, advance_averages, check_no_average, start_average
 from ._groups import check_gradient, check_options, has_matrices, name_of, refuse_flattened
 from ._slots import OVERFLOW_MARGIN, Slot, bucket_of, measure, position_of
 from ._state import (
@@ -35,7 +35,7 @@ from ._watch import Watch
 from .pretrained import LearnedRule, load_pretrained
 
 
-class FlatOpt(averages.Averaging):
+class FlatOpt(Averaging):
     r"""Implements a learned optimizer: pretrained weights, nothing to tune.
 
     .. math::
@@ -82,15 +82,13 @@ class FlatOpt(averages.Averaging):
         token: access token for the Hub.
         local_files_only: never download.
         maximize: go up instead of down.
-        compile: compile the arithmetic on coordinates with ``torch.compile``: half a minute at the first step, once for
-            all models, for steps up to 1.4 times as fast on large ones.  Falls back to eager execution, with a warning,
-            where that is not possible.
+        compile: compile the arithmetic on coordinates with ``torch.compile``: half a minute at first, for steps
+            up to 1.4 times as fast on large models.  Eager, with a warning, where that is not possible.
         state_dtype: ``torch.bfloat16`` keeps the accumulators in ``UpdateRule.compressible_state`` in half precision
             (the recurrent states, most of the memory of ``l2o-dm`` and ``rnnprop``).  They are computed in ``float32``
             and rounded once per step.  ``None`` keeps all in ``float32``.
-        seed: decides the random initial learning rates of ``l2o-scale``, the same on every device and whatever the
-            global generator does; other rules start from no random numbers.  The value of the first parameter group
-            counts.
+        seed: decides the random initial learning rates of ``l2o-scale``, the same on every device; other rules draw no
+            random numbers.  The value of the first parameter group counts.
         allow_other_weights: load the state of a run with other weights of the same rule, which is refused otherwise.
 
     Raises:
@@ -331,7 +329,7 @@ class FlatOpt(averages.Averaging):
                 if is_new:
                     refuse_flattened(param, self.param_groups, self._had_matrices)
                 else:
-                    averages.check_absent(state)
+                    check_no_average(state)
                     self._layout.check_shapes(state, param, self.param_groups)
                 check_gradient(param, param.grad, self.param_groups)
                 yield Slot(param, param.grad, group, is_new, self._layout.describes_whole)
@@ -365,7 +363,7 @@ class FlatOpt(averages.Averaging):
         generator = state_generator(int(self.param_groups[0]["seed"]), position_of(param, self.param_groups))
         self.state[param].update(self._layout.make(weights, param, generator, shared))
         if self.learned.rule.average_power and math.isinf(self.param_groups[0]["num_steps"]):
-            averages.start(param, self.state[param])
+            start_average(param, self.state[param])
 
     def _is_usable(self, slot: Slot, dtype: torch.dtype) -> bool:
         """Return whether a gradient can be used; count it if it is not finite.  Before the first, zero is none."""
@@ -386,7 +384,7 @@ class FlatOpt(averages.Averaging):
         states = [self.state[slot.param] for slot in slots]
         own = [{key: state[key] for key in self._layout.keys} for state in states]
         shared = self._applied.step(slots, own, shared_of(states[0]), context)
-        averages.advance(slots, states, self.learned.rule.average_power if math.isinf(context[1]) else 0.0)
+        advance_averages(slots, states, self.learned.rule.average_power if math.isinf(context[1]) else 0.0)
         for other in self._holders() if shared else ():
             if bucket_of(other) == bucket_of(slots[0].param):
                 for key, value in shared.items():

@@ -112,7 +112,6 @@ def test_calls_of_the_huggingface_trainer(toy: LearnedRule) -> None:
     ]
     opt = FlatOpt(groups, **{"lr": 1.0, "pretrained": toy, "num_steps": 6})
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: min(1.0, step / 3))
-    assert not hasattr(opt, "train") and not hasattr(opt, "eval")
     losses = []
     for step in range(6):
         loss = loss_of(model, batch(step))
@@ -344,6 +343,51 @@ def test_transformers_trainer(tmp_path: Path) -> None:
     assert longer_opt.param_groups[0]["num_steps"] == 12 and not torch.equal(longer[0].weight, whole[0].weight)
     what = "`Trainer`, `optimizer_cls_and_kwargs`, `resume_from_checkpoint`"
     check_row("transformers", what, compare(whole, plain_loop(None, 8, num_steps=8)), compare(whole, resumed))
+
+
+@real
+def test_transformers_trainer_evaluates_and_saves_averages(tmp_path: Path) -> None:
+    """It calls ``optimizer.eval()`` before it evaluates, ``optimizer.train()`` before it goes on, and saves between."""
+    transformers = library("transformers", "transformers.trainer", "accelerate")
+
+    def fit(name: str, **options: Any) -> tuple[nn.Module, Any]:
+        rows = [{"x": row} for step in range(8) for row in batch(step)]
+        trainer = transformers.Trainer(
+            model=ForTrainer(make_model()),
+            args=transformers.TrainingArguments(
+                output_dir=str(tmp_path / name),
+                max_steps=8,
+                eval_strategy="steps",
+                eval_steps=4,
+                save_steps=4,
+                lr_scheduler_type="constant",
+                use_cpu=True,
+                report_to=[],
+                disable_tqdm=True,
+                max_grad_norm=0.0,
+            ),
+            train_dataset=rows,
+            eval_dataset=rows[:8],
+            optimizer_cls_and_kwargs=(FlatOpt, {"lr": 1.0}),
+        )
+        trainer._get_train_sampler = lambda *_: None
+        trainer.train(**options)
+        return trainer.model.net, trainer.optimizer.optimizer
+
+    whole, opt = fit("whole")
+    plain = make_model()
+    plain_opt = FlatOpt(plain.parameters())
+    for step in range(8):
+        plain_opt.zero_grad()
+        loss_of(plain, batch(step)).backward()
+        plain_opt.step()
+    last = make_model()
+    last.load_state_dict(plain.state_dict())
+    plain_opt.eval()
+    assert compare(whole, plain) == "equal bit for bit" and not torch.equal(whole[0].weight, last[0].weight)
+    resumed, resumed_opt = fit("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert compare(whole, resumed) == "equal bit for bit"
+    assert_same_state(opt, resumed_opt)
 
 
 @real
