@@ -85,7 +85,7 @@ def flat_v2() -> MetaTrainConfig:
     )
     return MetaTrainConfig(
         recipe="flat-v2",
-        seed=2,  # of 0, 1 and 2 the best on meta-validation
+        seed=0,  # of 0, 1 and 2 the best on meta-validation
         rule="orthogonalized-momentum",
         estimator=EstimatorConfig(std=0.1, families_per_update=3, only=only),
         tasks=tasks,
