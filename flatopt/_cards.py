@@ -59,9 +59,7 @@ def write_card(
     lines += [f'optimizer = flatopt.FlatOpt(model.parameters(), pretrained="{HERE}")', "```", ""]
     lines += ["There is no learning rate to tune. Where the length of the training is known, say `num_steps=...`."]
     if averages:
-        lines += [
-            "Where it is not, call `optimizer.eval()` before you evaluate or save, and `optimizer.train()` to go on."
-        ]
+        lines += ["Where it is not, call `optimizer.eval()` to evaluate or save, and `optimizer.train()` to go on."]
     lines += ["", "## What it is good for", "", purpose, "", "## Where it comes from", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
     if has_training:
