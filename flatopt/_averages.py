@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import _dtensor as dtensor
-from ._slots import Slot, real_view
-from ._state import AVERAGE, ITERATE, copy_of
+from ._slots import local_values
+from ._state import AVERAGE, ITERATE, SHOWS_AVERAGES, copy_of
 from .rules import average_weight
 
 
@@ -27,9 +27,9 @@ class Averaging(Optimizer):
         """Put the averages of the parameters in their place, to evaluate them, or to save the model.
 
         Without effect where there are none: if the length of the run is known, with rules other than the flagship's,
-        or before the first step.  Frameworks that know optimizers with such a method call it themselves (Trainer of
-        transformers, accelerate).  Statistics of BatchNorm are still those of the parameters before: a few batches in
-        training mode bring them up to date (:func:`torch.optim.swa_utils.update_bn`).
+        or before the first step.  The Trainer of transformers calls it before it evaluates.  Statistics of BatchNorm
+        are still those of the parameters before: a few batches in training mode bring them up to date
+        (:func:`torch.optim.swa_utils.update_bn`).
 
         Example:
             >>> import torch, flatopt
@@ -46,23 +46,43 @@ class Averaging(Optimizer):
             >>> torch.equal(param, last)
             True
         """
-        for param, state in self._states():
-            if AVERAGE in state and ITERATE not in state:
-                state[ITERATE] = copy_of(param)
-                average, local = dtensor.local_view(state[AVERAGE]), _local(param)
-                local.copy_(torch.where(torch.isfinite(average), average, local))
+        for group in self.param_groups:
+            for param, state in self._states_of(group):
+                if AVERAGE in state and ITERATE not in state:
+                    state[ITERATE] = copy_of(param)
+                    average, values = dtensor.local_view(state[AVERAGE]), local_values(param)
+                    values.copy_(torch.where(torch.isfinite(average), average, values))
+                group[SHOWS_AVERAGES] |= int(ITERATE in state)
 
     @torch.no_grad()
     def train(self) -> None:
         """Put the parameters themselves back, to go on after :meth:`eval`; without effect otherwise."""
-        for param, state in self._states():
-            if ITERATE in state:
-                _local(param).copy_(dtensor.local_view(state.pop(ITERATE)))
+        for group in self.param_groups:
+            for param, state in self._states_of(group):
+                if ITERATE in state:
+                    local_values(param).copy_(dtensor.local_view(state.pop(ITERATE)))
+            group[SHOWS_AVERAGES] = 0
 
-    def _states(self) -> list[tuple[Tensor, MutableMapping[str, Any]]]:
-        """Return the parameters that have a state, with it."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        return [(param, self.state[param]) for param in params if param in self.state]
+    def _states_of(self, group: dict[str, Any]) -> list[tuple[Tensor, MutableMapping[str, Any]]]:
+        """Return the parameters of a group that have a state, with it."""
+        return [(param, self.state[param]) for param in group["params"] if param in self.state]
+
+
+def check_no_average(groups: Sequence[dict[str, Any]]) -> None:
+    """Raise ``RuntimeError`` if averages stand in the place of parameters."""
+    if any(group[SHOWS_AVERAGES] for group in groups):
+        raise RuntimeError("the parameters hold averages: call optimizer.train() before the next step")
+
+
+def check_iterates(state_dict: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if a state knows only the averages that its parameters held, not what to go on from."""
+    for group in state_dict["param_groups"]:
+        states = [state_dict["state"].get(param_id) or {} for param_id in group["params"]]
+        if group.get(SHOWS_AVERAGES) and any(AVERAGE in state and ITERATE not in state for state in states):
+            raise ValueError(
+                "this state was saved while the parameters held their averages, by something that did not save the "
+                "parameters to go on from: save distributed checkpoints after optimizer.train()"
+            )
 
 
 def start_average(param: Tensor, state: MutableMapping[str, Any]) -> None:
@@ -70,29 +90,21 @@ def start_average(param: Tensor, state: MutableMapping[str, Any]) -> None:
     state[AVERAGE] = copy_of(param)
 
 
-def advance_averages(slots: Sequence[Slot], states: Sequence[MutableMapping[str, Any]], power: float) -> None:
-    """Take the parameters after a step into their averages.
+def advance_averages(
+    states: Mapping[Tensor, MutableMapping[str, Any]], steps: Mapping[Tensor, float], power: float
+) -> None:
+    """Take the parameters after a step into their averages, also those that took no step.
 
     Args:
-        slots: the parameters, with the steps that they had taken before.
-        states: of each.
+        states: by parameter.
+        steps: of those that took one, how many they have taken.
         power: power of the average, :attr:`flatopt.rules.UpdateRule.average_power`; 0 to drop the averages.
     """
-    for slot, state in zip(slots, states, strict=True):
+    for param, state in states.items():
         if not power:
             state.pop(AVERAGE, None)
             continue
         if AVERAGE not in state:  # the length was known up to now
-            start_average(slot.param, state)
+            start_average(param, state)
         average = dtensor.local_view(state[AVERAGE])
-        average.lerp_(_local(slot.param).to(average.dtype), average_weight(power, slot.step + 1))
-
-
-def check_no_average(state: Mapping[str, Any]) -> None:
-    """Raise ``RuntimeError`` if the average stands in the place of a parameter."""
-    if ITERATE in state:
-        raise RuntimeError("the parameters hold averages: call optimizer.train() before the next step")
-
-
-def _local(param: Tensor) -> Tensor:
-    return real_view(dtensor.local_view(param))
+        average.lerp_(local_values(param).to(average.dtype), average_weight(power, steps.get(param, state["step"])))

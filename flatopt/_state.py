@@ -27,6 +27,9 @@ NUMEL = "numel"
 AVERAGE, ITERATE = "param_average", "param_iterate"
 """The average of a parameter, where one is kept; and the parameter, while its average stands in its place."""
 
+SHOWS_AVERAGES = "shows_averages"
+"""Option of a group, 0 or 1: whether averages stand in the place of its parameters."""
+
 SEED_STRIDE = 1_000_003
 """Seeds this far apart share no random initial state between parameters with indices below it."""
 

@@ -17,12 +17,13 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ._abstract import real_tensors, without_autocast
 from ._applied import AppliedRule
-from ._averages import Averaging, advance_averages, check_no_average, start_average
+from ._averages import Averaging, advance_averages, check_iterates, check_no_average, start_average
 from ._groups import check_gradient, check_options, has_matrices, name_of, refuse_flattened
 from ._slots import OVERFLOW_MARGIN, Slot, bucket_of, measure, position_of
 from ._state import (
     RECORD,
     SHARED_PREFIX,
+    SHOWS_AVERAGES,
     StateLayout,
     check_record,
     describe_record,
@@ -151,7 +152,7 @@ class FlatOpt(Averaging):
         self._watch = Watch()
         self._prepare()
         # Inert: OneCycleLR and CyclicLR write their momentum here, and refuse optimizers that have none.
-        options |= {"momentum": 0.0} | record_of(self.learned)
+        options |= {"momentum": 0.0, SHOWS_AVERAGES: 0} | record_of(self.learned)
         self._had_matrices = False
         super().__init__(params, options)
         self._watch.look_at_new(self.param_groups, needs_matrices=self.learned.rule.max_strip > 0)
@@ -165,13 +166,10 @@ class FlatOpt(Averaging):
     @disable_dynamo  # a compiled training step breaks its graph here
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step.
+        """Take one step; return what ``closure`` returned, ``None`` without one.
 
         Args:
             closure: clears the gradients, computes them again and returns the loss; called once.
-
-        Returns:
-            What ``closure`` returned, ``None`` without one.
 
         Raises:
             RuntimeError: if a gradient is sparse, a parameter flattened, or its average in its place (:meth:`eval`).
@@ -179,6 +177,7 @@ class FlatOpt(Averaging):
                 parameter.
             TypeError: if a parameter with a gradient is neither floating-point nor complex.
         """
+        check_no_average(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -190,15 +189,19 @@ class FlatOpt(Averaging):
             if slot.is_new:
                 self._init_state(slot.param)
             self._layout.complete(self.state[slot.param], slot.param)
-        together = measure(slots, {param: self.state[param] for param in self._holders()})
+        together = measure(slots, self._states())
         for slot in slots:
             self._layout.check_numel(slot.made_for, slot.param, self.param_groups)
+        steps: dict[Tensor, float] = {}
         for key, (members, step) in together.items():
             usable = [slot for slot in members if self._is_usable(slot, key.dtype)]
             if usable:
                 context = (step, self._watch.length(self.param_groups, step))
                 with without_autocast(key.device):  # a step taken inside autocast keeps its precision
                     self._update(usable, context)
+                steps |= {slot.param: slot.step + 1 for slot in usable}
+        if steps:
+            advance_averages(self._states(), steps, self.learned.rule.average_power * math.isinf(context[1]))
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -206,12 +209,9 @@ class FlatOpt(Averaging):
 
         The tensors are copied: two optimizers never share them.
 
-        Args:
-            state_dict: optimizer state.
-
         Raises:
-            ValueError: if its groups do not fit, if it is the state of another optimizer, rule, set of weights or of
-                parameters of other shapes, or if an option of a group is out of range.
+            ValueError: if groups or shapes do not fit, an option is out of range, it is of another optimizer, rule or
+                set of weights, or it lacks the parameters that averages stand for.
         """
         seen: dict[str, Any] = {}
         given = [group.get("num_steps", math.inf) for group in self.param_groups]
@@ -264,9 +264,7 @@ class FlatOpt(Averaging):
         self._had_matrices |= has_matrices([group])
 
     def set_num_steps(self, num_steps: int | None) -> None:
-        """Set the length of the run, counted from its first step, also in the middle of it.
-
-        Same as writing ``num_steps`` into every parameter group.
+        """Set the length of the run in the middle of it, as writing ``num_steps`` into every parameter group does.
 
         Args:
             num_steps: all steps of the run, those taken included; ``None`` for a run that may stop at any time.
@@ -284,11 +282,13 @@ class FlatOpt(Averaging):
         check_options(option)
         for group in (self.defaults, *self.param_groups):
             group.update(option)
+        if num_steps is not None:
+            advance_averages(self._states(), {}, power=0.0)
         self._watch.new_length()
 
     def __repr__(self) -> str:
         lines = super().__repr__().splitlines()
-        lines = [line for line in lines if not line.strip().startswith((*RECORD, "momentum:"))]
+        lines = [line for line in lines if not line.strip().startswith((*RECORD, SHOWS_AVERAGES, "momentum:"))]
         rule, weights = self.learned.rule.name, describe_record(record_of(self.learned))
         return "\n".join([*lines[:-1], f"Rule: {rule}", f"Weights: {weights}", lines[-1]])
 
@@ -312,11 +312,10 @@ class FlatOpt(Averaging):
         with real_tensors():
             self._layout = StateLayout.of(self.learned, self._state_dtype)
 
-    def _holders(self) -> list[Tensor]:
-        """Return the parameters that have a state."""
-        return [
-            param for param, state in self.state.items() if isinstance(param, Tensor) and self._layout.is_made(state)
-        ]
+    def _states(self) -> dict[Tensor, dict[str, Any]]:
+        """Return the states that the rule has made, by parameter."""
+        every = ((param, state) for param, state in self.state.items() if isinstance(param, Tensor))
+        return {param: state for param, state in every if self._layout.is_made(state)}
 
     def _slots(self) -> Iterator[Slot]:
         """Yield every parameter that has a gradient."""
@@ -329,7 +328,6 @@ class FlatOpt(Averaging):
                 if is_new:
                     refuse_flattened(param, self.param_groups, self._had_matrices)
                 else:
-                    check_no_average(state)
                     self._layout.check_shapes(state, param, self.param_groups)
                 check_gradient(param, param.grad, self.param_groups)
                 yield Slot(param, param.grad, group, is_new, self._layout.describes_whole)
@@ -341,6 +339,7 @@ class FlatOpt(Averaging):
             check_record(groups, self.learned)
         for index, group in enumerate(groups):
             check_options(dict(group), f" in parameter group {index} of the state")
+        check_iterates(state_dict)
         self._watch.look_at_loaded(state_dict)
         for param_id, param in self._pairs(state_dict):
             state = state_dict["state"].get(param_id)
@@ -357,7 +356,7 @@ class FlatOpt(Averaging):
         """Make the state of a parameter; it joins in the shared state."""
         weights, shared = self._applied.weights_for(param), {}
         if self._layout.shared:
-            relatives = (self.state[other] for other in self._holders() if bucket_of(other) == bucket_of(param))
+            relatives = (one for other, one in self._states().items() if bucket_of(other) == bucket_of(param))
             shared = shared_of(next(relatives, {})) or self.learned.rule.init_shared(weights)
         # Of its own, so that no order of creation matters.
         generator = state_generator(int(self.param_groups[0]["seed"]), position_of(param, self.param_groups))
@@ -384,11 +383,10 @@ class FlatOpt(Averaging):
         states = [self.state[slot.param] for slot in slots]
         own = [{key: state[key] for key in self._layout.keys} for state in states]
         shared = self._applied.step(slots, own, shared_of(states[0]), context)
-        advance_averages(slots, states, self.learned.rule.average_power if math.isinf(context[1]) else 0.0)
-        for other in self._holders() if shared else ():
+        for other, state in self._states().items() if shared else ():
             if bucket_of(other) == bucket_of(slots[0].param):
                 for key, value in shared.items():
-                    self.state[other][SHARED_PREFIX + key].copy_(value)
+                    state[SHARED_PREFIX + key].copy_(value)
 
     def _restore(self, state_dict: dict[str, Any], given: Sequence[float]) -> None:
         """Replace the loaded state by exact copies, on the device and in the dtypes it is kept in."""

@@ -161,6 +161,8 @@ def test_what_is_not_finite_stays_and_spreads_nowhere() -> None:
         opt.step()
     last = param.detach().clone()
     opt.eval()
+    finite = param.isfinite()
+    assert torch.equal(param[finite], opt.state[param]["param_average"][finite]) and not torch.equal(param, last)
     assert param[0, 0] == -math.inf and param[1, 1].isnan() and int(param.isfinite().sum()) == 14
     opt.train()
     torch.testing.assert_close(param.detach(), last, rtol=0, atol=0, equal_nan=True)
@@ -226,7 +228,64 @@ def test_a_state_without_an_average_is_taken_and_one_of_another_shape_is_refused
     del state["state"][0]["param_average"]
     opt.load_state_dict(state)
     step_with(opt, params, 1)
-    assert "param_average" in opt.state[params[0]]
+    assert torch.equal(opt.state[params[0]]["param_average"], params[0])  # it begins where the run stands
     state["state"][0]["param_average"] = torch.zeros(7)
     with pytest.raises(ValueError, match=r"state 'param_average' of parameter 0 of group 0 has shape \[7\]"):
         opt.load_state_dict(state)
+
+
+def test_a_parameter_that_no_longer_learns_is_shown_as_it_is() -> None:
+    params, opt = make()
+    for seed in range(60):
+        step_with(opt, params, seed)
+    frozen = params[0].detach().clone()
+    for seed in range(60, 600):
+        set_grads(params, seed)
+        params[0].grad = None
+        opt.step()
+    opt.eval()
+    torch.testing.assert_close(params[0].detach(), frozen)
+    assert not torch.equal(params[1], opt.state[params[1]]["param_iterate"])
+
+
+def test_a_length_that_becomes_known_ends_all_averages_at_once() -> None:
+    params, opt = make()
+    for seed in range(3):
+        step_with(opt, params, seed)
+    last = values(params)
+    opt.set_num_steps(9)
+    opt.eval()
+    assert same(params, last)
+    for group in opt.param_groups:
+        group["num_steps"] = None
+    step_with(opt, params, 3)
+    for group in opt.param_groups:
+        group["num_steps"] = 9
+    set_grads(params, 4)
+    params[0].grad = None
+    opt.step()
+    assert all("param_average" not in state for state in opt.state.values())
+
+
+def test_no_closure_runs_on_averages() -> None:
+    params, opt = make()
+    step_with(opt, params, 0)
+    opt.eval()
+    added = torch.nn.Parameter(torch.ones(3, 3))
+    opt.add_param_group({"params": [added]})
+    with pytest.raises(RuntimeError, match="hold averages"):
+        opt.step(lambda: pytest.fail("called"))
+
+
+def test_a_state_of_averages_without_the_parameters_is_refused() -> None:
+    """As distributed checkpoints make it, which load only what a fresh state has."""
+    params, opt = make()
+    step_with(opt, params, 0)
+    opt.eval()
+    state = copy.deepcopy(opt.state_dict())
+    for one in state["state"].values():
+        del one["param_iterate"]
+    _, other = make()
+    with pytest.raises(ValueError, match=r"save distributed checkpoints after optimizer.train\(\)"):
+        other.load_state_dict(state)
+    assert not other.state
