@@ -299,6 +299,71 @@ def test_lightning(package: str, tmp_path: Path) -> None:
     check_row(package, what, plain, compare(resumed.model, whole.model))
 
 
+@real
+@pytest.mark.parametrize("package", ["lightning", "pytorch_lightning"])
+def test_lightning_validates_and_saves_averages(package: str, tmp_path: Path) -> None:
+    """With the hooks of the tutorial: also in a run that goes on from a checkpoint of its validation."""
+    pl = library({"lightning": "lightning.pytorch"}.get(package, "pytorch_lightning"))
+
+    class Endless(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = make_model()
+            self.seen: list[bool] = []
+
+        def configure_optimizers(self) -> FlatOpt:
+            return FlatOpt(self.parameters())
+
+        def on_validation_start(self) -> None:
+            for optimizer in self.trainer.optimizers:
+                optimizer.eval()
+
+        def on_validation_end(self) -> None:
+            for optimizer in self.trainer.optimizers:
+                optimizer.train()
+
+        on_train_start, on_train_end = on_validation_end, on_validation_start
+
+        def training_step(self, x: Tensor, index: int) -> Tensor:
+            return loss_of(self.model, x)
+
+        def validation_step(self, x: Tensor, index: int) -> None:
+            states = self.trainer.optimizers[0].state.values()
+            self.seen.append(any("param_iterate" in state for state in states))
+            self.log("loss", loss_of(self.model, x))
+
+    def fit(epochs: int, **options: Any) -> tuple[Endless, Any]:
+        module = Endless()
+        checkpoints = pl.callbacks.ModelCheckpoint(tmp_path / "saved", save_top_k=-1, monitor="loss")
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            default_root_dir=tmp_path,
+            callbacks=[checkpoints],
+        )
+        loader = torch.utils.data.DataLoader([batch(step) for step in range(4)], batch_size=None)
+        trainer.fit(module, loader, loader, **options)
+        return module, trainer.checkpoint_callback.best_model_path
+
+    half, saved = fit(1)
+    whole, _ = fit(2)
+    resumed, _ = fit(2, ckpt_path=saved)
+    plain = make_model()
+    opt = FlatOpt(plain.parameters())
+    for step in range(8):
+        opt.zero_grad()
+        loss_of(plain, batch(step % 4)).backward()
+        opt.step()
+    opt.eval()
+    assert half.seen == [True] * 4 and whole.seen == [True] * 8
+    assert compare(whole.model, plain) == "equal bit for bit"
+    assert compare(whole.model, resumed.model) == "equal bit for bit"
+
+
 class ForTrainer(nn.Module):
     """What the Trainer takes for a model."""
 
