@@ -37,6 +37,7 @@ def write_card(
     folded: Mapping[str, Sequence[str]] | None = None,
     license: str | None = "apache-2.0",
     has_training: bool = False,
+    averages: bool = False,
 ) -> str:
     """Return a card.
 
@@ -47,6 +48,7 @@ def write_card(
         folded: lines of Markdown by their heading, not shown until asked for.
         license: identifier that the Hub knows; ``None`` where it is not ours to say.
         has_training: link ``training.json``, which must then be written too.
+        averages: whether the optimizer keeps averages of the parameters where the length of the training is not known.
 
     Example:
         >>> print(write_card("mine", purpose="Small networks.", facts={"Rule": "`adam`"}).splitlines()[0])
@@ -56,6 +58,8 @@ def write_card(
     lines += ["```python", "import flatopt", ""]
     lines += [f'optimizer = flatopt.FlatOpt(model.parameters(), pretrained="{HERE}")', "```", ""]
     lines += ["There is no learning rate to tune. Where the length of the training is known, say `num_steps=...`."]
+    if averages:
+        lines += ["Where it is not, call `optimizer.eval()` to evaluate or save, and `optimizer.train()` to go on."]
     lines += ["", "## What it is good for", "", purpose, "", "## Where it comes from", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
     if has_training:
@@ -75,7 +79,8 @@ def model_card(rule: UpdateRule, weights: Weights, *, name: str | None = None) -
     """
     facts = {**rule_facts(rule, weights), "flatopt": __version__}
     facts |= {f"`{item.name}`": f"`{getattr(rule, item.name)}`" for item in dataclasses.fields(rule)}
-    return write_card(name or rule.name, purpose="Nothing was recorded about how it was trained.", facts=facts)
+    purpose = "Nothing was recorded about how it was trained."
+    return write_card(name or rule.name, purpose=purpose, facts=facts, averages=rule.average_power > 0)
 
 
 def rule_facts(rule: UpdateRule, weights: Weights) -> dict[str, str]:

@@ -75,7 +75,7 @@ class Shard:
             self.kept = state
         else:
             self.sharding = dtensor.sharding(param)
-            self.target = real_view(dtensor.local_view(param))
+            self.target = local_values(param)
             self.param, self.grad = self.target.contiguous(), slot.local
             self.state = {key: dtensor.local_view(value) for key, value in state.items()}
 
@@ -159,6 +159,11 @@ def bucket_of(param: Tensor) -> Bucket:
 def is_of_one_rank(param: Tensor) -> bool:
     """Tell if a parameter is no replica, by the mark of DDP, or that of Megatron and DeepSpeed."""
     return getattr(param, "_ddp_ignored", False) or not getattr(param, "allreduce", True)
+
+
+def local_values(param: Tensor) -> Tensor:
+    """Return what this process holds of a parameter, real and in the same storage."""
+    return real_view(dtensor.local_view(param))
 
 
 def real_view(tensor: Tensor) -> Tensor:

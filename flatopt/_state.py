@@ -24,6 +24,12 @@ RECORD = ("weights_name", "weights_sha256", "weights_commit")
 NUMEL = "numel"
 """Coordinates of the parameter that a state was made for, where some of the state describes all of them together."""
 
+AVERAGE, ITERATE = "param_average", "param_iterate"
+"""The average of a parameter, where one is kept; and the parameter, while its average stands in its place."""
+
+SHOWS_AVERAGES = "shows_averages"
+"""Option of a group, 0 or 1: whether averages stand in the place of its parameters."""
+
 SEED_STRIDE = 1_000_003
 """Seeds this far apart share no random initial state between parameters with indices below it."""
 
@@ -80,7 +86,8 @@ class StateLayout(NamedTuple):
             if found != expected:
                 self._refuse(key, found, expected, param, groups)
         shape = torch.Size((*param.shape, 2)) if param.is_complex() else param.shape
-        for key, extra in self.per_coordinate.items():
+        copies = {key: torch.Size() for key in (AVERAGE, ITERATE) if key in state}
+        for key, extra in (self.per_coordinate | copies).items():
             found = getattr(state.get(key), "shape", None)
             if found != (shape + extra if extra else shape):
                 self._refuse(key, found, shape + extra, param, groups)
@@ -165,7 +172,8 @@ class StateLayout(NamedTuple):
         wanted = dtype if value.is_floating_point() or not dtype.is_floating_point else value.dtype
         copied = value.detach().to(param.device, wanted).clone(memory_format=torch.contiguous_format)
         copied = self._as_kept(key, copied)
-        if key in self.per_coordinate and dtensor.is_dtensor(copied) != dtensor.is_dtensor(param):
+        is_cut = key in self.per_coordinate or key in (AVERAGE, ITERATE)
+        if is_cut and dtensor.is_dtensor(copied) != dtensor.is_dtensor(param):
             return dtensor.placed_like(dtensor.whole_copy(copied), param)
         return copied
 
@@ -176,6 +184,12 @@ class StateLayout(NamedTuple):
             return value
         value = torch.as_tensor(value) if isinstance(value, int | float) else value
         return value.reshape(shape) if isinstance(value, Tensor) and value.numel() == shape.numel() else value
+
+
+def copy_of(param: Tensor) -> Tensor:
+    """Return a parameter as a value of the state: an own copy, real, in the dtype to compute in, sharded as it is."""
+    whole = torch.view_as_real(param) if param.is_complex() else param
+    return dtensor.placed_like(whole.detach().to(compute_dtype(param)), param)
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:

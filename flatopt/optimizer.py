@@ -17,11 +17,13 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ._abstract import real_tensors, without_autocast
 from ._applied import AppliedRule
+from ._averages import Averaging, advance_averages, check_iterates, check_no_average, start_average
 from ._groups import check_gradient, check_options, has_matrices, name_of, refuse_flattened
 from ._slots import OVERFLOW_MARGIN, Slot, bucket_of, measure, position_of
 from ._state import (
     RECORD,
     SHARED_PREFIX,
+    SHOWS_AVERAGES,
     StateLayout,
     check_record,
     describe_record,
@@ -34,7 +36,7 @@ from ._watch import Watch
 from .pretrained import LearnedRule, load_pretrained
 
 
-class FlatOpt(Optimizer):
+class FlatOpt(Averaging):
     r"""Implements a learned optimizer: pretrained weights, nothing to tune.
 
     .. math::
@@ -51,12 +53,14 @@ class FlatOpt(Optimizer):
     with :math:`g_t` the gradient (negated by ``maximize``), :math:`w` the learned weights, :math:`\gamma` = ``lr``,
     :math:`\lambda` = ``weight_decay``, :math:`T` = ``num_steps`` and :math:`\alpha_t` the rule's own step size.
 
-    It needs no closure, no loss and no ``train()`` or ``eval()``.  State is kept in ``float32`` for half-precision
-    parameters and in ``float64`` for double ones; half-precision parameters are added to in ``float32`` and rounded
-    once.  Complex parameters are treated as pairs of real numbers.  Parameters sharded as ``DTensor`` (FSDP2) are
-    updated shard by shard with statistics over the whole tensor.  Parameters on several devices, or in ``float64``
-    beside ``float32``, are updated in one group per device and dtype, those of one rank apart: some rules mix
-    information inside each.
+    It needs no closure and no loss.  Where the length of the run is not known, it keeps an average of the parameters
+    that is better than the last ones: evaluate and save between :meth:`eval` and :meth:`train`.
+
+    State is kept in ``float32`` for half-precision parameters and in ``float64`` for double ones; half-precision
+    parameters are added to in ``float32`` and rounded once.  Complex parameters are treated as pairs of real numbers.
+    Parameters sharded as ``DTensor`` (FSDP2) are updated shard by shard with statistics over the whole tensor.
+    Parameters on several devices, or in ``float64`` beside ``float32``, are updated in one group per device and dtype,
+    those of one rank apart: some rules mix information inside each.
 
     A tensor takes part from its first gradient that is not zero; before that nothing moves it, weight decay included.
     A gradient with NaN, inf or values whose squares would overflow counts as no gradient: the tensor and its state
@@ -70,8 +74,8 @@ class FlatOpt(Optimizer):
         pretrained: name of a shipped set of weights (:func:`flatopt.list_pretrained`), a folder, a Hugging Face Hub id
             ``"org/name"``, or a :class:`flatopt.LearnedRule`.
         num_steps: length of the run in steps if it is known: the learned schedule then ends with it, and a run that
-            goes on does so as if it was not known.  ``None`` for a run that may stop at any time.  What is given here
-            wins over what a loaded state brings; :meth:`set_num_steps` changes it in the middle of a run.
+            goes on does so as if it was not known.  ``None`` for a run that may stop at any time.  A loaded state never
+            overrules what is given here; :meth:`set_num_steps` changes it in the middle of a run.
         weight_decay: decoupled weight decay, multiplied by the rule's own step size, so that values usual for AdamW
             (0.01 to 0.1) mean the same here.
         revision: branch, tag or commit on the Hub; a 40-digit commit that was used before needs no network.
@@ -79,15 +83,13 @@ class FlatOpt(Optimizer):
         token: access token for the Hub.
         local_files_only: never download.
         maximize: go up instead of down.
-        compile: compile the arithmetic on coordinates with ``torch.compile``: half a minute at the first step, once for
-            all models, for steps up to 1.4 times as fast on large ones.  Falls back to eager execution, with a warning,
-            where that is not possible.
+        compile: compile the arithmetic on coordinates with ``torch.compile``: half a minute at first, for steps
+            up to 1.4 times as fast on large models.  Eager, with a warning, where that is not possible.
         state_dtype: ``torch.bfloat16`` keeps the accumulators in ``UpdateRule.compressible_state`` in half precision
             (the recurrent states, most of the memory of ``l2o-dm`` and ``rnnprop``).  They are computed in ``float32``
             and rounded once per step.  ``None`` keeps all in ``float32``.
-        seed: decides the random initial learning rates of ``l2o-scale``, the same on every device and whatever the
-            global generator does; other rules start from no random numbers.  The value of the first parameter group
-            counts.
+        seed: decides the random initial learning rates of ``l2o-scale``, the same on every device; other rules draw no
+            random numbers.  The value of the first parameter group counts.
         allow_other_weights: load the state of a run with other weights of the same rule, which is refused otherwise.
 
     Raises:
@@ -150,7 +152,7 @@ class FlatOpt(Optimizer):
         self._watch = Watch()
         self._prepare()
         # Inert: OneCycleLR and CyclicLR write their momentum here, and refuse optimizers that have none.
-        options |= {"momentum": 0.0} | record_of(self.learned)
+        options |= {"momentum": 0.0, SHOWS_AVERAGES: 0} | record_of(self.learned)
         self._had_matrices = False
         super().__init__(params, options)
         self._watch.look_at_new(self.param_groups, needs_matrices=self.learned.rule.max_strip > 0)
@@ -164,20 +166,18 @@ class FlatOpt(Optimizer):
     @disable_dynamo  # a compiled training step breaks its graph here
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step.
+        """Take one step; return what ``closure`` returned, ``None`` without one.
 
         Args:
             closure: clears the gradients, computes them again and returns the loss; called once.
 
-        Returns:
-            What ``closure`` returned, ``None`` without one.
-
         Raises:
-            RuntimeError: if a gradient is sparse, or a parameter flattened.
+            RuntimeError: if a gradient is sparse, a parameter flattened, or its average in its place (:meth:`eval`).
             ValueError: if an option of a group is out of range, or a state or gradient does not have the shape of its
                 parameter.
             TypeError: if a parameter with a gradient is neither floating-point nor complex.
         """
+        check_no_average(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -189,15 +189,19 @@ class FlatOpt(Optimizer):
             if slot.is_new:
                 self._init_state(slot.param)
             self._layout.complete(self.state[slot.param], slot.param)
-        together = measure(slots, {param: self.state[param] for param in self._holders()})
+        together = measure(slots, self._states())
         for slot in slots:
             self._layout.check_numel(slot.made_for, slot.param, self.param_groups)
+        steps: dict[Tensor, float] = {}
         for key, (members, step) in together.items():
             usable = [slot for slot in members if self._is_usable(slot, key.dtype)]
             if usable:
                 context = (step, self._watch.length(self.param_groups, step))
                 with without_autocast(key.device):  # a step taken inside autocast keeps its precision
                     self._update(usable, context)
+                steps |= {slot.param: slot.step + 1 for slot in usable}
+        if steps:
+            advance_averages(self._states(), steps, self.learned.rule.average_power * math.isinf(context[1]))
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -205,12 +209,9 @@ class FlatOpt(Optimizer):
 
         The tensors are copied: two optimizers never share them.
 
-        Args:
-            state_dict: optimizer state.
-
         Raises:
-            ValueError: if its groups do not fit, if it is the state of another optimizer, rule, set of weights or of
-                parameters of other shapes, or if an option of a group is out of range.
+            ValueError: if groups or shapes do not fit, an option is out of range, it is of another optimizer, rule or
+                set of weights, or it lacks the parameters that averages stand for.
         """
         seen: dict[str, Any] = {}
         given = [group.get("num_steps", math.inf) for group in self.param_groups]
@@ -263,9 +264,7 @@ class FlatOpt(Optimizer):
         self._had_matrices |= has_matrices([group])
 
     def set_num_steps(self, num_steps: int | None) -> None:
-        """Set the length of the run, counted from its first step, also in the middle of it.
-
-        Same as writing ``num_steps`` into every parameter group.
+        """Set the length of the run in the middle of it, as writing ``num_steps`` into every parameter group does.
 
         Args:
             num_steps: all steps of the run, those taken included; ``None`` for a run that may stop at any time.
@@ -283,11 +282,13 @@ class FlatOpt(Optimizer):
         check_options(option)
         for group in (self.defaults, *self.param_groups):
             group.update(option)
+        if num_steps is not None:
+            advance_averages(self._states(), {}, power=0.0)
         self._watch.new_length()
 
     def __repr__(self) -> str:
         lines = super().__repr__().splitlines()
-        lines = [line for line in lines if not line.strip().startswith((*RECORD, "momentum:"))]
+        lines = [line for line in lines if not line.strip().startswith((*RECORD, SHOWS_AVERAGES, "momentum:"))]
         rule, weights = self.learned.rule.name, describe_record(record_of(self.learned))
         return "\n".join([*lines[:-1], f"Rule: {rule}", f"Weights: {weights}", lines[-1]])
 
@@ -311,11 +312,10 @@ class FlatOpt(Optimizer):
         with real_tensors():
             self._layout = StateLayout.of(self.learned, self._state_dtype)
 
-    def _holders(self) -> list[Tensor]:
-        """Return the parameters that have a state."""
-        return [
-            param for param, state in self.state.items() if isinstance(param, Tensor) and self._layout.is_made(state)
-        ]
+    def _states(self) -> dict[Tensor, dict[str, Any]]:
+        """Return the states that the rule has made, by parameter."""
+        every = ((param, state) for param, state in self.state.items() if isinstance(param, Tensor))
+        return {param: state for param, state in every if self._layout.is_made(state)}
 
     def _slots(self) -> Iterator[Slot]:
         """Yield every parameter that has a gradient."""
@@ -339,6 +339,7 @@ class FlatOpt(Optimizer):
             check_record(groups, self.learned)
         for index, group in enumerate(groups):
             check_options(dict(group), f" in parameter group {index} of the state")
+        check_iterates(state_dict)
         self._watch.look_at_loaded(state_dict)
         for param_id, param in self._pairs(state_dict):
             state = state_dict["state"].get(param_id)
@@ -355,11 +356,13 @@ class FlatOpt(Optimizer):
         """Make the state of a parameter; it joins in the shared state."""
         weights, shared = self._applied.weights_for(param), {}
         if self._layout.shared:
-            relatives = (self.state[other] for other in self._holders() if bucket_of(other) == bucket_of(param))
+            relatives = (one for other, one in self._states().items() if bucket_of(other) == bucket_of(param))
             shared = shared_of(next(relatives, {})) or self.learned.rule.init_shared(weights)
         # Of its own, so that no order of creation matters.
         generator = state_generator(int(self.param_groups[0]["seed"]), position_of(param, self.param_groups))
         self.state[param].update(self._layout.make(weights, param, generator, shared))
+        if self.learned.rule.average_power and math.isinf(self.param_groups[0]["num_steps"]):
+            start_average(param, self.state[param])
 
     def _is_usable(self, slot: Slot, dtype: torch.dtype) -> bool:
         """Return whether a gradient can be used; count it if it is not finite.  Before the first, zero is none."""
@@ -380,10 +383,10 @@ class FlatOpt(Optimizer):
         states = [self.state[slot.param] for slot in slots]
         own = [{key: state[key] for key in self._layout.keys} for state in states]
         shared = self._applied.step(slots, own, shared_of(states[0]), context)
-        for other in self._holders() if shared else ():
+        for other, state in self._states().items() if shared else ():
             if bucket_of(other) == bucket_of(slots[0].param):
                 for key, value in shared.items():
-                    self.state[other][SHARED_PREFIX + key].copy_(value)
+                    state[SHARED_PREFIX + key].copy_(value)
 
     def _restore(self, state_dict: dict[str, Any], given: Sequence[float]) -> None:
         """Replace the loaded state by exact copies, on the device and in the dtypes it is kept in."""

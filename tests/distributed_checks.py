@@ -35,6 +35,7 @@ def run_all(rank: int, world_size: int, folder: str) -> None:
         for name in RULES:
             check_placements(name, mesh)
             check_fsdp2(name, mesh, Path(folder) / name)
+        check_averages_of_shards(mesh, Path(folder) / "averages")
         check_bad_gradient_on_one_rank(mesh)
         check_ddp()
         for name in ("orthogonalized-momentum", "rnnprop", "l2o-scale"):
@@ -144,6 +145,45 @@ def check_fsdp2(name: str, mesh: DeviceMesh, folder: Path) -> None:
             assert torch.equal(full(value), full(yours[key])), key
     train(other, other_opt, range(4, 7))
     train(oracle, oracle_opt, range(4, 7))
+    assert_same(other.parameters(), oracle.parameters())
+
+
+def check_averages_of_shards(mesh: DeviceMesh, folder: Path) -> None:
+    """Without a known length shards have the averages of one process, also after a distributed checkpoint."""
+
+    def sharded() -> tuple[nn.Module, FlatOpt]:
+        model = make_model()
+        for layer in (model[0], model[3]):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model, FlatOpt(model.parameters())
+
+    oracle = make_model()
+    oracle_opt = FlatOpt(oracle.parameters())
+    train(oracle, oracle_opt, range(4))
+    model, opt = sharded()
+    train(model, opt, range(4))
+    last = [full(param.detach()).clone() for param in model.parameters()]
+    for one in (opt, oracle_opt):
+        one.eval()
+    assert_same(model.parameters(), oracle.parameters())
+    assert not all(torch.equal(full(param), old) for param, old in zip(model.parameters(), last, strict=True))
+    for one in (opt, oracle_opt):
+        one.train()
+    assert all(torch.equal(full(param), old) for param, old in zip(model.parameters(), last, strict=True))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": model.state_dict(), "opt": get_optimizer_state_dict(model, opt)}, checkpoint_id=folder)
+        other, other_opt = sharded()
+        saved = {"model": other.state_dict(), "opt": get_optimizer_state_dict(other, other_opt)}
+        dcp.load(saved, checkpoint_id=folder)
+        other.load_state_dict(saved["model"])
+        set_optimizer_state_dict(other, other_opt, saved["opt"])
+    train(other, other_opt, range(4, 7))
+    train(oracle, oracle_opt, range(4, 7))
+    for one in (other_opt, oracle_opt):
+        one.eval()
     assert_same(other.parameters(), oracle.parameters())
 
 

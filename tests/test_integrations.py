@@ -112,7 +112,6 @@ def test_calls_of_the_huggingface_trainer(toy: LearnedRule) -> None:
     ]
     opt = FlatOpt(groups, **{"lr": 1.0, "pretrained": toy, "num_steps": 6})
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: min(1.0, step / 3))
-    assert not hasattr(opt, "train") and not hasattr(opt, "eval")
     losses = []
     for step in range(6):
         loss = loss_of(model, batch(step))
@@ -300,6 +299,71 @@ def test_lightning(package: str, tmp_path: Path) -> None:
     check_row(package, what, plain, compare(resumed.model, whole.model))
 
 
+@real
+@pytest.mark.parametrize("package", ["lightning", "pytorch_lightning"])
+def test_lightning_validates_and_saves_averages(package: str, tmp_path: Path) -> None:
+    """With the hooks of the tutorial: also in a run that goes on from a checkpoint of its validation."""
+    pl = library({"lightning": "lightning.pytorch"}.get(package, "pytorch_lightning"))
+
+    class Endless(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = make_model()
+            self.seen: list[bool] = []
+
+        def configure_optimizers(self) -> FlatOpt:
+            return FlatOpt(self.parameters())
+
+        def on_validation_start(self) -> None:
+            for optimizer in self.trainer.optimizers:
+                optimizer.eval()
+
+        def on_validation_end(self) -> None:
+            for optimizer in self.trainer.optimizers:
+                optimizer.train()
+
+        on_train_start, on_train_end = on_validation_end, on_validation_start
+
+        def training_step(self, x: Tensor, index: int) -> Tensor:
+            return loss_of(self.model, x)
+
+        def validation_step(self, x: Tensor, index: int) -> None:
+            states = self.trainer.optimizers[0].state.values()
+            self.seen.append(any("param_iterate" in state for state in states))
+            self.log("loss", loss_of(self.model, x))
+
+    def fit(epochs: int, **options: Any) -> tuple[Endless, Any]:
+        module = Endless()
+        checkpoints = pl.callbacks.ModelCheckpoint(tmp_path / "saved", save_top_k=-1, monitor="loss")
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            default_root_dir=tmp_path,
+            callbacks=[checkpoints],
+        )
+        loader = torch.utils.data.DataLoader([batch(step) for step in range(4)], batch_size=None)
+        trainer.fit(module, loader, loader, **options)
+        return module, trainer.checkpoint_callback.best_model_path
+
+    half, saved = fit(1)
+    whole, _ = fit(2)
+    resumed, _ = fit(2, ckpt_path=saved)
+    plain = make_model()
+    opt = FlatOpt(plain.parameters())
+    for step in range(8):
+        opt.zero_grad()
+        loss_of(plain, batch(step % 4)).backward()
+        opt.step()
+    opt.eval()
+    assert half.seen == [True] * 4 and whole.seen == [True] * 8
+    assert compare(whole.model, plain) == "equal bit for bit"
+    assert compare(whole.model, resumed.model) == "equal bit for bit"
+
+
 class ForTrainer(nn.Module):
     """What the Trainer takes for a model."""
 
@@ -344,6 +408,51 @@ def test_transformers_trainer(tmp_path: Path) -> None:
     assert longer_opt.param_groups[0]["num_steps"] == 12 and not torch.equal(longer[0].weight, whole[0].weight)
     what = "`Trainer`, `optimizer_cls_and_kwargs`, `resume_from_checkpoint`"
     check_row("transformers", what, compare(whole, plain_loop(None, 8, num_steps=8)), compare(whole, resumed))
+
+
+@real
+def test_transformers_trainer_evaluates_and_saves_averages(tmp_path: Path) -> None:
+    """It calls ``optimizer.eval()`` before it evaluates, ``optimizer.train()`` before it goes on, and saves between."""
+    transformers = library("transformers", "transformers.trainer", "accelerate")
+
+    def fit(name: str, **options: Any) -> tuple[nn.Module, Any]:
+        rows = [{"x": row} for step in range(8) for row in batch(step)]
+        trainer = transformers.Trainer(
+            model=ForTrainer(make_model()),
+            args=transformers.TrainingArguments(
+                output_dir=str(tmp_path / name),
+                max_steps=8,
+                eval_strategy="steps",
+                eval_steps=4,
+                save_steps=4,
+                lr_scheduler_type="constant",
+                use_cpu=True,
+                report_to=[],
+                disable_tqdm=True,
+                max_grad_norm=0.0,
+            ),
+            train_dataset=rows,
+            eval_dataset=rows[:8],
+            optimizer_cls_and_kwargs=(FlatOpt, {"lr": 1.0}),
+        )
+        trainer._get_train_sampler = lambda *_: None
+        trainer.train(**options)
+        return trainer.model.net, trainer.optimizer.optimizer
+
+    whole, opt = fit("whole")
+    plain = make_model()
+    plain_opt = FlatOpt(plain.parameters())
+    for step in range(8):
+        plain_opt.zero_grad()
+        loss_of(plain, batch(step)).backward()
+        plain_opt.step()
+    last = make_model()
+    last.load_state_dict(plain.state_dict())
+    plain_opt.eval()
+    assert compare(whole, plain) == "equal bit for bit" and not torch.equal(whole[0].weight, last[0].weight)
+    resumed, resumed_opt = fit("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert compare(whole, resumed) == "equal bit for bit"
+    assert_same_state(opt, resumed_opt)
 
 
 @real

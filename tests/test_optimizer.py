@@ -92,7 +92,7 @@ def flagship_step_size(param: Tensor, step: int, num_steps: float = math.inf) ->
     """Step size of the untrained rule, while the gradients do not shrink."""
     fan = param.shape[1:].numel() if sum(length > 1 for length in param.shape) > 1 else 64
     known = (1 + math.cos(math.pi * (step - 1) / num_steps)) / 2
-    schedule = known if num_steps < math.inf else (1 + step / 100) ** -0.7
+    schedule = known if num_steps < math.inf else (1 + step / 100) ** -0.5
     return 0.034 / math.sqrt(max(fan, 8)) * min(step / min(30, max(15, num_steps / 5)), 1) * schedule
 
 

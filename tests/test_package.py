@@ -42,8 +42,9 @@ ALLOWED: dict[str, set[str]] = {
     "_state": {"_abstract", "_dtensor", "_groups", "pretrained", "rules"},
     "_slots": {"_abstract", "_dtensor", "_state", "rules"},
     "_applied": {"_compile", "_dtensor", "_slots", "_torch", "pretrained", "rules"},
+    "_averages": {"_dtensor", "_slots", "_state", "rules"},
     "optimizer": {
-        *{"_abstract", "_applied", "_groups", "_slots", "_state", "_torch", "_warn", "_watch"},
+        *{"_abstract", "_applied", "_averages", "_groups", "_slots", "_state", "_torch", "_warn", "_watch"},
         "pretrained",
     },
     "metatrain": {

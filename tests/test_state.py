@@ -186,7 +186,7 @@ def test_rows_with_large_gradients_would_slow_the_rest_after_they_are_gone() -> 
         for _ in range(20):
             old.grad = torch.randn(10, 3, generator=generator) * torch.tensor([100.0] * 3 + [1.0] * 7)[:, None]
             opt.step()
-        new = replace_rows(opt, old, lambda value: value[3:].clone(), ["exp_avg", "exp_avg_sq"])
+        new = replace_rows(opt, old, lambda value: value[3:].clone(), ["exp_avg", "exp_avg_sq", "param_average"])
         del opt.state[new]["numel"]
         if is_reset:
             opt.state[new]["grad_rms_max"].zero_()

@@ -46,7 +46,9 @@ LOGARITHMS = {
     },
     "decay late, power 1/2": {"late_decay": 0.5},
     "decay with noise, power 0.3": {"noise_decay": 0.3},
-    "steps without a known length": {"anytime_power": 0.5, "anytime_step": 0.35},
+    "without a known length steps shrink with the power 0.7": {"anytime_power": 0.847},
+    "without a known length steps shrink with the power 0.3": {"anytime_power": -0.847},
+    "without a known length steps twice as long": {"anytime_step": 0.7},
     "steps shrink with the noise, power 1/2": {"noise_step": 0.5},
     "steps shrink with the noise, power 1": {"noise_step": 1.0},
     "steps shrink with the noise, power 1, all a fifth longer": {

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from flatopt import FlatOpt
-from flatopt.evaluate._training import Benchmark, build_model, draw_batches, load_splits, measure, train
+from flatopt.evaluate._training import Benchmark, build_model, draw_batches, load_splits, measure, set_mode, train
 from flatopt.evaluate.benchmarks import choose_benchmarks
 
 FAST = "--fast" in sys.argv
@@ -46,19 +46,21 @@ def run(task: Benchmark, build: Build, early: bool, seed: int) -> tuple[float, f
     """Return loss and score on the test split, of the network at the end or of the best by validation."""
     num_steps = 20 if FAST else task.num_steps
     splits, model = load_splits(task, seed), build_model(task.build, task.size, seed)
+    optimizer = build(model.parameters(), num_steps)
     best, kept = math.inf, copy.deepcopy(model)
 
     def look(step: int) -> None:
         nonlocal best
         if early and step % EVERY == 0:
+            set_mode(model, optimizer, training=False)
             loss, _ = measure(model, splits.meta, task.loss_fn)
             if loss < best:
                 best = loss
                 kept.load_state_dict(model.state_dict())
-            model.train()
+            set_mode(model, optimizer, training=True)
 
     batches = draw_batches(splits.train, task.batch_size, num_steps, torch.Generator().manual_seed(seed))
-    train(model, build(model.parameters(), num_steps), batches, loss_fn=task.loss_fn, after_step=look)
+    train(model, optimizer, batches, loss_fn=task.loss_fn, after_step=look)
     return measure(kept if early else model, splits.test, task.loss_fn)
 
 

@@ -141,6 +141,7 @@ def train(
     loss_fn: LossFn = cross_entropy,
     scheduler: LRScheduler | None = None,
     after_step: Callable[[int], None] | None = None,
+    averages: bool = True,
 ) -> TrainedModel:
     """Train a model on one batch after another; leave it in evaluation mode.
 
@@ -153,8 +154,10 @@ def train(
         loss_fn: mean loss of outputs and targets.
         scheduler: schedule of the learning rate, advanced after each step.
         after_step: called with the number of steps taken, after each.
+        averages: whether an optimizer that keeps averages of the parameters puts them in their place at the end.
     """
-    set_mode(model, optimizer, training=True)
+    modes = optimizer if averages else None
+    set_mode(model, modes, training=True)
     losses: list[float] = []
     start = time.perf_counter()
     for step, batch in enumerate(batches, 1):
@@ -166,7 +169,7 @@ def train(
         if not math.isfinite(losses[-1]):
             break
     seconds = time.perf_counter() - start
-    set_mode(model, optimizer, training=False)
+    set_mode(model, modes, training=False)
     return TrainedModel(model, losses, seconds)
 
 
@@ -180,8 +183,8 @@ def _closure(model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, batch: Bat
     return closure
 
 
-def set_mode(model: nn.Module, optimizer: Optimizer, *, training: bool) -> None:
-    """Switch the model, and an optimizer that has modes of its own, as the Schedule-Free ones do."""
+def set_mode(model: nn.Module, optimizer: Optimizer | None, *, training: bool) -> None:
+    """Switch the model, and an optimizer that has modes of its own, as FlatOpt and the Schedule-Free ones do."""
     model.train(training)
     switch = getattr(optimizer, "train" if training else "eval", None)
     if switch is not None:
@@ -229,6 +232,7 @@ def train_benchmark(benchmark: Benchmark, contestant: Contestant, setting: Setti
     splits = load_splits(benchmark, seed)
     model = build_model(benchmark.build, benchmark.size, seed)
     optimizer = contestant.build(model.parameters(), setting.lr, benchmark.num_steps, seed, **dict(setting.options))
+    modes = optimizer if contestant.averages else None
     scheduler = CosineAnnealingLR(optimizer, T_max=benchmark.num_steps) if setting.cosine else None
     generator = torch.Generator().manual_seed(seed)
     batches = draw_batches(splits.train, benchmark.batch_size, benchmark.num_steps, generator)
@@ -238,15 +242,23 @@ def train_benchmark(benchmark: Benchmark, contestant: Contestant, setting: Setti
 
     def look(step: int) -> None:
         if step % every == 0:
-            set_mode(model, optimizer, training=False)
+            set_mode(model, modes, training=False)
             test_curve.append((step, measure(model, part, benchmark.loss_fn)[1]))
-            set_mode(model, optimizer, training=True)
+            set_mode(model, modes, training=True)
 
     with warnings.catch_warnings():
         # A learning rate of the grid may diverge; FlatOpt warns about gradients that are not finite.
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("ignore", RuntimeWarning)
-        trained = train(model, optimizer, batches, loss_fn=benchmark.loss_fn, scheduler=scheduler, after_step=look)
+        trained = train(
+            model,
+            optimizer,
+            batches,
+            loss_fn=benchmark.loss_fn,
+            scheduler=scheduler,
+            after_step=look,
+            averages=contestant.averages,
+        )
     if contestant.averages:
         refresh_batch_norm(model, splits.train)
     return FinishedRun(trained, splits, test_curve)

@@ -47,7 +47,7 @@ class Contestant:
         lrs: learning rates to choose from, per task, on the ``meta`` split; one value when nothing is tuned.
         cosines: schedules to choose from: with a cosine, without.
         options: options to choose from.
-        averages: whether the weights to be used are averages of those that were trained.
+        averages: whether what counts is the averages of the parameters, which the optimizer's ``eval()`` shows.
         extends: whether the learning rates go on beyond an edge where the best one stands.
         learned: weights of a learned rule; they keep cached runs apart.
         horizon_known: whether a learned rule is told the length of the run.
@@ -73,6 +73,7 @@ class Contestant:
             return {"build": describe(self.build), "code": code_hash(self.build), "averages": self.averages}
         return {
             "horizon_known": self.horizon_known,
+            "averages": self.averages,
             "rule": repr(self.learned.rule),
             "weights": weights_sha256(self.learned.weights),
             "code": code_hash(type(self.learned.rule), room="flatopt.rules"),
@@ -165,20 +166,26 @@ def baselines() -> list[Contestant]:
 def learned_contestants(pretrained: str) -> list[Contestant]:
     """Return FlatOpt with the length of the run known, and unknown, and the same with the rule not trained.
 
+    The last one is FlatOpt with the length unknown, where nobody asks it for its averages.
+
     An untrained rule with zero output layers is its hand-designed core: what the training of the weights is worth.
 
     Args:
         pretrained: shipped name, folder or Hub id, as for :class:`flatopt.FlatOpt`; the default weights when empty.
     """
     learned = load_pretrained(pretrained) if pretrained else default_rule()
-    return [
+    found = [
         learned_contestant(name + ("" if horizon_known else UNKNOWN), rule, horizon_known=horizon_known)
         for name, rule in (("FlatOpt", learned), ("untrained core", untrained(learned)))
         for horizon_known in (True, False)
     ]
+    last = [replace(found[1], name=found[1].name + NO_AVERAGE, averages=False)] if found[1].averages else []
+    return [*found, *last]
 
 
 UNKNOWN = ", length unknown"
+NO_AVERAGE = ", no eval()"
+"""Marks the row that shows the last parameters where the averages are better."""
 
 
 def default_rule() -> LearnedRule:
@@ -209,6 +216,7 @@ def learned_contestant(name: str, learned: LearnedRule, *, horizon_known: bool) 
         name=name,
         build=partial(flatopt, learned=learned, horizon_known=horizon_known),
         lrs=(1.0,),
+        averages=learned.rule.average_power > 0 and not horizon_known,
         learned=learned,
         horizon_known=horizon_known,
     )

@@ -34,6 +34,8 @@ class Runs(NamedTuple):
     """What the rule is told of the horizon: the same, or ``inf``, ``[N]``."""
     initial_loss: Tensor
     """Loss before the first step, on its batch, ``[N]``; 0 until then."""
+    average: dict[str, Tensor]
+    """Average of the parameters, by which runs of unknown length are judged; empty where there are none."""
 
 
 class Draws(NamedTuple):
@@ -105,8 +107,8 @@ def replace_runs(old: Runs, new: Runs, where: Tensor) -> Runs:
     return map_tree(lambda a, b: a.index_copy(0, where, b.to(a)), old, new)
 
 
-def choose_runs(where: Tensor, yes: Runs, no: Runs) -> Runs:
-    """Return the runs of ``yes`` where ``where``, bool ``[N]``, is true, and of ``no`` elsewhere."""
+def choose_runs(where: Tensor, yes: T, no: T) -> T:
+    """Return what ``yes`` has of the runs where ``where``, bool ``[N]``, is true, and ``no`` elsewhere."""
     return map_tree(lambda a, b: torch.where(where.view(-1, *(1,) * (a.dim() - 1)), a, b), yes, no)
 
 

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from ..flatness import FlatnessMeasure, LossFn
-from ..rules import Plan, StepContext, UpdateRule, Weights, apply_rule, batched_phases
+from ..rules import Plan, StepContext, UpdateRule, Weights, apply_rule, average_weight, batched_phases
 from ..tasks import Batch, Params, Split, TaskDistribution
 from ._record import Recorder
 from .config import FlatnessConfig, ObjectiveConfig, TaskConfig
 from .objective import clip_loss, penalty, schedule_mask, step_weight, transform_loss
-from .runs import Draws, Runs, StepLosses, Terms, join_losses, map_tree, stack_losses
+from .runs import Draws, Runs, StepLosses, Terms, choose_runs, join_losses, map_tree, stack_losses
 
 PACK_SIZE = 256
 """Tensors up to this size are handled side by side: fewer kernels to compile, and small ones cost no more."""
@@ -98,8 +98,14 @@ class Unroll:
             horizon=horizon.repeat(copies),
             num_steps=told.repeat(copies),
             initial_loss=torch.zeros(copies * num_pairs, device=self.device),
+            average={name: param.clone() for name, param in params.items()} if self._averages else {},
         )
         return map_tree(torch.Tensor.contiguous, runs)
+
+    @property
+    def _averages(self) -> bool:
+        """Whether some runs are judged by the average of their parameters."""
+        return self.rule.average_power > 0 and self.task.unknown_horizon_probability > 0
 
     def prepare(self, weights_N: Weights, num_pairs: int, copies: int) -> None:
         """Take a first step of runs that are thrown away: what is recorded and compiled for it serves all others.
@@ -199,8 +205,12 @@ class Unroll:
         )
         params = {name: runs.params[name] + delta for name, delta in zip(names, result.deltas, strict=True)}
         states = dict(zip(names, result.states, strict=True))
-        losses = self._judge(runs, params, draws.meta, train_loss, flatness)
-        runs = runs._replace(params=params, states=states, shared=result.shared, step=step)
+        average = {}
+        if self._averages:
+            weight_N = average_weight(self.rule.average_power, step)
+            average = {name: vmap(torch.lerp)(runs.average[name], value, weight_N) for name, value in params.items()}
+        runs = runs._replace(params=params, states=states, shared=result.shared, step=step, average=average)
+        losses = self._judge(runs, draws.meta, train_loss, flatness)
         # The layout of fresh and of restored runs: a step compiled for one serves all of them, to the same bits.
         return map_tree(torch.Tensor.contiguous, runs), losses
 
@@ -210,7 +220,9 @@ class Unroll:
         measure = config.flatness.build_measure() if terms.flatness else None
         inner_measure = config.inner_flatness.build_measure() if terms.inner_flatness else None
 
-        def learn(run: Runs, train: Batch, noise: Params, inner_noise: Params) -> tuple[Params, Tensor, Tensor]:
+        def learn(
+            run: Runs, result: Params, train: Batch, noise: Params, inner_noise: Params
+        ) -> tuple[Params, Tensor, Tensor]:
             def loss_fn(params: Params) -> Tensor:
                 return self.distribution.loss(run.problem, params, train)
 
@@ -219,11 +231,12 @@ class Unroll:
             else:
                 inner_loss_fn = _regularized(loss_fn, inner_measure, config.inner_flatness, run, inner_noise)
                 grads, (_, loss) = grad_and_value(inner_loss_fn, has_aux=True)(run.params)
-            gap = torch.zeros_like(loss) if measure is None else measure(loss_fn, run.params, noise)
+            gap = torch.zeros_like(loss) if measure is None else measure(loss_fn, result, noise)
             return grads, loss, gap
 
-        in_dims = (0, 0, 1, 1)
-        grads, loss, gap = vmap(learn, in_dims=in_dims)(runs, draws.train, draws.noise, draws.inner_noise)
+        in_dims = (0, 0, 0, 1, 1)
+        drawn = (draws.train, draws.noise, draws.inner_noise)
+        grads, loss, gap = vmap(learn, in_dims=in_dims)(runs, _results(runs), *drawn)
         if self.second_derivatives:
             # Where a gradient is exactly zero, as behind a dead input, so is its derivative; rules have 0 * inf there.
             grads = {name: torch.where(grad == 0, torch.zeros_like(grad), grad) for name, grad in grads.items()}
@@ -232,9 +245,9 @@ class Unroll:
         flatness = gap if measure is None else penalty(config.flatness, gap, runs.step, runs.horizon)
         return clip_loss(loss, config.clip), flatness, grads
 
-    def _judge(self, runs: Runs, params: Params, meta: Batch, train_loss: Tensor, flatness: Tensor) -> StepLosses:
-        """Return the losses of a step from ``runs`` to ``params``."""
-        config, initial_loss = self.objective, runs.initial_loss
+    def _judge(self, runs: Runs, meta: Batch, train_loss: Tensor, flatness: Tensor) -> StepLosses:
+        """Return the losses of the step that has led to ``runs``."""
+        config, initial_loss, params = self.objective, runs.initial_loss, _results(runs)
         meta_loss = torch.zeros_like(train_loss)
         if config.meta_weight:
             meta_loss = clip_loss(vmap(self.distribution.loss)(runs.problem, params, meta), config.clip)
@@ -245,8 +258,13 @@ class Unroll:
             error = clip_loss(vmap(self.distribution.error)(runs.problem, params, meta), config.clip)
             value = value + config.error_weight * error
         value = value + config.flatness.coefficient * flatness
-        objective = step_weight(config, runs.step + 1, runs.horizon) * value
+        objective = step_weight(config, runs.step, runs.horizon) * value
         return StepLosses(objective, train_loss, meta_loss, flatness)
+
+
+def _results(runs: Runs) -> Params:
+    """Return what the runs would end with now: the averages, if there are any, where the length is not known."""
+    return choose_runs(torch.isinf(runs.num_steps), runs.average, runs.params) if runs.average else runs.params
 
 
 def _draw_noise(term: FlatnessConfig, length: int, params: Params, generator: torch.Generator) -> Params:

@@ -1,5 +1,6 @@
 """Pure update rules: the contract, the driver, and one file per rule."""
 
+from ._average import average_weight
 from ._driver import Plan, apply_rule
 from ._phases import Phases, batched_phases, plain_phases
 from ._rule import State, StepContext, TensorFacts, TensorShape, UpdateRule, Weights
@@ -37,6 +38,7 @@ __all__ = [
     "UpdateRule",
     "Weights",
     "apply_rule",
+    "average_weight",
     "batched_phases",
     "plain_phases",
 ]

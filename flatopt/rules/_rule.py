@@ -115,6 +115,10 @@ class UpdateRule(ABC):
     """Keys of the state that exist once per tensor, besides ``step``, which the driver advances: scalars or vectors,
     side by side the ``M`` numbers that ``mix`` returns anew.  Every other value has shape ``(*param.shape, ...)``."""
 
+    average_power: ClassVar[float] = 0.0
+    """Power of the average of the parameters that stands for them where the length of the run is not known
+    (:func:`flatopt.rules.average_weight`); 0 for a rule whose last parameters do."""
+
     compressible_state: ClassVar[frozenset[str]] = frozenset()
     """Keys of the per-coordinate state that may be *kept* in ``bfloat16``; all is computed in ``float32`` at least.
 

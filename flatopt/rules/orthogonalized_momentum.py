@@ -27,7 +27,7 @@ The step of a tensor :math:`x`, and that of a vector, which has :math:`u_t` in p
 
 with the directions in brackets clipped to :math:`\pm 5`.  The schedule :math:`s_t` is a warm-up over 30 steps (over a
 fifth of a shorter known run, but at least 15), times a cosine to zero where the length of the run is known, and times
-:math:`(1 + t/100)^{-0.7}` where it is not; that power stays below 1, so that no run ends by itself.  There the decay
+:math:`(1 + t/100)^{-0.5}` where it is not; that power stays below 1, so that no run ends by itself.  There the decay
 has one more learned factor.  :math:`\rho_t` is the root mean square of the gradient over its largest value so far: it
 falls as training data are learned by heart.  :math:`\sigma_t` is 6 times the root mean square of the momentum over that
 of the gradient.  That ratio is the size of Adam's step: 1 for a gradient without noise, near 1/6 in most runs.  (The
@@ -144,6 +144,7 @@ class OrthogonalizedMomentum(UpdateRule):
 
     name: ClassVar[str] = "orthogonalized-momentum"
     memory: ClassVar[tuple[str, ...]] = ("grad_rms_max", "log_momentum_mix")
+    average_power: ClassVar[float] = 8.0
 
     base_step: float = 0.034
     vector_inputs: float = 64.0
@@ -155,7 +156,7 @@ class OrthogonalizedMomentum(UpdateRule):
     momentum_mix: float = 0.1
     warmup_steps: float = 30.0
     decay_steps: float = 100.0
-    anytime_power: float = 0.7
+    anytime_power: float = 0.5
 
     def __post_init__(self) -> None:
         values = vars(self)

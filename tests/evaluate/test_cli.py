@@ -34,7 +34,7 @@ def outputs(folder: Path) -> list[dict[str, object]]:
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize(("command", "num_records"), [("quality", 36), ("flatness", 36), ("robustness", 60)])
+@pytest.mark.parametrize(("command", "num_records"), [("quality", 39), ("flatness", 39), ("robustness", 60)])
 def test_command_writes_its_results_and_a_second_call_trains_nothing(
     command: str, num_records: int, pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from flatopt import FlatOpt
 from flatopt.evaluate import models
 from flatopt.evaluate._cache import RunCache
 from flatopt.evaluate._training import (
@@ -21,13 +22,14 @@ from flatopt.evaluate._training import (
     load_splits,
     measure,
     refresh_batch_norm,
+    results,
     run,
     run_key,
     train,
     tuned,
 )
 from flatopt.evaluate.benchmarks import BENCHMARKS, META_BENCHMARKS
-from flatopt.evaluate.contestants import Contestant, Setting, schedule_free
+from flatopt.evaluate.contestants import NO_AVERAGE, UNKNOWN, Contestant, Setting, learned_contestants, schedule_free
 from flatopt.tasks import Batch
 
 pytest.importorskip("sklearn")
@@ -150,6 +152,31 @@ def test_labels_are_wrong_in_training_alone_and_as_often_as_asked_for() -> None:
     assert torch.equal(noisy.train.inputs, right.train.inputs)
     assert (noisy.train.targets != right.train.targets).float().mean().item() == pytest.approx(0.1, abs=0.03)
     assert torch.equal(noisy.meta.targets, right.meta.targets) and torch.equal(noisy.test.targets, right.test.targets)
+
+
+def test_runs_of_unknown_length_are_measured_at_the_average_or_at_the_last_parameters() -> None:
+    benchmark = replace(TOY, num_steps=60, batch_size=50)
+    contestants = {one.name: one for one in learned_contestants("")}
+    assert {name for name, one in contestants.items() if one.averages} == {
+        "FlatOpt" + UNKNOWN,
+        "untrained core" + UNKNOWN,
+    }
+    splits = load_splits(benchmark, 0)
+    model = build_model(benchmark.build, 8, 0)
+    optimizer = FlatOpt(model.parameters())
+    for inputs, targets in draw_batches(splits.train, 50, 60, torch.Generator().manual_seed(0)):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+    last, _ = measure(model, splits.test)
+    optimizer.eval()
+    average, _ = measure(model, splits.test)
+    losses = {
+        name: results(benchmark, contestants["FlatOpt" + name], Setting(1.0), 0)["test_loss"]
+        for name in (UNKNOWN, UNKNOWN + NO_AVERAGE)
+    }
+    assert losses == pytest.approx({UNKNOWN: average, UNKNOWN + NO_AVERAGE: last}, rel=1e-4)
+    assert average != pytest.approx(last, rel=1e-2)
 
 
 def test_a_schedule_free_model_is_measured_at_the_average_of_its_weights() -> None:

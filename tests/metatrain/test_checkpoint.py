@@ -22,7 +22,8 @@ def make_runs(generator):
     problem = Problems(**{name: torch.arange(2) for name in Problems._fields})._replace(params={}, param_scales={})
     params = {"w": torch.randn(2, 3, generator=generator), "b": torch.zeros(2)}
     states = {"w": {"exp_avg": torch.ones(2, 3)}, "b": {}}
-    return Runs(problem, params, states, {}, *(torch.full((2,), float(value)) for value in range(4)))
+    numbers = (torch.full((2,), float(value)) for value in range(4))
+    return Runs(problem, params, states, {}, *numbers, {"a": torch.full((2, 3), 7.0)})
 
 
 def make_state(update=3):
@@ -202,7 +203,7 @@ def test_a_checkpoint_of_another_format_version_is_refused(tmp_path, monkeypatch
     monkeypatch.setattr("flatopt.metatrain.checkpoint.FORMAT_VERSION", 1)
     path = save(make_state(), tmp_path)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="format_version 1 is not 3"):
+    with pytest.raises(ValueError, match="format_version 1 is not 4"):
         load(path)
 
 

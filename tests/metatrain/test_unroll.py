@@ -34,6 +34,7 @@ def train_one(unroll: Unroll, weights: Weights, runs: Runs, draws: Draws, run: i
     problem = row(runs.problem, run)
     params, states = row(runs.params, run), {name: row(state, run) for name, state in runs.states.items()}
     shared, pair = row(runs.shared, run), run % NUM_PAIRS
+    result = average = row(runs.average, run)  # the average stands for the parameters where the length is not known
     losses: list[list[float]] = []
     for index in range(unroll.truncation_length):
         step = float(runs.step[run]) + index + 1
@@ -43,10 +44,10 @@ def train_one(unroll: Unroll, weights: Weights, runs: Runs, draws: Draws, run: i
         grads = torch.autograd.grad(loss, list(leaves.values()))
         moved = {
             name: value + 0.1 * value.square().mean().sqrt() * draws.noise[name][index, 0, pair]
-            for name, value in params.items()
+            for name, value in result.items()
         }
-        gap = float(unroll.distribution.loss(problem, moved, train)) - float(loss.detach())
-        result = apply_rule(
+        gap = float(unroll.distribution.loss(problem, moved, train) - unroll.distribution.loss(problem, result, train))
+        update = apply_rule(
             unroll.rule,
             row(weights, run),
             list(params.values()),
@@ -55,13 +56,15 @@ def train_one(unroll: Unroll, weights: Weights, runs: Runs, draws: Draws, run: i
             shared,
             StepContext(torch.tensor(step), runs.num_steps[run]),
         )
-        params = {name: value + delta for (name, value), delta in zip(params.items(), result.deltas, strict=True)}
-        states, shared = dict(zip(states, result.states, strict=True)), result.shared
-        after = float(unroll.distribution.loss(problem, params, meta))
+        params = {name: value + delta for (name, value), delta in zip(params.items(), update.deltas, strict=True)}
+        states, shared = dict(zip(states, update.states, strict=True)), update.shared
+        average = {name: (step - 1) / (step + 8) * average[name] + 9 / (step + 8) * params[name] for name in params}
+        result = average if math.isinf(runs.num_steps[run]) else params
+        after = float(unroll.distribution.loss(problem, result, meta))
         weight = 0.1 + 3 * (step / float(runs.horizon[run])) ** 4
         value = 0.5 * float(loss.detach()) + after + 0.3 * gap
         losses.append([weight * value, float(loss.detach()), after, gap])
-    final = runs._replace(params=params, states=states, shared=shared, step=torch.tensor(step))
+    final = runs._replace(params=params, states=states, shared=shared, step=torch.tensor(step), average=average)
     final = final._replace(initial_loss=torch.tensor(losses[0][1]) if runs.step[run] == 0 else runs.initial_loss[run])
     return final, StepLosses(*torch.tensor(losses).unbind(1))
 
@@ -81,7 +84,7 @@ def test_recorded_steps_of_many_runs_equal_a_loop_over_single_runs(unrolls, name
     after, losses = unroll.unroll(weights, runs, draws, COPIES)
     for run in range(len(runs.step)):
         expected, expected_losses = train_one(unroll, weights, runs, draws, run)
-        for key in ("params", "states", "shared", "step"):
+        for key in ("params", "states", "shared", "step", "average"):
             torch.testing.assert_close(
                 by_path(row(getattr(after, key), run)),
                 by_path(getattr(expected, key)),

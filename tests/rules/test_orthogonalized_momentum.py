@@ -62,8 +62,8 @@ def run_by_hand(
             if num_steps < INF:
                 schedule *= (1 + math.cos(math.pi * (step - 1) / num_steps)) / 2
             else:
-                odds = 0.7 * math.exp(power["anytime_power"])
-                schedule /= (1 + step / 100) ** (odds / (0.3 + odds))
+                odds = 0.5 * math.exp(power["anytime_power"])
+                schedule /= (1 + step / 100) ** (odds / (0.5 + odds))
             size = 0.034 / math.sqrt(inputs) * schedule * rho ** power["gradient_power"] * sigma ** power["noise_step"]
             decay = sigma ** -power["noise_decay"] * max(schedule, 0.05) ** -power["late_decay"]
             decay *= math.exp(power["anytime_decay"]) if num_steps == INF else 1
@@ -179,7 +179,7 @@ def test_a_direction_is_clipped_to_five_times_its_size(shape: tuple[int, ...]) -
         param.grad = torch.full(shape, (-1.0) ** step)
         param.grad.view(-1)[7] = 1.0
         opt.step()
-    step_size = 0.034 / math.sqrt(64 if len(shape) == 1 else shape[1]) / (1 + step / 100) ** 0.7
+    step_size = 0.034 / math.sqrt(64 if len(shape) == 1 else shape[1]) / (1 + step / 100) ** 0.5
     direction = (before - param.detach()) / step_size - before  # less the decay
     assert float(direction.view(-1)[7]) == pytest.approx(5.0, rel=1e-3)
     assert float(direction.abs().view(-1)[:7].max()) < 1.0

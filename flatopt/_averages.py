@@ -1,0 +1,110 @@
+"""Averages of the parameters, for runs whose length is not known, and the exchange of parameters for them.
+
+The average is part of the state, under ``AVERAGE``.  While it stands in the place of a parameter, the parameter itself
+is kept beside it, under ``ITERATE``.  All is local: a shard has the average of the shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from . import _dtensor as dtensor
+from ._slots import local_values
+from ._state import AVERAGE, ITERATE, SHOWS_AVERAGES, copy_of
+from .rules import average_weight
+
+
+class Averaging(Optimizer):
+    """An optimizer whose parameters can be exchanged for their averages."""
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Put the averages of the parameters in their place, to evaluate them, or to save the model.
+
+        Without effect where there are none: if the length of the run is known, with rules other than the flagship's,
+        or before the first step.  The Trainer of transformers calls it before it evaluates.  Statistics of BatchNorm
+        are still those of the parameters before: a few batches in training mode bring them up to date
+        (:func:`torch.optim.swa_utils.update_bn`).
+
+        Example:
+            >>> import torch, flatopt
+            >>> param = torch.nn.Parameter(torch.ones(3))
+            >>> opt = flatopt.FlatOpt([param])
+            >>> for _ in range(2):
+            ...     param.grad = torch.ones(3)
+            ...     opt.step()
+            >>> last = param.detach().clone()
+            >>> opt.eval()
+            >>> bool((last < param).all() and (param < 1).all())
+            True
+            >>> opt.train()
+            >>> torch.equal(param, last)
+            True
+        """
+        for group in self.param_groups:
+            for param, state in self._states_of(group):
+                if AVERAGE in state and ITERATE not in state:
+                    state[ITERATE] = copy_of(param)
+                    average, values = dtensor.local_view(state[AVERAGE]), local_values(param)
+                    values.copy_(torch.where(torch.isfinite(average), average, values))
+                group[SHOWS_AVERAGES] |= int(ITERATE in state)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Put the parameters themselves back, to go on after :meth:`eval`; without effect otherwise."""
+        for group in self.param_groups:
+            for param, state in self._states_of(group):
+                if ITERATE in state:
+                    local_values(param).copy_(dtensor.local_view(state.pop(ITERATE)))
+            group[SHOWS_AVERAGES] = 0
+
+    def _states_of(self, group: dict[str, Any]) -> list[tuple[Tensor, MutableMapping[str, Any]]]:
+        """Return the parameters of a group that have a state, with it."""
+        return [(param, self.state[param]) for param in group["params"] if param in self.state]
+
+
+def check_no_average(groups: Sequence[dict[str, Any]]) -> None:
+    """Raise ``RuntimeError`` if averages stand in the place of parameters."""
+    if any(group[SHOWS_AVERAGES] for group in groups):
+        raise RuntimeError("the parameters hold averages: call optimizer.train() before the next step")
+
+
+def check_iterates(state_dict: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if a state knows only the averages that its parameters held, not what to go on from."""
+    for group in state_dict["param_groups"]:
+        states = [state_dict["state"].get(param_id) or {} for param_id in group["params"]]
+        if group.get(SHOWS_AVERAGES) and any(AVERAGE in state and ITERATE not in state for state in states):
+            raise ValueError(
+                "this state was saved while the parameters held their averages, by something that did not save the "
+                "parameters to go on from: save distributed checkpoints after optimizer.train()"
+            )
+
+
+def start_average(param: Tensor, state: MutableMapping[str, Any]) -> None:
+    """Begin an average before the first step: distributed checkpoints load what a fresh state has."""
+    state[AVERAGE] = copy_of(param)
+
+
+def advance_averages(
+    states: Mapping[Tensor, MutableMapping[str, Any]], steps: Mapping[Tensor, float], power: float
+) -> None:
+    """Take the parameters after a step into their averages, also those that took no step.
+
+    Args:
+        states: by parameter.
+        steps: of those that took one, how many they have taken.
+        power: power of the average, :attr:`flatopt.rules.UpdateRule.average_power`; 0 to drop the averages.
+    """
+    for param, state in states.items():
+        if not power:
+            state.pop(AVERAGE, None)
+            continue
+        if AVERAGE not in state:  # the length was known up to now
+            start_average(param, state)
+        average = dtensor.local_view(state[AVERAGE])
+        average.lerp_(local_values(param).to(average.dtype), average_weight(power, steps.get(param, state["step"])))
