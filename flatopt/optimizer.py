@@ -189,7 +189,8 @@ class FlatOpt(Averaging):
             if slot.is_new:
                 self._init_state(slot.param)
             self._layout.complete(self.state[slot.param], slot.param)
-        together = measure(slots, self._states())
+        states = self._states()
+        together = measure(slots, states)
         for slot in slots:
             self._layout.check_numel(slot.made_for, slot.param, self.param_groups)
         steps: dict[Tensor, float] = {}
@@ -201,7 +202,7 @@ class FlatOpt(Averaging):
                     self._update(usable, context)
                 steps |= {slot.param: slot.step + 1 for slot in usable}
         if steps:
-            advance_averages(self._states(), steps, self.learned.rule.average_power * math.isinf(context[1]))
+            advance_averages(states, steps, self.learned.rule.average_power * math.isinf(context[1]))
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

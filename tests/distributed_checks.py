@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -113,32 +114,42 @@ def check_placements(name: str, mesh: DeviceMesh) -> None:
             torch.testing.assert_close(full(entry), opts[0].state[value][key], rtol=1e-4, atol=1e-6)
 
 
-def check_fsdp2(name: str, mesh: DeviceMesh, folder: Path) -> None:
-    """Sharded training is the training of one process, before and after a distributed checkpoint."""
-    rule = learned(name, perturbation=0.1)
+def make_sharded(mesh: DeviceMesh, **options: Any) -> tuple[nn.Module, FlatOpt]:
+    """Return the model sharded by FSDP2, layer by layer, and its optimizer."""
+    model = make_model()
+    for layer in (model[0], model[3]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, FlatOpt(model.parameters(), **options)
 
-    def sharded() -> tuple[nn.Module, FlatOpt]:
-        model = make_model()
-        for layer in (model[0], model[3]):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        return model, FlatOpt(model.parameters(), pretrained=rule, **OPTIONS)
 
-    oracle = make_model()
-    oracle_opt = FlatOpt(oracle.parameters(), pretrained=rule, **OPTIONS)
-    train(oracle, oracle_opt, range(4))
-    model, opt = sharded()
-    train(model, opt, range(4))
-    assert_same(model.parameters(), oracle.parameters())
+def save_and_load(saved: tuple[nn.Module, FlatOpt], fresh: tuple[nn.Module, FlatOpt], folder: Path) -> None:
+    """Bring a fresh model and optimizer to the state of others, by a distributed checkpoint."""
+
+    def states(model: nn.Module, opt: FlatOpt) -> dict[str, Any]:
+        return {"model": model.state_dict(), "opt": get_optimizer_state_dict(model, opt)}
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save({"model": model.state_dict(), "opt": get_optimizer_state_dict(model, opt)}, checkpoint_id=folder)
-        other, other_opt = sharded()
-        saved = {"model": other.state_dict(), "opt": get_optimizer_state_dict(other, other_opt)}
-        dcp.load(saved, checkpoint_id=folder)
-        other.load_state_dict(saved["model"])
-        set_optimizer_state_dict(other, other_opt, saved["opt"])
+        dcp.save(states(*saved), checkpoint_id=folder)
+        loaded = states(*fresh)
+        dcp.load(loaded, checkpoint_id=folder)
+        fresh[0].load_state_dict(loaded["model"])
+        set_optimizer_state_dict(*fresh, loaded["opt"])
+
+
+def check_fsdp2(name: str, mesh: DeviceMesh, folder: Path) -> None:
+    """Sharded training is the training of one process, before and after a distributed checkpoint."""
+    options = {"pretrained": learned(name, perturbation=0.1), **OPTIONS}
+    oracle = make_model()
+    oracle_opt = FlatOpt(oracle.parameters(), **options)
+    train(oracle, oracle_opt, range(4))
+    model, opt = make_sharded(mesh, **options)
+    train(model, opt, range(4))
+    assert_same(model.parameters(), oracle.parameters())
+
+    other, other_opt = make_sharded(mesh, **options)
+    save_and_load((model, opt), (other, other_opt), folder)
     for mine, yours in zip(opt.state.values(), other_opt.state.values(), strict=True):
         assert mine.keys() == yours.keys()
         for key, value in mine.items():
@@ -150,18 +161,10 @@ def check_fsdp2(name: str, mesh: DeviceMesh, folder: Path) -> None:
 
 def check_averages_of_shards(mesh: DeviceMesh, folder: Path) -> None:
     """Without a known length shards have the averages of one process, also after a distributed checkpoint."""
-
-    def sharded() -> tuple[nn.Module, FlatOpt]:
-        model = make_model()
-        for layer in (model[0], model[3]):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        return model, FlatOpt(model.parameters())
-
     oracle = make_model()
     oracle_opt = FlatOpt(oracle.parameters())
     train(oracle, oracle_opt, range(4))
-    model, opt = sharded()
+    model, opt = make_sharded(mesh)
     train(model, opt, range(4))
     last = [full(param.detach()).clone() for param in model.parameters()]
     for one in (opt, oracle_opt):
@@ -172,14 +175,8 @@ def check_averages_of_shards(mesh: DeviceMesh, folder: Path) -> None:
         one.train()
     assert all(torch.equal(full(param), old) for param, old in zip(model.parameters(), last, strict=True))
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save({"model": model.state_dict(), "opt": get_optimizer_state_dict(model, opt)}, checkpoint_id=folder)
-        other, other_opt = sharded()
-        saved = {"model": other.state_dict(), "opt": get_optimizer_state_dict(other, other_opt)}
-        dcp.load(saved, checkpoint_id=folder)
-        other.load_state_dict(saved["model"])
-        set_optimizer_state_dict(other, other_opt, saved["opt"])
+    other, other_opt = make_sharded(mesh)
+    save_and_load((model, opt), (other, other_opt), folder)
     train(other, other_opt, range(4, 7))
     train(oracle, oracle_opt, range(4, 7))
     for one in (other_opt, oracle_opt):

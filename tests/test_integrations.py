@@ -38,7 +38,9 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
 
-def plain_loop(rule: LearnedRule | None, steps: int, period: int = 100, **options: Any) -> nn.Module:
+def plain_loop(
+    rule: LearnedRule | None, steps: int, period: int = 100, shows_averages: bool = False, **options: Any
+) -> nn.Module:
     """Train in the ordinary way; batches come again after each ``period``."""
     model = make_model()
     opt = FlatOpt(model.parameters(), **(options if rule is None else options | {"pretrained": rule}))
@@ -46,6 +48,8 @@ def plain_loop(rule: LearnedRule | None, steps: int, period: int = 100, **option
         opt.zero_grad()
         loss_of(model, batch(step % period)).backward()
         opt.step()
+    if shows_averages:
+        opt.eval()
     return model
 
 
@@ -249,9 +253,8 @@ def test_accelerate(tmp_path: Path) -> None:
     check_row("accelerate", "`prepare`, accumulation over 2, `save_state`", plain, compare(model, other))
 
 
-@real
-@pytest.mark.parametrize("package", ["lightning", "pytorch-lightning"])
-def test_lightning(package: str, tmp_path: Path) -> None:
+def lightning(package: str) -> tuple[Any, Any]:
+    """Return Lightning, and a module for it without an optimizer."""
     pl = library({"lightning": "lightning.pytorch"}.get(package, "pytorch_lightning"))
 
     class Module(pl.LightningModule):
@@ -262,21 +265,28 @@ def test_lightning(package: str, tmp_path: Path) -> None:
         def training_step(self, x: Tensor, index: int) -> Tensor:
             return loss_of(self.model, x)
 
+    return pl, Module
+
+
+def lightning_trainer(pl: Any, folder: Path, **options: Any) -> Any:
+    """Return a trainer that prints nothing."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(accelerator="cpu", default_root_dir=folder, **quiet, **options)
+
+
+@real
+@pytest.mark.parametrize("package", ["lightning", "pytorch-lightning"])
+def test_lightning(package: str, tmp_path: Path) -> None:
+    pl, base = lightning(package)
+
+    class Module(base):
         def configure_optimizers(self) -> FlatOpt:
             return FlatOpt(self.parameters(), num_steps=int(self.trainer.estimated_stepping_batches))
 
     def fit(max_steps: int, **options: Any) -> tuple[Any, Any]:
         module = Module()
-        trainer = pl.Trainer(
-            max_epochs=2,
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-            enable_checkpointing=False,
-            callbacks=[StopAfter(max_steps)],
-        )
+        callbacks = [StopAfter(max_steps)]
+        trainer = lightning_trainer(pl, tmp_path, max_epochs=2, enable_checkpointing=False, callbacks=callbacks)
         loader = torch.utils.data.DataLoader([batch(step % 4) for step in range(4)], batch_size=None)
         trainer.fit(module, loader, **options)
         return module, trainer
@@ -300,15 +310,14 @@ def test_lightning(package: str, tmp_path: Path) -> None:
 
 
 @real
-@pytest.mark.parametrize("package", ["lightning", "pytorch_lightning"])
+@pytest.mark.parametrize("package", ["lightning", "pytorch-lightning"])
 def test_lightning_validates_and_saves_averages(package: str, tmp_path: Path) -> None:
     """With the hooks of the tutorial: also in a run that goes on from a checkpoint of its validation."""
-    pl = library({"lightning": "lightning.pytorch"}.get(package, "pytorch_lightning"))
+    pl, base = lightning(package)
 
-    class Endless(pl.LightningModule):
+    class Endless(base):
         def __init__(self) -> None:
             super().__init__()
-            self.model = make_model()
             self.seen: list[bool] = []
 
         def configure_optimizers(self) -> FlatOpt:
@@ -324,9 +333,6 @@ def test_lightning_validates_and_saves_averages(package: str, tmp_path: Path) ->
 
         on_train_start, on_train_end = on_validation_end, on_validation_start
 
-        def training_step(self, x: Tensor, index: int) -> Tensor:
-            return loss_of(self.model, x)
-
         def validation_step(self, x: Tensor, index: int) -> None:
             states = self.trainer.optimizers[0].state.values()
             self.seen.append(any("param_iterate" in state for state in states))
@@ -335,16 +341,8 @@ def test_lightning_validates_and_saves_averages(package: str, tmp_path: Path) ->
     def fit(epochs: int, **options: Any) -> tuple[Endless, Any]:
         module = Endless()
         checkpoints = pl.callbacks.ModelCheckpoint(tmp_path / "saved", save_top_k=-1, monitor="loss")
-        trainer = pl.Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            default_root_dir=tmp_path,
-            callbacks=[checkpoints],
-        )
+        options_of_run = {"max_epochs": epochs, "num_sanity_val_steps": 0, "callbacks": [checkpoints]}
+        trainer = lightning_trainer(pl, tmp_path, **options_of_run)
         loader = torch.utils.data.DataLoader([batch(step) for step in range(4)], batch_size=None)
         trainer.fit(module, loader, loader, **options)
         return module, trainer.checkpoint_callback.best_model_path
@@ -352,15 +350,8 @@ def test_lightning_validates_and_saves_averages(package: str, tmp_path: Path) ->
     half, saved = fit(1)
     whole, _ = fit(2)
     resumed, _ = fit(2, ckpt_path=saved)
-    plain = make_model()
-    opt = FlatOpt(plain.parameters())
-    for step in range(8):
-        opt.zero_grad()
-        loss_of(plain, batch(step % 4)).backward()
-        opt.step()
-    opt.eval()
     assert half.seen == [True] * 4 and whole.seen == [True] * 8
-    assert compare(whole.model, plain) == "equal bit for bit"
+    assert compare(whole.model, plain_loop(None, 8, period=4, shows_averages=True)) == "equal bit for bit"
     assert compare(whole.model, resumed.model) == "equal bit for bit"
 
 
@@ -375,6 +366,13 @@ class ForTrainer(nn.Module):
         return {"loss": loss_of(self.net, x)}
 
 
+def trainer_arguments(transformers: Any, folder: Path, **options: Any) -> Any:
+    """Return arguments of the Trainer, without a schedule or clipping of its own, that save every fourth step."""
+    plain = {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "use_cpu": True}
+    quiet = {"report_to": [], "disable_tqdm": True}
+    return transformers.TrainingArguments(output_dir=str(folder), save_steps=4, **plain, **quiet, **options)
+
+
 @real
 def test_transformers_trainer(tmp_path: Path) -> None:
     transformers = library("transformers", "transformers.trainer", "accelerate")
@@ -382,16 +380,7 @@ def test_transformers_trainer(tmp_path: Path) -> None:
     def fit(name: str, max_steps: int = 8, **options: Any) -> tuple[nn.Module, Any]:
         trainer = transformers.Trainer(
             model=ForTrainer(make_model()),
-            args=transformers.TrainingArguments(
-                output_dir=str(tmp_path / name),
-                max_steps=max_steps,
-                save_steps=4,
-                lr_scheduler_type="constant",
-                use_cpu=True,
-                report_to=[],
-                disable_tqdm=True,
-                max_grad_norm=0.0,
-            ),
+            args=trainer_arguments(transformers, tmp_path / name, max_steps=max_steps),
             train_dataset=[{"x": row} for step in range(8) for row in batch(step)],
             optimizer_cls_and_kwargs=(FlatOpt, {"lr": 1.0, "num_steps": max_steps}),
         )
@@ -419,18 +408,7 @@ def test_transformers_trainer_evaluates_and_saves_averages(tmp_path: Path) -> No
         rows = [{"x": row} for step in range(8) for row in batch(step)]
         trainer = transformers.Trainer(
             model=ForTrainer(make_model()),
-            args=transformers.TrainingArguments(
-                output_dir=str(tmp_path / name),
-                max_steps=8,
-                eval_strategy="steps",
-                eval_steps=4,
-                save_steps=4,
-                lr_scheduler_type="constant",
-                use_cpu=True,
-                report_to=[],
-                disable_tqdm=True,
-                max_grad_norm=0.0,
-            ),
+            args=trainer_arguments(transformers, tmp_path / name, max_steps=8, eval_strategy="steps", eval_steps=4),
             train_dataset=rows,
             eval_dataset=rows[:8],
             optimizer_cls_and_kwargs=(FlatOpt, {"lr": 1.0}),
@@ -440,16 +418,8 @@ def test_transformers_trainer_evaluates_and_saves_averages(tmp_path: Path) -> No
         return trainer.model.net, trainer.optimizer.optimizer
 
     whole, opt = fit("whole")
-    plain = make_model()
-    plain_opt = FlatOpt(plain.parameters())
-    for step in range(8):
-        plain_opt.zero_grad()
-        loss_of(plain, batch(step)).backward()
-        plain_opt.step()
-    last = make_model()
-    last.load_state_dict(plain.state_dict())
-    plain_opt.eval()
-    assert compare(whole, plain) == "equal bit for bit" and not torch.equal(whole[0].weight, last[0].weight)
+    assert compare(whole, plain_loop(None, 8, shows_averages=True)) == "equal bit for bit"
+    assert not torch.equal(whole[0].weight, plain_loop(None, 8)[0].weight)
     resumed, resumed_opt = fit("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert compare(whole, resumed) == "equal bit for bit"
     assert_same_state(opt, resumed_opt)
