@@ -1,4 +1,4 @@
-"""Averages of the parameters, for runs whose length is not known, and the exchange of parameters for them.
+"""Averages of the parameters, on which a run of known length ends, and the exchange of parameters for them.
 
 The average is part of the state, under ``AVERAGE``.  While it stands in the place of a parameter, the parameter itself
 is kept beside it, under ``ITERATE``.  All is local: a shard has the average of the shard.
@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import _dtensor as dtensor
-from ._slots import local_values
+from ._slots import Bucket, bucket_of, local_values
 from ._state import AVERAGE, ITERATE, SHOWS_AVERAGES, copy_of
-from .rules import average_weight
+from .rules import average_stride, average_weight, landing_share
 
 
 class Averaging(Optimizer):
@@ -26,9 +26,9 @@ class Averaging(Optimizer):
     def eval(self) -> None:
         """Put the averages of the parameters in their place, to evaluate them, or to save the model.
 
-        Without effect where there are none: if the length of the run is known, with rules other than the flagship's,
-        or before the first step.  The Trainer of transformers calls it before it evaluates.  Statistics of BatchNorm
-        are still those of the parameters before: a few batches in training mode bring them up to date
+        A run of known length ends on them by itself.  Without effect where there are none: with rules other than the
+        flagship's, or before the first step.  The Trainer of transformers calls it before it evaluates.  Statistics of
+        BatchNorm are still those of the parameters before: a few batches in training mode bring them up to date
         (:func:`torch.optim.swa_utils.update_bn`).
 
         Example:
@@ -50,8 +50,7 @@ class Averaging(Optimizer):
             for param, state in self._states_of(group):
                 if AVERAGE in state and ITERATE not in state:
                     state[ITERATE] = copy_of(param)
-                    average, values = dtensor.local_view(state[AVERAGE]), local_values(param)
-                    values.copy_(torch.where(torch.isfinite(average), average, values))
+                    _move(local_values(param), dtensor.local_view(state[AVERAGE]), 1.0)
                 group[SHOWS_AVERAGES] |= int(ITERATE in state)
 
     @torch.no_grad()
@@ -91,20 +90,35 @@ def start_average(param: Tensor, state: MutableMapping[str, Any]) -> None:
 
 
 def advance_averages(
-    states: Mapping[Tensor, MutableMapping[str, Any]], steps: Mapping[Tensor, float], power: float
+    states: Mapping[Tensor, MutableMapping[str, Any]],
+    steps: Mapping[Tensor, float],
+    clocks: Mapping[Bucket, tuple[float, float]],
+    power: float,
 ) -> None:
-    """Take the parameters after a step into their averages, also those that took no step.
+    """Take the parameters after a step into their averages, also those that took no step; land at the end of a run.
 
     Args:
         states: by parameter.
         steps: of those that took one, how many they have taken.
-        power: power of the average, :attr:`flatopt.rules.UpdateRule.average_power`; 0 to drop the averages.
+        clocks: number of the step and length of the run, for what is updated together.
+        power: power of the average, :attr:`flatopt.rules.UpdateRule.average_power`.
     """
+    latest = max(clocks.values())
     for param, state in states.items():
-        if not power:
-            state.pop(AVERAGE, None)
-            continue
-        if AVERAGE not in state:  # the length was known up to now
+        if AVERAGE not in state:  # of a state from elsewhere
             start_average(param, state)
-        average = dtensor.local_view(state[AVERAGE])
-        average.lerp_(local_values(param).to(average.dtype), average_weight(power, steps.get(param, state["step"])))
+        step, num_steps = clocks.get(bucket_of(param), latest)
+        average, values = dtensor.local_view(state[AVERAGE]), local_values(param)
+        stride = average_stride(step)
+        if step % stride == 0:
+            taken = max(steps[param], stride) if param in steps else state["step"].clamp(min=stride)
+            average.lerp_(values.to(average.dtype), average_weight(power, taken / stride))
+        share = landing_share(step, num_steps)
+        if share and param in steps:
+            _move(values, average, share)
+
+
+def _move(values: Tensor, average: Tensor, share: float) -> None:
+    """Move parameters a part of the way to their average, but for what is not finite."""
+    moved = average if share == 1 else values.to(average.dtype).lerp(average, share)
+    values.copy_(torch.where(torch.isfinite(moved), moved, values))

@@ -19,7 +19,7 @@ from ._abstract import real_tensors, without_autocast
 from ._applied import AppliedRule
 from ._averages import Averaging, advance_averages, check_iterates, check_no_average, start_average
 from ._groups import check_gradient, check_options, has_matrices, name_of, refuse_flattened
-from ._slots import OVERFLOW_MARGIN, Slot, bucket_of, measure, position_of
+from ._slots import OVERFLOW_MARGIN, Bucket, Slot, bucket_of, measure, position_of
 from ._state import (
     RECORD,
     SHARED_PREFIX,
@@ -194,15 +194,16 @@ class FlatOpt(Averaging):
         for slot in slots:
             self._layout.check_numel(slot.made_for, slot.param, self.param_groups)
         steps: dict[Tensor, float] = {}
+        clocks: dict[Bucket, tuple[float, float]] = {}
         for key, (members, step) in together.items():
             usable = [slot for slot in members if self._is_usable(slot, key.dtype)]
             if usable:
-                context = (step, self._watch.length(self.param_groups, step))
+                clocks[key] = context = (step, self._watch.length(self.param_groups, step))
                 with without_autocast(key.device):  # a step taken inside autocast keeps its precision
                     self._update(usable, context)
                 steps |= {slot.param: slot.step + 1 for slot in usable}
-        if steps:
-            advance_averages(states, steps, self.learned.rule.average_power * math.isinf(context[1]))
+        if steps and self.learned.rule.average_power:
+            advance_averages(states, steps, clocks, self.learned.rule.average_power)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -283,8 +284,6 @@ class FlatOpt(Averaging):
         check_options(option)
         for group in (self.defaults, *self.param_groups):
             group.update(option)
-        if num_steps is not None:
-            advance_averages(self._states(), {}, power=0.0)
         self._watch.new_length()
 
     def __repr__(self) -> str:
@@ -362,7 +361,7 @@ class FlatOpt(Averaging):
         # Of its own, so that no order of creation matters.
         generator = state_generator(int(self.param_groups[0]["seed"]), position_of(param, self.param_groups))
         self.state[param].update(self._layout.make(weights, param, generator, shared))
-        if self.learned.rule.average_power and math.isinf(self.param_groups[0]["num_steps"]):
+        if self.learned.rule.average_power:
             start_average(param, self.state[param])
 
     def _is_usable(self, slot: Slot, dtype: torch.dtype) -> bool:

@@ -1,4 +1,4 @@
-"""Averages of the parameters: ``FlatOpt.eval`` and ``FlatOpt.train``, where the length of the run is not known."""
+"""Averages of the parameters: ``FlatOpt.eval`` and ``FlatOpt.train``, and how a run of known length ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers import assert_same_state, learned, make_params, set_grads, step_wit
 from torch import Tensor
 
 from flatopt import FlatOpt
-from flatopt.rules import RULES, OrthogonalizedMomentum, average_weight
+from flatopt.rules import RULES, OrthogonalizedMomentum, average_stride, average_weight, landing_share
 
 POWER = OrthogonalizedMomentum.average_power
 
@@ -108,35 +108,103 @@ def test_a_step_on_averages_is_refused_and_changes_nothing() -> None:
     step_with(opt, params, 2)
 
 
-def test_a_known_length_needs_no_average() -> None:
+def mean_of(history: Sequence[list[Tensor]]) -> list[Tensor]:
+    """Return the average of the parameters after every step, as the optimizer has it."""
+    average = history[0]
+    for step, values in enumerate(history, 1):
+        if step % average_stride(step) == 0:
+            weight = average_weight(POWER, step / average_stride(step))
+            average = [torch.lerp(one, value, weight) for one, value in zip(average, values, strict=True)]
+    return average
+
+
+def test_a_run_of_known_length_ends_on_its_average() -> None:
+    params, opt = make(num_steps=40)
+    history = []
+    for seed in range(40):
+        step_with(opt, params, seed)
+        if seed + 1 == 38:  # the landing begins after it
+            before = copy.deepcopy((params, opt))
+        history.append(values(params))
+    assert all(torch.equal(param, opt.state[param]["param_average"]) for param in params)
+    opt.eval()
+    assert same(params, history[-1])
+    opt.train()
+    # Once more by hand: the 39th step goes half of the way, the last one all of it.
+    assert [landing_share(step, 40) for step in (38, 39, 40)] == pytest.approx([0, 0.5, 1])
+    params, opt = before
+    history = history[:38]
+    for seed, share in ((38, 0.5), (39, 1.0)):
+        opt.set_num_steps(40)
+        deltas = steps_without_landing(opt, params, seed)
+        history.append(deltas)
+        average = mean_of(history)
+        for param, value, mean in zip(params, deltas, average, strict=True):
+            torch.testing.assert_close(param.detach(), torch.lerp(value, mean, share), rtol=1e-5, atol=1e-6)
+
+
+def steps_without_landing(opt: FlatOpt, params: list[Tensor], seed: int) -> list[Tensor]:
+    """Take a step; return where the rule alone leads, from a copy whose average is out of the way."""
+    alone, other = copy.deepcopy((params, opt))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flatopt._averages.landing_share", lambda step, num_steps: 0.0)
+        step_with(other, alone, seed)
+    step_with(opt, params, seed)
+    return values(alone)
+
+
+def test_the_average_takes_in_fewer_steps_as_the_run_goes_on() -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    opt = FlatOpt([param])
+    history = []
+    for seed in range(1100):
+        step_with(opt, [param], seed)
+        history.append(values([param]))
+    assert [average_stride(step) for step in (1, 255, 256, 511, 512, 1024)] == [1, 1, 2, 2, 4, 8]
+    torch.testing.assert_close(opt.state[param]["param_average"], mean_of(history)[0])
+    # It stands for the mean over every step.
+    every = [(index + 1.0) ** POWER for index in range(len(history))]
+    whole = sum(weight / sum(every) * step[0].double() for weight, step in zip(every, history, strict=True))
+    steps = torch.stack([step[0] for step in history[-100:]])
+    torch.testing.assert_close(opt.state[param]["param_average"].double(), whole, rtol=0, atol=float(steps.std()) / 5)
+
+
+def test_a_parameter_without_a_gradient_does_not_land() -> None:
+    params, opt = make(num_steps=20)
+    for seed in range(19):
+        step_with(opt, params, seed)
+    last = params[0].detach().clone()
+    set_grads(params, 19)
+    params[0].grad = None
+    opt.step()
+    assert torch.equal(params[0], last)
+    assert torch.equal(params[1], opt.state[params[1]]["param_average"])
+
+
+def test_the_average_goes_on_whatever_is_known_of_the_length() -> None:
+    params, opt = make()
+    history = []
+    for seed, num_steps in enumerate([None, None, 40, 40, None, 40, None]):
+        opt.set_num_steps(num_steps)
+        step_with(opt, params, seed)
+        history.append(values(params))
+    opt.eval()
+    for param, mean in zip(params, mean_of(history), strict=True):
+        torch.testing.assert_close(param.detach(), mean)
+
+
+def test_a_run_goes_on_from_its_average_when_its_length_is_over() -> None:
     params, opt = make(num_steps=3)
     for seed in range(3):
         step_with(opt, params, seed)
-    last = values(params)
-    opt.eval()
-    assert same(params, last) and all("param_average" not in state for state in opt.state.values())
-
-
-def test_averages_follow_what_is_known_of_the_length() -> None:
-    params, opt = make()
-    step_with(opt, params, 0)
-    step_with(opt, params, 1)
-    assert all("param_average" in state for state in opt.state.values())
-    opt.set_num_steps(3)
-    step_with(opt, params, 2)
-    assert all("param_average" not in state for state in opt.state.values())
+    landed = values(params)
     with pytest.warns(UserWarning, match="beyond num_steps=3"):
         step_with(opt, params, 3)
-    expected = values(params)  # a new average, from where the run stands
-    for seed in (4, 5):
-        step_with(opt, params, seed)
-        expected = [
-            torch.lerp(one, param, average_weight(POWER, seed + 1))
-            for one, param in zip(expected, values(params), strict=True)
-        ]
+    last = values(params)
+    assert not same(params, landed)
     opt.eval()
-    for param, value in zip(params, expected, strict=True):
-        torch.testing.assert_close(param.detach(), value)
+    for param, one, other in zip(params, landed, last, strict=True):
+        torch.testing.assert_close(param.detach(), torch.lerp(one, other, average_weight(POWER, 4)))
 
 
 @pytest.mark.parametrize("name", sorted(RULES.keys() - {OrthogonalizedMomentum.name}))
@@ -246,25 +314,6 @@ def test_a_parameter_that_no_longer_learns_is_shown_as_it_is() -> None:
     opt.eval()
     torch.testing.assert_close(params[0].detach(), frozen)
     assert not torch.equal(params[1], opt.state[params[1]]["param_iterate"])
-
-
-def test_a_length_that_becomes_known_ends_all_averages_at_once() -> None:
-    params, opt = make()
-    for seed in range(3):
-        step_with(opt, params, seed)
-    last = values(params)
-    opt.set_num_steps(9)
-    opt.eval()
-    assert same(params, last)
-    for group in opt.param_groups:
-        group["num_steps"] = None
-    step_with(opt, params, 3)
-    for group in opt.param_groups:
-        group["num_steps"] = 9
-    set_grads(params, 4)
-    params[0].grad = None
-    opt.step()
-    assert all("param_average" not in state for state in opt.state.values())
 
 
 def test_no_closure_runs_on_averages() -> None:

@@ -91,7 +91,7 @@ def test_learning_rate_is_of_the_group_and_linear(toy: LearnedRule) -> None:
 def flagship_step_size(param: Tensor, step: int, num_steps: float = math.inf) -> float:
     """Step size of the untrained rule, while the gradients do not shrink."""
     fan = param.shape[1:].numel() if sum(length > 1 for length in param.shape) > 1 else 64
-    known = (1 + math.cos(math.pi * (step - 1) / num_steps)) / 2
+    known = math.cos(math.pi / 2 * (step - 1) / num_steps)
     schedule = known if num_steps < math.inf else (1 + step / 100) ** -0.5
     return 0.034 / math.sqrt(max(fan, 8)) * min(step / min(30, max(15, num_steps / 5)), 1) * schedule
 

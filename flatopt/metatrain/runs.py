@@ -35,7 +35,7 @@ class Runs(NamedTuple):
     initial_loss: Tensor
     """Loss before the first step, on its batch, ``[N]``; 0 until then."""
     average: dict[str, Tensor]
-    """Average of the parameters, by which runs of unknown length are judged; empty where there are none."""
+    """Average of the parameters, by which runs are judged; empty if the rule has none."""
 
 
 class Draws(NamedTuple):

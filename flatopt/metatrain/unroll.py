@@ -24,7 +24,7 @@ from ..tasks import Batch, Params, Split, TaskDistribution
 from ._record import Recorder
 from .config import FlatnessConfig, ObjectiveConfig, TaskConfig
 from .objective import clip_loss, penalty, schedule_mask, step_weight, transform_loss
-from .runs import Draws, Runs, StepLosses, Terms, choose_runs, join_losses, map_tree, stack_losses
+from .runs import Draws, Runs, StepLosses, Terms, join_losses, map_tree, stack_losses
 
 PACK_SIZE = 256
 """Tensors up to this size are handled side by side: fewer kernels to compile, and small ones cost no more."""
@@ -98,14 +98,9 @@ class Unroll:
             horizon=horizon.repeat(copies),
             num_steps=told.repeat(copies),
             initial_loss=torch.zeros(copies * num_pairs, device=self.device),
-            average={name: param.clone() for name, param in params.items()} if self._averages else {},
+            average={name: param.clone() for name, param in params.items()} if self.rule.average_power else {},
         )
         return map_tree(torch.Tensor.contiguous, runs)
-
-    @property
-    def _averages(self) -> bool:
-        """Whether some runs are judged by the average of their parameters."""
-        return self.rule.average_power > 0 and self.task.unknown_horizon_probability > 0
 
     def prepare(self, weights_N: Weights, num_pairs: int, copies: int) -> None:
         """Take a first step of runs that are thrown away: what is recorded and compiled for it serves all others.
@@ -206,7 +201,7 @@ class Unroll:
         params = {name: runs.params[name] + delta for name, delta in zip(names, result.deltas, strict=True)}
         states = dict(zip(names, result.states, strict=True))
         average = {}
-        if self._averages:
+        if self.rule.average_power:
             weight_N = average_weight(self.rule.average_power, step)
             average = {name: vmap(torch.lerp)(runs.average[name], value, weight_N) for name, value in params.items()}
         runs = runs._replace(params=params, states=states, shared=result.shared, step=step, average=average)
@@ -263,8 +258,8 @@ class Unroll:
 
 
 def _results(runs: Runs) -> Params:
-    """Return what the runs would end with now: the averages, if there are any, where the length is not known."""
-    return choose_runs(torch.isinf(runs.num_steps), runs.average, runs.params) if runs.average else runs.params
+    """Return what the runs would end with now: the averages, if there are any."""
+    return runs.average or runs.params
 
 
 def _draw_noise(term: FlatnessConfig, length: int, params: Params, generator: torch.Generator) -> Params:

@@ -116,8 +116,8 @@ class UpdateRule(ABC):
     side by side the ``M`` numbers that ``mix`` returns anew.  Every other value has shape ``(*param.shape, ...)``."""
 
     average_power: ClassVar[float] = 0.0
-    """Power of the average of the parameters that stands for them where the length of the run is not known
-    (:func:`flatopt.rules.average_weight`); 0 for a rule whose last parameters do."""
+    """Power of the average of the parameters that a run of known length ends on, and that ``FlatOpt.eval`` shows
+    (:func:`flatopt.rules.average_weight`); 0 for a rule whose runs end with the last parameters."""
 
     compressible_state: ClassVar[frozenset[str]] = frozenset()
     """Keys of the per-coordinate state that may be *kept* in ``bfloat16``; all is computed in ``float32`` at least.

@@ -34,7 +34,7 @@ def train_one(unroll: Unroll, weights: Weights, runs: Runs, draws: Draws, run: i
     problem = row(runs.problem, run)
     params, states = row(runs.params, run), {name: row(state, run) for name, state in runs.states.items()}
     shared, pair = row(runs.shared, run), run % NUM_PAIRS
-    result = average = row(runs.average, run)  # the average stands for the parameters where the length is not known
+    average = row(runs.average, run)  # stands for the parameters
     losses: list[list[float]] = []
     for index in range(unroll.truncation_length):
         step = float(runs.step[run]) + index + 1
@@ -44,9 +44,9 @@ def train_one(unroll: Unroll, weights: Weights, runs: Runs, draws: Draws, run: i
         grads = torch.autograd.grad(loss, list(leaves.values()))
         moved = {
             name: value + 0.1 * value.square().mean().sqrt() * draws.noise[name][index, 0, pair]
-            for name, value in result.items()
+            for name, value in average.items()
         }
-        gap = float(unroll.distribution.loss(problem, moved, train) - unroll.distribution.loss(problem, result, train))
+        gap = float(unroll.distribution.loss(problem, moved, train) - unroll.distribution.loss(problem, average, train))
         update = apply_rule(
             unroll.rule,
             row(weights, run),
@@ -59,8 +59,7 @@ def train_one(unroll: Unroll, weights: Weights, runs: Runs, draws: Draws, run: i
         params = {name: value + delta for (name, value), delta in zip(params.items(), update.deltas, strict=True)}
         states, shared = dict(zip(states, update.states, strict=True)), update.shared
         average = {name: (step - 1) / (step + 8) * average[name] + 9 / (step + 8) * params[name] for name in params}
-        result = average if math.isinf(runs.num_steps[run]) else params
-        after = float(unroll.distribution.loss(problem, result, meta))
+        after = float(unroll.distribution.loss(problem, average, meta))
         weight = 0.1 + 3 * (step / float(runs.horizon[run])) ** 4
         value = 0.5 * float(loss.detach()) + after + 0.3 * gap
         losses.append([weight * value, float(loss.detach()), after, gap])

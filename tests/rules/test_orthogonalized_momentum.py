@@ -60,7 +60,7 @@ def run_by_hand(
             size_ratio = max(1, math.sqrt(numpy.mean(x**2) * inputs) / 2)
             schedule = min(1, step / min(30, max(15, num_steps / 5)))
             if num_steps < INF:
-                schedule *= (1 + math.cos(math.pi * (step - 1) / num_steps)) / 2
+                schedule *= math.cos(math.pi / 2 * (step - 1) / num_steps)
             else:
                 odds = 0.5 * math.exp(power["anytime_power"])
                 schedule /= (1 + step / 100) ** (odds / (0.5 + odds))
