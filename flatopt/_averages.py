@@ -108,12 +108,14 @@ def advance_averages(
         if AVERAGE not in state:  # of a state from elsewhere
             start_average(param, state)
         step, num_steps = clocks.get(bucket_of(param), latest)
+        stride, share = average_stride(step), landing_share(step, num_steps)
+        is_due = step % stride == 0
+        if not (is_due or share):
+            continue
         average, values = dtensor.local_view(state[AVERAGE]), local_values(param)
-        stride = average_stride(step)
-        if step % stride == 0:
+        if is_due:
             taken = max(steps[param], stride) if param in steps else state["step"].clamp(min=stride)
             average.lerp_(values.to(average.dtype), average_weight(power, taken / stride))
-        share = landing_share(step, num_steps)
         if share and param in steps:
             _move(values, average, share)
 

@@ -48,7 +48,7 @@ def write_card(
         folded: lines of Markdown by their heading, not shown until asked for.
         license: identifier that the Hub knows; ``None`` where it is not ours to say.
         has_training: link ``training.json``, which must then be written too.
-        averages: whether the optimizer keeps averages of the parameters where the length of the training is not known.
+        averages: whether the optimizer keeps averages of the parameters.
 
     Example:
         >>> print(write_card("mine", purpose="Small networks.", facts={"Rule": "`adam`"}).splitlines()[0])
@@ -59,7 +59,7 @@ def write_card(
     lines += [f'optimizer = flatopt.FlatOpt(model.parameters(), pretrained="{HERE}")', "```", ""]
     lines += ["There is no learning rate to tune. Where the length of the training is known, say `num_steps=...`."]
     if averages:
-        lines += ["Where it is not, call `optimizer.eval()` to evaluate or save, and `optimizer.train()` to go on."]
+        lines += ["Where it is not, or before its end, call `optimizer.eval()` to evaluate or save, then `train()`."]
     lines += ["", "## What it is good for", "", purpose, "", "## Where it comes from", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
     if has_training:

@@ -41,6 +41,9 @@ MODELS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
 
 BATCH_SIZE = 64
 
+STEPS_TAKEN = 1024
+"""Steps that the runs are made to look like: a long run takes few of them into its average."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime(Evaluation):
@@ -78,9 +81,9 @@ class StepTime(Evaluation):
             records=records,
             draw=lambda figure: _draw(figure, records, list(kinds)),
             note=f"Median over {num_rounds} rounds, in turn, {torch.get_num_threads()} thread(s), torch "
-            f"{torch.__version__}. Compiled: FlatOpt(compile=True). Ratios are to AdamW. With gradients: forward and "
-            f"backward pass at batch size {BATCH_SIZE} added to both. State: floats per parameter kept between steps. "
-            "Peak: floats per parameter allocated within a step, beyond the state.",
+            f"{torch.__version__}, from step {STEPS_TAKEN} on. Compiled: FlatOpt(compile=True). Ratios are to AdamW. "
+            f"With gradients: forward and backward pass at batch size {BATCH_SIZE} added to both. State: floats per "
+            "parameter kept between steps. Peak: floats per parameter allocated within a step, beyond the state.",
         )
 
 
@@ -101,6 +104,8 @@ def _measure(
         _gradients(model, inputs, targets)
         for _ in range(3):  # the first steps make the state, and compile
             optimizers[-1].step()
+        for state in optimizers[-1].state.values():
+            state["step"].fill_(STEPS_TAKEN)
     rounds = [[_milliseconds(optimizer.step) for optimizer in optimizers] for _ in range(num_rounds)]
     num_params = sum(param.numel() for param in model.parameters())
     record: Record = {"model": name, "num_params": num_params}
