@@ -37,6 +37,7 @@ def run_all(rank: int, world_size: int, folder: str) -> None:
             check_placements(name, mesh)
             check_fsdp2(name, mesh, Path(folder) / name)
         check_averages_of_shards(mesh, Path(folder) / "averages")
+        check_averages_of_shards(mesh, Path(folder) / "landing", num_steps=7)
         check_bad_gradient_on_one_rank(mesh)
         check_ddp()
         for name in ("orthogonalized-momentum", "rnnprop", "l2o-scale"):
@@ -159,12 +160,12 @@ def check_fsdp2(name: str, mesh: DeviceMesh, folder: Path) -> None:
     assert_same(other.parameters(), oracle.parameters())
 
 
-def check_averages_of_shards(mesh: DeviceMesh, folder: Path) -> None:
-    """Without a known length shards have the averages of one process, also after a distributed checkpoint."""
+def check_averages_of_shards(mesh: DeviceMesh, folder: Path, num_steps: int | None = None) -> None:
+    """Shards have the averages of one process, also after a distributed checkpoint, and end on them as it does."""
     oracle = make_model()
-    oracle_opt = FlatOpt(oracle.parameters())
+    oracle_opt = FlatOpt(oracle.parameters(), num_steps=num_steps)
     train(oracle, oracle_opt, range(4))
-    model, opt = make_sharded(mesh)
+    model, opt = make_sharded(mesh, num_steps=num_steps)
     train(model, opt, range(4))
     last = [full(param.detach()).clone() for param in model.parameters()]
     for one in (opt, oracle_opt):
@@ -175,12 +176,15 @@ def check_averages_of_shards(mesh: DeviceMesh, folder: Path) -> None:
         one.train()
     assert all(torch.equal(full(param), old) for param, old in zip(model.parameters(), last, strict=True))
 
-    other, other_opt = make_sharded(mesh)
+    other, other_opt = make_sharded(mesh, num_steps=num_steps)
     save_and_load((model, opt), (other, other_opt), folder)
     train(other, other_opt, range(4, 7))
     train(oracle, oracle_opt, range(4, 7))
+    landed = [full(param.detach()).clone() for param in other.parameters()]
     for one in (other_opt, oracle_opt):
         one.eval()
+    equal = [torch.equal(full(param), old) for param, old in zip(other.parameters(), landed, strict=True)]
+    assert all(equal) if num_steps else not all(equal)
     assert_same(other.parameters(), oracle.parameters())
 
 
