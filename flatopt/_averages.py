@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import _dtensor as dtensor
-from ._slots import Bucket, bucket_of, local_values
+from ._slots import Bucket, bucket_of, is_of_one_rank, local_values
 from ._state import AVERAGE, ITERATE, SHOWS_AVERAGES, copy_of
-from .rules import average_stride, average_weight, landing_share
+from .rules import PolynomialAverage
 
 
 class Averaging(Optimizer):
@@ -93,7 +93,7 @@ def advance_averages(
     states: Mapping[Tensor, MutableMapping[str, Any]],
     steps: Mapping[Tensor, float],
     clocks: Mapping[Bucket, tuple[float, float]],
-    power: float,
+    rule: PolynomialAverage,
 ) -> None:
     """Take the parameters after a step into their averages, also those that took no step; land at the end of a run.
 
@@ -101,22 +101,30 @@ def advance_averages(
         states: by parameter.
         steps: of those that took one, how many they have taken.
         clocks: number of the step and length of the run, for what is updated together.
-        power: power of the average, :attr:`flatopt.rules.UpdateRule.average_power`.
+        rule: how to average.
     """
-    latest = max(clocks.values())
+    # Replicas are alike on every rank, so what is of one rank does not count for them.
+    of_replicas = max((step for param, step in steps.items() if not is_of_one_rank(param)), default=0.0)
+    of_all = max(steps.values())
     for param, state in states.items():
         if AVERAGE not in state:  # of a state from elsewhere
             start_average(param, state)
-        step, num_steps = clocks.get(bucket_of(param), latest)
-        stride, share = average_stride(step), landing_share(step, num_steps)
-        is_due = step % stride == 0
+        latest = of_all if is_of_one_rank(param) else of_replicas
+        taken, share = steps.get(param, latest), 0.0
+        stride = rule.stride(taken)
+        if param in steps:
+            step, num_steps = clocks[bucket_of(param)]
+            share = rule.landing_share(step, num_steps) if step == latest else 0.0  # it may stand still
+        is_due = taken > 0 and taken % stride == 0
         if not (is_due or share):
             continue
         average, values = dtensor.local_view(state[AVERAGE]), local_values(param)
+        if average.shape != values.shape:  # an error once it has a gradient
+            continue
         if is_due:
-            taken = max(steps[param], stride) if param in steps else state["step"].clamp(min=stride)
-            average.lerp_(values.to(average.dtype), average_weight(power, taken / stride))
-        if share and param in steps:
+            own = taken if param in steps else state["step"].clamp(min=stride)
+            average.lerp_(values.to(average.dtype), rule.weight(own / stride))
+        if share:
             _move(values, average, share)
 
 

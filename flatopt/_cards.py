@@ -59,7 +59,8 @@ def write_card(
     lines += [f'optimizer = flatopt.FlatOpt(model.parameters(), pretrained="{HERE}")', "```", ""]
     lines += ["There is no learning rate to tune. Where the length of the training is known, say `num_steps=...`."]
     if averages:
-        lines += ["Where it is not, or before its end, call `optimizer.eval()` to evaluate or save, then `train()`."]
+        lines += ["Where it is not, or before the end, call `optimizer.eval()` to evaluate or save,"]
+        lines += ["and `optimizer.train()` to go on."]
     lines += ["", "## What it is good for", "", purpose, "", "## Where it comes from", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
     if has_training:
@@ -80,7 +81,7 @@ def model_card(rule: UpdateRule, weights: Weights, *, name: str | None = None) -
     facts = {**rule_facts(rule, weights), "flatopt": __version__}
     facts |= {f"`{item.name}`": f"`{getattr(rule, item.name)}`" for item in dataclasses.fields(rule)}
     purpose = "Nothing was recorded about how it was trained."
-    return write_card(name or rule.name, purpose=purpose, facts=facts, averages=rule.average_power > 0)
+    return write_card(name or rule.name, purpose=purpose, facts=facts, averages=rule.average is not None)
 
 
 def rule_facts(rule: UpdateRule, weights: Weights) -> dict[str, str]:

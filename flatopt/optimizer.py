@@ -53,8 +53,9 @@ class FlatOpt(Averaging):
     with :math:`g_t` the gradient (negated by ``maximize``), :math:`w` the learned weights, :math:`\gamma` = ``lr``,
     :math:`\lambda` = ``weight_decay``, :math:`T` = ``num_steps`` and :math:`\alpha_t` the rule's own step size.
 
-    It needs no closure and no loss.  Where the length of the run is not known, it keeps an average of the parameters
-    that is better than the last ones: evaluate and save between :meth:`eval` and :meth:`train`.
+    It needs no closure and no loss.  The default rule keeps an average of the parameters that is better than the last
+    ones.  With ``num_steps`` the run ends on it; at any other time, evaluate and save between :meth:`eval` and
+    :meth:`train`.
 
     State is kept in ``float32`` for half-precision parameters and in ``float64`` for double ones; half-precision
     parameters are added to in ``float32`` and rounded once.  Complex parameters are treated as pairs of real numbers.
@@ -73,9 +74,10 @@ class FlatOpt(Averaging):
             any scheduler.
         pretrained: name of a shipped set of weights (:func:`flatopt.list_pretrained`), a folder, a Hugging Face Hub id
             ``"org/name"``, or a :class:`flatopt.LearnedRule`.
-        num_steps: length of the run in steps if it is known: the learned schedule then ends with it, and a run that
-            goes on does so as if it was not known.  ``None`` for a run that may stop at any time.  A loaded state never
-            overrules what is given here; :meth:`set_num_steps` changes it in the middle of a run.
+        num_steps: length of the run in steps if it is known: the learned schedule then ends with it, the parameters
+            move to their average in its last twentieth, and a run that goes on does so as if it was not known.
+            ``None`` for a run that may stop at any time.  A loaded state never overrules what is given here;
+            :meth:`set_num_steps` changes it in the middle of a run.
         weight_decay: decoupled weight decay, multiplied by the rule's own step size, so that values usual for AdamW
             (0.01 to 0.1) mean the same here.
         revision: branch, tag or commit on the Hub; a 40-digit commit that was used before needs no network.
@@ -202,8 +204,8 @@ class FlatOpt(Averaging):
                 with without_autocast(key.device):  # a step taken inside autocast keeps its precision
                     self._update(usable, context)
                 steps |= {slot.param: slot.step + 1 for slot in usable}
-        if steps and self.learned.rule.average_power:
-            advance_averages(states, steps, clocks, self.learned.rule.average_power)
+        if steps and self.learned.rule.average is not None:
+            advance_averages(states, steps, clocks, self.learned.rule.average)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -361,7 +363,7 @@ class FlatOpt(Averaging):
         # Of its own, so that no order of creation matters.
         generator = state_generator(int(self.param_groups[0]["seed"]), position_of(param, self.param_groups))
         self.state[param].update(self._layout.make(weights, param, generator, shared))
-        if self.learned.rule.average_power:
+        if self.learned.rule.average is not None:
             start_average(param, self.state[param])
 
     def _is_usable(self, slot: Slot, dtype: torch.dtype) -> bool:

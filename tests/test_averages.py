@@ -14,9 +14,10 @@ from helpers import assert_same_state, learned, make_params, set_grads, step_wit
 from torch import Tensor
 
 from flatopt import FlatOpt
-from flatopt.rules import RULES, OrthogonalizedMomentum, average_stride, average_weight, landing_share
+from flatopt.rules import RULES, OrthogonalizedMomentum, PolynomialAverage
 
-POWER = OrthogonalizedMomentum.average_power
+RULE = OrthogonalizedMomentum.average
+POWER = RULE.power
 
 
 def make(num_steps: int | None = None, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], FlatOpt]:
@@ -112,8 +113,8 @@ def mean_of(history: Sequence[list[Tensor]]) -> list[Tensor]:
     """Return the average of the parameters after every step, as the optimizer has it."""
     average = history[0]
     for step, values in enumerate(history, 1):
-        if step % average_stride(step) == 0:
-            weight = average_weight(POWER, step / average_stride(step))
+        if step % RULE.stride(step) == 0:
+            weight = RULE.weight(step / RULE.stride(step))
             average = [torch.lerp(one, value, weight) for one, value in zip(average, values, strict=True)]
     return average
 
@@ -131,7 +132,7 @@ def test_a_run_of_known_length_ends_on_its_average() -> None:
     assert same(params, history[-1])
     opt.train()
     # Once more by hand: the 39th step goes half of the way, the last one all of it.
-    assert [landing_share(step, 40) for step in (38, 39, 40)] == pytest.approx([0, 0.5, 1])
+    assert [RULE.landing_share(step, 40) for step in (38, 39, 40)] == pytest.approx([0, 0.5, 1])
     params, opt = before
     history = history[:38]
     for seed, share in ((38, 0.5), (39, 1.0)):
@@ -147,7 +148,7 @@ def steps_without_landing(opt: FlatOpt, params: list[Tensor], seed: int) -> list
     """Take a step; return where the rule alone leads, from a copy whose average is out of the way."""
     alone, other = copy.deepcopy((params, opt))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flatopt._averages.landing_share", lambda step, num_steps: 0.0)
+        patch.setattr(PolynomialAverage, "landing_share", lambda self, step, num_steps: 0.0)
         step_with(other, alone, seed)
     step_with(opt, params, seed)
     return values(alone)
@@ -160,13 +161,50 @@ def test_the_average_takes_in_fewer_steps_as_the_run_goes_on() -> None:
     for seed in range(1100):
         step_with(opt, [param], seed)
         history.append(values([param]))
-    assert [average_stride(step) for step in (1, 255, 256, 511, 512, 1024)] == [1, 1, 2, 2, 4, 8]
+    assert [RULE.stride(step) for step in (1, 255, 256, 511, 512, 1024)] == [1, 1, 2, 2, 4, 8]
     torch.testing.assert_close(opt.state[param]["param_average"], mean_of(history)[0])
     # It stands for the mean over every step.
     every = [(index + 1.0) ** POWER for index in range(len(history))]
     whole = sum(weight / sum(every) * step[0].double() for weight, step in zip(every, history, strict=True))
     steps = torch.stack([step[0] for step in history[-100:]])
     torch.testing.assert_close(opt.state[param]["param_average"].double(), whole, rtol=0, atol=float(steps.std()) / 5)
+
+
+@pytest.mark.parametrize("num_steps", [None, 1000])
+@pytest.mark.parametrize("first", [300, 960])
+def test_a_parameter_that_learns_after_all_others_has_an_average_of_its_own(first: int, num_steps: int | None) -> None:
+    """The clock of the run stands still then: it is that of the tensor with the most steps."""
+    early, late = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    opt = FlatOpt([early, late], num_steps=num_steps)
+    for seed in range(first):
+        step_with(opt, [early], seed)
+    early.grad, history = None, []
+    for _ in range(40):
+        late.grad = torch.ones(2, 2)
+        opt.step()
+        history.append(values([late]))
+    torch.testing.assert_close(opt.state[late]["param_average"], mean_of(history)[0])
+    assert history[-1][0].max() < 0.9  # nothing pulls it back
+
+
+def test_a_parameter_that_joins_late_is_not_shown_as_it_was() -> None:
+    early, late = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    opt = FlatOpt([early, late])
+    for seed in range(600):
+        step_with(opt, [early], seed)
+    step_with(opt, [early, late], 600)
+    assert torch.equal(opt.state[late]["param_average"], late) and not torch.equal(late, torch.ones(2, 2))
+
+
+def test_a_parameter_that_another_one_replaced_is_left_alone() -> None:
+    params, opt = make()
+    step_with(opt, params, 0)
+    params[0].data, params[0].grad = torch.ones(7), None
+    for param in params[1:]:
+        param.grad = torch.ones_like(param)
+    before = values(params[1:])
+    opt.step()
+    assert not any(torch.equal(param, old) for param, old in zip(params[1:], before, strict=True))
 
 
 def test_a_parameter_without_a_gradient_does_not_land() -> None:
@@ -204,7 +242,7 @@ def test_a_run_goes_on_from_its_average_when_its_length_is_over() -> None:
     assert not same(params, landed)
     opt.eval()
     for param, one, other in zip(params, landed, last, strict=True):
-        torch.testing.assert_close(param.detach(), torch.lerp(one, other, average_weight(POWER, 4)))
+        torch.testing.assert_close(param.detach(), torch.lerp(one, other, RULE.weight(4.0)))
 
 
 @pytest.mark.parametrize("name", sorted(RULES.keys() - {OrthogonalizedMomentum.name}))

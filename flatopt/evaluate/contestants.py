@@ -216,7 +216,7 @@ def learned_contestant(name: str, learned: LearnedRule, *, horizon_known: bool) 
         name=name,
         build=partial(flatopt, learned=learned, horizon_known=horizon_known),
         lrs=(1.0,),
-        averages=learned.rule.average_power > 0 and not horizon_known,
+        averages=learned.rule.average is not None and not horizon_known,
         learned=learned,
         horizon_known=horizon_known,
     )

@@ -32,7 +32,7 @@ def export_rule(state: RunState, metrics: Path | None = None) -> LearnedRule:
         facts=facts,
         folded={"Sessions": _describe_sessions(_sessions(state))},
         has_training=True,
-        averages=rule.average_power > 0,
+        averages=rule.average is not None,
     )
     return LearnedRule(rule, weights, card, _metadata(state), json.loads(state.config.to_json()))
 

@@ -65,11 +65,11 @@ _FLAT_V2_FAMILIES = (
 def flat_v2() -> MetaTrainConfig:
     """Return the run behind the shipped weights ``flat-v2``: ten minutes on a core.
 
-    An evolution strategy over whole runs, three families of problems at a time.  A run is judged by its end, one of
-    unknown length by the average of its parameters: by the error, which is what users look at, a little by the
-    logarithm of the loss, and by how much the training loss rises when the parameters are perturbed.  What is learned
-    is by which power the step follows the noise, by which the decay spares what is large, and a factor of both where
-    the length of the run is not known (docs/log.md).
+    An evolution strategy over whole runs, three families of problems at a time.  A run is judged by the average of its
+    parameters at the end: by the error, which is what users look at, a little by the logarithm of the loss, and by how
+    much the training loss rises when the parameters are perturbed.  What is learned is by which power the step follows
+    the noise, by which the decay spares what is large, and a factor of both where the length of the run is not known
+    (docs/log.md).
     """
     only = tuple(f"constants.{name}" for name in ("noise_step", "size_decay", "anytime_step", "anytime_decay"))
     tasks = tuple(

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from ..flatness import FlatnessMeasure, LossFn
-from ..rules import Plan, StepContext, UpdateRule, Weights, apply_rule, average_weight, batched_phases
+from ..rules import Plan, StepContext, UpdateRule, Weights, apply_rule, batched_phases
 from ..tasks import Batch, Params, Split, TaskDistribution
 from ._record import Recorder
 from .config import FlatnessConfig, ObjectiveConfig, TaskConfig
@@ -98,7 +98,7 @@ class Unroll:
             horizon=horizon.repeat(copies),
             num_steps=told.repeat(copies),
             initial_loss=torch.zeros(copies * num_pairs, device=self.device),
-            average={name: param.clone() for name, param in params.items()} if self.rule.average_power else {},
+            average={name: param.clone() for name, param in params.items()} if self.rule.average else {},
         )
         return map_tree(torch.Tensor.contiguous, runs)
 
@@ -201,8 +201,8 @@ class Unroll:
         params = {name: runs.params[name] + delta for name, delta in zip(names, result.deltas, strict=True)}
         states = dict(zip(names, result.states, strict=True))
         average = {}
-        if self.rule.average_power:
-            weight_N = average_weight(self.rule.average_power, step)
+        if self.rule.average is not None:
+            weight_N = self.rule.average.weight(step)
             average = {name: vmap(torch.lerp)(runs.average[name], value, weight_N) for name, value in params.items()}
         runs = runs._replace(params=params, states=states, shared=result.shared, step=step, average=average)
         losses = self._judge(runs, draws.meta, train_loss, flatness)

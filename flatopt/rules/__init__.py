@@ -1,6 +1,6 @@
 """Pure update rules: the contract, the driver, and one file per rule."""
 
-from ._average import average_stride, average_weight, landing_share
+from ._average import PolynomialAverage
 from ._driver import Plan, apply_rule
 from ._phases import Phases, batched_phases, plain_phases
 from ._rule import State, StepContext, TensorFacts, TensorShape, UpdateRule, Weights
@@ -26,6 +26,7 @@ __all__ = [
     "OrthogonalizedMomentum",
     "Phases",
     "Plan",
+    "PolynomialAverage",
     "RNNProp",
     "Reduce",
     "RuleResult",
@@ -38,9 +39,6 @@ __all__ = [
     "UpdateRule",
     "Weights",
     "apply_rule",
-    "average_stride",
-    "average_weight",
     "batched_phases",
-    "landing_share",
     "plain_phases",
 ]

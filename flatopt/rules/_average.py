@@ -3,60 +3,67 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import Tensor
 
-Step = TypeVar("Step", float, Tensor)
-
-LANDING = 1 / 20
-"""Part of a run of known length, at its end, in which the parameters move to their average."""
-
-ALL_STEPS = 256
-"""Up to here the average takes in every step, then every second, from twice as many on every fourth, and so on."""
+Strides = TypeVar("Strides", float, Tensor)
 
 
-def average_weight(power: float, step: Step) -> Step:
-    r"""Return what the newest parameters weigh in their polynomial-decay average.
+@dataclass(frozen=True)
+class PolynomialAverage:
+    r"""A weighted mean of the parameters of a run, in which those of step :math:`i` weigh about :math:`i^\gamma`.
 
     .. math::
-        \bar\theta_t = (1 - w_t)\, \bar\theta_{t-1} + w_t\, \theta_t \qquad w_t = \frac{\gamma + 1}{\gamma + t}
+        \bar\theta_j = (1 - w_j)\, \bar\theta_{j-1} + w_j\, \theta_{jd} \qquad w_j = \frac{\gamma + 1}{\gamma + j}
 
-    It is a weighted mean over the whole run, in which the parameters of step :math:`i` weigh about
-    :math:`i^\gamma`: mostly the last :math:`1 / (\gamma + 1)` of the run, however long that is.
+    It is mostly the mean of the last :math:`1 / (\gamma + 1)` of the run, however long that is.  It takes in every
+    :math:`d`-th step: every step at first, every second after ``all_steps``, every fourth after twice as many, and so
+    on, so that its cost falls as a run goes on.
 
     Args:
         power: :math:`\gamma`, above 0.
-        step: :math:`t`, from 1, where the weight is 1; counted in strides.
+        all_steps: where :math:`d` becomes 2.
+        landing: part of a run of known length, at its end, in which the parameters move to their average.
 
     Reference: Shamir and Zhang, *Stochastic gradient descent for non-smooth optimization*, 2013,
     https://arxiv.org/abs/1212.1824
-
-    Example:
-        >>> average_weight(8.0, 1.0), average_weight(8.0, 10.0)
-        (1.0, 0.5)
     """
-    return (power + 1) / (power + step)
 
+    power: float
+    all_steps: int = 256
+    landing: float = 1 / 20
 
-def average_stride(step: float) -> int:
-    """Return how many steps lie between those that the average takes in, so that its cost falls as a run goes on.
+    def stride(self, step: float) -> int:
+        """Return :math:`d`, of which the steps that the average takes in are multiples.
 
-    Example:
-        >>> [average_stride(step) for step in (1, 255, 256, 512, 3000)]
-        [1, 1, 2, 4, 16]
-    """
-    return max(1, 2 ** int(math.log2(2 * step / ALL_STEPS))) if step >= ALL_STEPS else 1
+        Example:
+            >>> [PolynomialAverage(8.0).stride(step) for step in (1, 255, 256, 512, 3000)]
+            [1, 1, 2, 4, 16]
+        """
+        return 2 ** int(math.log2(2 * step / self.all_steps)) if step >= self.all_steps else 1
 
+    def weight(self, strides: Strides) -> Strides:
+        """Return what the newest parameters weigh.
 
-def landing_share(step: float, num_steps: float) -> float:
-    """Return by which part of the way the parameters move to their average after a step.
+        Args:
+            strides: :math:`j`, steps taken divided by the stride; from 1, where the weight is 1.
 
-    It rises from 0 to 1 over the last twentieth of a run, so that statistics of BatchNorm follow; it is 0 where the
-    length is not known.
+        Example:
+            >>> PolynomialAverage(8.0).weight(1.0), PolynomialAverage(8.0).weight(10.0)
+            (1.0, 0.5)
+        """
+        return (self.power + 1) / (self.power + strides)
 
-    Example:
-        >>> [round(landing_share(step, 100), 6) for step in (95, 96, 99, 100)]
-        [0.0, 0.2, 0.8, 1.0]
-    """
-    return 0.0 if math.isinf(num_steps) else max(0.0, 1 - (num_steps - step) / (LANDING * num_steps))
+    def landing_share(self, step: float, num_steps: float) -> float:
+        """Return by which part of the way that is left the parameters move to their average after a step.
+
+        It rises to 1 over the end of a run, not at once, so that statistics of BatchNorm can follow; it is 0 where the
+        length is not known.  The shares compound: in a long run most of the way is done soon.
+
+        Example:
+            >>> [round(PolynomialAverage(8.0).landing_share(step, 100), 6) for step in (95, 96, 99, 100)]
+            [0.0, 0.2, 0.8, 1.0]
+        """
+        return 0.0 if math.isinf(num_steps) else max(0.0, 1 - (num_steps - step) / (self.landing * num_steps))

@@ -32,6 +32,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ._average import PolynomialAverage
+
 Weights = dict[str, Tensor]
 """Meta-parameters of a rule by name: what is learned and shipped."""
 
@@ -115,9 +117,9 @@ class UpdateRule(ABC):
     """Keys of the state that exist once per tensor, besides ``step``, which the driver advances: scalars or vectors,
     side by side the ``M`` numbers that ``mix`` returns anew.  Every other value has shape ``(*param.shape, ...)``."""
 
-    average_power: ClassVar[float] = 0.0
-    """Power of the average of the parameters that a run of known length ends on, and that ``FlatOpt.eval`` shows
-    (:func:`flatopt.rules.average_weight`); 0 for a rule whose runs end with the last parameters."""
+    average: ClassVar[PolynomialAverage | None] = None
+    """Average of the parameters that a run of known length ends on, and that ``FlatOpt.eval`` shows; ``None`` for a
+    rule whose runs end with the last parameters."""
 
     compressible_state: ClassVar[frozenset[str]] = frozenset()
     """Keys of the per-coordinate state that may be *kept* in ``bfloat16``; all is computed in ``float32`` at least.

@@ -26,26 +26,25 @@ The step of a tensor :math:`x`, and that of a vector, which has :math:`u_t` in p
     \eta_t = \frac{0.034\, s_t\, \rho_t^{\,q} \sigma_t^{\,p}}{\sqrt{\max(\text{inputs}, 8)}}
 
 with the directions in brackets clipped to :math:`\pm 5`.  The schedule :math:`s_t` is a warm-up over 30 steps (over a
-fifth of a shorter known run, but at least 15), times :math:`\cos(\pi t / 2T)` where the length :math:`T` of the run is
-known, and times :math:`(1 + t/100)^{-0.5}` where it is not; that power stays below 1, so that no run ends by itself.
-There the decay has one more learned factor.  What counts is an average of the parameters
-(:func:`flatopt.rules.average_weight`).  :math:`\rho_t` is the root mean square of the gradient over its largest value
-so far: it falls as training data are learned by heart.  :math:`\sigma_t` is 6 times the root mean square of the
-momentum over that of the gradient, the size of Adam's step: 1 without noise, near 1/6 in most runs.  (The momentum is
-corrected so that noise alone gives the same ratio in every step.)  :math:`r_t` tells what is large, as gains and
-embeddings are: half the root mean square of the tensor times :math:`\sqrt{\text{inputs}}`, but at least 1.  Steps may
-shrink with noise and gradient; decay may grow with noise, late, and with what is learned by heart, and spare what is
-large.  The powers are ``gradient_power, noise_step, noise_decay, late_decay, gradient_decay, size_decay``; they see
-:math:`s_t \ge 0.05`, :math:`0.3 \le \sigma_t \le 120`, :math:`r_t \le 20` and, in the decay,
-:math:`\rho_t \ge 0.05`.
+fifth of a shorter known run, but at least 15), times :math:`\cos(\pi (t - 1) / 2T)` where the length :math:`T` of the
+run is known, and times :math:`(1 + t/100)^{-0.5}` where it is not; that power stays below 1, so that no run ends by
+itself.  There the decay has one more learned factor.  :math:`\rho_t` is the root mean square of the gradient over its
+largest value so far: it falls as training data are learned by heart.  :math:`\sigma_t` is 6 times the root mean square
+of the momentum over that of the gradient.  That ratio is the size of Adam's step: 1 for a gradient without noise, near
+1/6 in most runs.  (The momentum is corrected so that noise alone gives the same ratio in every step.)  :math:`r_t`
+tells what is large, as gains and embeddings are: half the root mean square of the tensor times
+:math:`\sqrt{\text{inputs}}`, but at least 1.  So steps may shrink with the noise and the gradient, and decay may grow
+with the noise, with what is learned by heart, and late, and spare what is large.  The powers are ``gradient_power,
+noise_step, noise_decay, late_decay, gradient_decay, size_decay``; they see :math:`s_t \ge 0.05`,
+:math:`0.3 \le \sigma_t \le 120`, :math:`r_t \le 20` and, in the decay, :math:`\rho_t \ge 0.05`.
 
 The controller is linear: from what the tensor's own sums, its shape and the time tell
 (:meth:`OrthogonalizedMomentum.mix` lists it) it finds :math:`\lambda, \omega, \alpha` and the :math:`\mu` of the next
 step, with weights for matrices and others for vectors.  No tensor knows of another.  The constants above are learned
-too, each as the logarithm of a factor, and the powers.  Zero weights make all of that 0: the untrained rule.
+too, each as the logarithm of a factor, and the powers.  Zero weights leave them as above, and all else is zero then.
 
-A coordinate whose gradients were all exactly zero does not move; one that is not finite stays what it is.  State:
-two floats per coordinate, three per tensor.
+A coordinate whose gradients were all exactly zero does not move; one that is not finite stays what it is.  State: two
+floats per coordinate, three per tensor; the optimizer keeps an average of the parameters beside them.
 
 References:
     Jordan et al., *Muon*, 2024, https://kellerjordan.github.io/posts/muon/ (orthogonalised momentum, the coefficients);
@@ -64,6 +63,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ._average import PolynomialAverage
 from ._features import debiasing, embed_step, tiny
 from ._networks import init_linear, linear
 from ._rule import State, StepContext, TensorFacts, TensorShape, Terms, UpdateRule, Weights
@@ -144,7 +144,7 @@ class OrthogonalizedMomentum(UpdateRule):
 
     name: ClassVar[str] = "orthogonalized-momentum"
     memory: ClassVar[tuple[str, ...]] = ("grad_rms_max", "log_momentum_mix")
-    average_power: ClassVar[float] = 8.0
+    average: ClassVar[PolynomialAverage] = PolynomialAverage(power=8.0)
 
     base_step: float = 0.034
     vector_inputs: float = 64.0
