@@ -23,28 +23,27 @@ The step of a tensor :math:`x`, and that of a vector, which has :math:`u_t` in p
 .. math::
     \Delta_t = -\eta_t\, e^{\lambda} \Big( (1 - |\alpha|)\, \bar X + \alpha\, \frac{u_t}{\mathrm{rms}(u_t)}
     + e^{\omega} \sigma_t^{-h} s_t^{-l} \rho_t^{-g} r_t^{-k}\, x \Big), \qquad
-    \eta_t = \frac{0.034\, s_t\, \rho_t^{\,q} \sigma_t^{\,p}}{\sqrt{\max(\text{inputs}, 8)}}
+    \eta_t = \frac{0.034\, s_t\, \rho_t^{\,q} \sigma_t^{\,p}}{\sqrt{\max(\text{inputs}, 8)\, \max(K / 4, 1)}}
 
-with the directions in brackets clipped to :math:`\pm 5`.  The schedule :math:`s_t` is a warm-up over 30 steps (over a
-fifth of a shorter known run, but at least 15), times :math:`\cos(\pi (t - 1) / 2T)` where the length :math:`T` of the
-run is known, and times :math:`(1 + t/100)^{-0.5}` where it is not; that power stays below 1, so that no run ends by
-itself.  There the decay has one more learned factor.  :math:`\rho_t` is the root mean square of the gradient over its
-largest value so far: it falls as training data are learned by heart.  :math:`\sigma_t` is 6 times the root mean square
-of the momentum over that of the gradient.  That ratio is the size of Adam's step: 1 for a gradient without noise, near
-1/6 in most runs.  (The momentum is corrected so that noise alone gives the same ratio in every step.)  :math:`r_t`
-tells what is large, as gains and embeddings are: half the root mean square of the tensor times
-:math:`\sqrt{\text{inputs}}`, but at least 1.  So steps may shrink with the noise and the gradient, and decay may grow
-with the noise, with what is learned by heart, and late, and spare what is large.  The powers are ``gradient_power,
-noise_step, noise_decay, late_decay, gradient_decay, size_decay``; they see :math:`s_t \ge 0.05`,
-:math:`0.3 \le \sigma_t \le 120`, :math:`r_t \le 20` and, in the decay, :math:`\rho_t \ge 0.05`.
+with the directions in brackets clipped to :math:`\pm 5`.  :math:`K` is the shorter axis of a matrix over 32, the number
+of its strips: where they share directions, their steps add up.  The schedule :math:`s_t` is a warm-up over 30 steps
+(over a fifth of a shorter known run, but at least 15), times :math:`\cos(\pi (t - 1) / 2T)` where the length :math:`T`
+of the run is known, and times :math:`(1 + t/100)^{-0.5}` where it is not; that power stays below 1, so that no run ends
+by itself.  There the decay has one more learned factor.  :math:`\rho_t` is the root mean square of the gradient over
+its largest so far: it falls as training data are learned by heart.  :math:`\sigma_t` is 6 times the root mean square of
+the momentum over that of the gradient.  That ratio is the size of Adam's step: 1 for a gradient without noise, near 1/6
+in most runs.  (Noise alone gives the same ratio in every step.)  :math:`r_t` tells what is large, as gains and
+embeddings are: half the root mean square of the tensor times :math:`\sqrt{\text{inputs}}`, but at least 1.  Steps may
+shrink with noise and gradient; decay may grow with noise, with what is learned by heart, and late, and spare what is
+large.  The powers are ``gradient_power, noise_step, noise_decay, late_decay, gradient_decay, size_decay``; they see
+:math:`s_t \ge 0.05`, :math:`0.3 \le \sigma_t \le 120`, :math:`r_t \le 20` and, in the decay, :math:`\rho_t \ge 0.05`.
 
 The controller is linear: from what the tensor's own sums, its shape and the time tell
 (:meth:`OrthogonalizedMomentum.mix` lists it) it finds :math:`\lambda, \omega, \alpha` and the :math:`\mu` of the next
 step, with weights for matrices and others for vectors.  No tensor knows of another.  The constants above are learned
-too, each as the logarithm of a factor, and the powers.  Zero weights leave them as above, and all else is zero then.
-
-A coordinate whose gradients were all exactly zero does not move; one that is not finite stays what it is.  State: two
-floats per coordinate, three per tensor; the optimizer keeps an average of the parameters beside them.
+too, each as the logarithm of a factor, and the powers.  Zero weights leave the constants as above, and all else is zero
+then: the untrained rule.  A coordinate whose gradients were all exactly zero does not move; one that is not finite
+stays.  State: two floats per coordinate, three per tensor, and the average of the parameters that the optimizer keeps.
 
 References:
     Jordan et al., *Muon*, 2024, https://kellerjordan.github.io/posts/muon/ (orthogonalised momentum, the coefficients);
@@ -103,6 +102,7 @@ DIRECTION_BOUND = 5.0
 MIN_SCHEDULE = 0.05
 USUAL_SIGNAL = 1 / 6
 LARGE_SIZE = 2.0
+FREE_STRIPS = 4
 
 
 class _Measured(NamedTuple):
@@ -246,19 +246,18 @@ class OrthogonalizedMomentum(UpdateRule):
     ) -> tuple[Tensor, Tensor, State]:
         """Run the controller of every tensor.
 
-        It sees the signal-to-noise ratio of the momentum, its cosine with the gradient, the size of the gradient over
-        its largest so far, the effective rank of the strips, the size of the parameter, inputs, outputs and
-        coordinates, and the time, also as a fraction of the run if that is known.
+        It sees the noise of the gradient, its cosine with the momentum, its size over its largest so far, the rank of
+        the strips, the size of the parameter, inputs, outputs, coordinates, and the time, as a fraction too if known.
 
         Returns:
             ``[N, 4]`` controls: what multiplies the polar factor, Adam's direction and the parameter, and the step.
         """
         factors, known = _factors(weights), _is_known(context)
         table_FN = torch.tensor(self._table(tuple(shapes)), dtype=summaries_NS.dtype, device=summaries_NS.device)
-        per_polar, fan, is_matrix = table_FN[1:4]
+        per_polar, fan, is_matrix, crowding = table_FN[1:5]
         seen = self._measure(summaries_NS, memory_NM[:, 0], table_FN, factors, context)
         in_run = torch.stack([*embed_step(context.step, STEP_SCALES), *_embed_horizon(context, known)]).to(fan)
-        features_FN = torch.cat([seen.features, table_FN[4:], in_run.unsqueeze(-1).expand(-1, len(fan))])
+        features_FN = torch.cat([seen.features, table_FN[5:], in_run.unsqueeze(-1).expand(-1, len(fan))])
         log_step, log_decay, adam, log_mix = _control(weights, features_FN, is_matrix)
 
         def of_kind(name: str) -> Tensor:
@@ -270,7 +269,7 @@ class OrthogonalizedMomentum(UpdateRule):
         schedule = self._schedule(factors, context, known)
         peak = self.base_step * schedule * of_kind("step")
         growth = power("gradient_power") * seen.log_ratio + power("noise_step") * seen.log_signal
-        step_size = peak * fan.rsqrt() * (growth + log_step).exp()
+        step_size = peak * (fan * crowding).rsqrt() * (growth + log_step).exp()
         shrinkage = power("noise_decay") * seen.log_signal + power("size_decay") * seen.log_size
         shrinkage = shrinkage + power("late_decay") * schedule.clamp(min=MIN_SCHEDULE).log()
         shrinkage = shrinkage + power("gradient_decay") * seen.log_ratio.clamp(min=-FEATURE_BOUND)
@@ -331,7 +330,7 @@ class OrthogonalizedMomentum(UpdateRule):
         return control_NC[:, 3]
 
     def _table(self, shapes: tuple[TensorShape, ...]) -> list[list[float]]:
-        """Return what is known of tensors before training, ``[7, N]``: four numbers for formulas, then features."""
+        """Return what is known of tensors before training, ``[8, N]``: five numbers for formulas, then features."""
         columns = []
         for shape in shapes:
             is_matrix = float(shape.is_matrix and self.strip_size > 0)
@@ -342,7 +341,8 @@ class OrthogonalizedMomentum(UpdateRule):
                 (math.log(shape.num_outputs + 1) - 4) / 2,
                 (math.log(shape.numel + 1) - 7) / 3,
             ]
-            columns.append([1 / numel, is_matrix * math.sqrt(numel / short), fan, is_matrix, *features])
+            crowding = max(is_matrix * short / (FREE_STRIPS * max(self.strip_size, 1)), 1)
+            columns.append([1 / numel, is_matrix * math.sqrt(numel / short), fan, is_matrix, crowding, *features])
         return [list(row) for row in zip(*columns, strict=True)]
 
     def _rates(self, factors: dict[str, Tensor]) -> Tensor:

@@ -169,6 +169,18 @@ def test_no_direction_is_longer_where_there_are_few(shape: tuple[int, int], rank
     assert bool((values[rank:] < 1e-3).all())
 
 
+@pytest.mark.parametrize("shape", [(32, 96), (128, 160), (256, 160), (512, 512)])
+def test_strips_that_share_a_direction_add_up_to_no_more_than_four(shape: tuple[int, int]) -> None:
+    """They made wide networks without normalisation diverge."""
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.zeros(shape))
+    opt = FlatOpt([param], pretrained=learned(OrthogonalizedMomentum(base_decay=0.0, warmup_steps=1.0)), num_steps=1000)
+    param.grad = torch.randn(shape[0], 1, generator=generator) @ torch.randn(1, shape[1], generator=generator)
+    opt.step()
+    value = torch.linalg.matrix_norm(param.detach(), 2) * math.sqrt(shape[1]) / 0.034 / math.sqrt(max(shape))
+    assert 0.65 < float(value) / math.sqrt(min(min(shape) / 32, 4)) < 1.25
+
+
 @pytest.mark.parametrize("shape", [(100,), (10, 10)])
 def test_a_direction_is_clipped_to_five_times_its_size(shape: tuple[int, ...]) -> None:
     """One coordinate goes one way, where the momentum of all others cancels."""
