@@ -30,7 +30,7 @@ from .config import MetaTrainConfig
 from .curriculum import Progress, train_steps
 from .runs import Runs, map_tree
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 WRITING = ".writing-"
 """Prefix of what is not finished; may be removed by anyone who knows that no run is writing."""
 
