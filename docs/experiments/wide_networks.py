@@ -16,6 +16,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from statistics import fmean, pstdev
+from typing import Any
 
 from flatopt.evaluate._training import Benchmark, results
 from flatopt.evaluate.contestants import default_rule, learned_contestant
@@ -26,34 +27,25 @@ FAST = "--fast" in sys.argv
 WORDS = [word for word in sys.argv[1:] if not word.startswith("--")]
 NUM_SEEDS = 1 if FAST else int(WORDS[0]) if WORDS else 3
 
-NETWORKS: dict[str, tuple[str, int, int, bool]] = {
-    "MLP, 2 x 512": ("MLP", 512, 2, False),
-    "normalised MLP, 3 x 512": ("MLP", 512, 3, True),
-    "MLP, 4 x 256": ("MLP", 256, 4, False),
-    "normalised transformer, 2 x 256": ("transformer", 256, 2, True),
+COMMON = Benchmark(name="", source="fashion-mnist", size=14, num_train=4000, build=ARCHITECTURES["MLP"], num_eval=1000)
+NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "MLP, 2 x 512": ("MLP", {"width": 512, "depth": 2, "normalise": False}, {"num_steps": 250}),
+    "normalised MLP, 3 x 512": ("MLP", {"width": 512, "depth": 3, "normalise": True}, {"num_steps": 250}),
+    "MLP, 4 x 256": ("MLP", {"width": 256, "depth": 4, "normalise": False}, {"num_steps": 250}),
+    "normalised transformer, 2 x 256": (
+        "transformer",
+        {"width": 256, "depth": 2, "normalise": True},
+        {"num_steps": 120, "num_train": 2000},
+    ),
 }
-BENCHMARKS = {
-    name: Benchmark(
-        name=name,
-        source="fashion-mnist",
-        size=14,
-        num_train=4000,
-        build=partial(ARCHITECTURES[architecture], width=width, depth=depth, normalise=normalise),
-        num_steps=250,
-        num_eval=1000,
-    )
-    for name, (architecture, width, depth, normalise) in NETWORKS.items()
-}
-BENCHMARKS["normalised transformer, 2 x 256"] = replace(
-    BENCHMARKS["normalised transformer, 2 x 256"], num_train=2000, num_steps=120
-)
 if FAST:
-    narrow = replace(BENCHMARKS["MLP, 2 x 512"], source="digits", size=8, num_train=200, num_steps=5)
-    BENCHMARKS = {"MLP": replace(narrow, build=partial(ARCHITECTURES["MLP"], width=16, depth=1, normalise=False))}
+    narrow = {"width": 16, "depth": 1, "normalise": False}
+    NETWORKS = {"MLP": ("MLP", narrow, {"source": "digits", "size": 8, "num_steps": 5, "num_train": 200})}
 
 for bound in (orthogonalized_momentum.FREE_STRIPS, math.inf):
     orthogonalized_momentum.FREE_STRIPS = bound  # type: ignore[assignment]
-    for name, benchmark in BENCHMARKS.items():
+    for name, (architecture, shape, run) in NETWORKS.items():
+        benchmark = replace(COMMON, name=name, build=partial(ARCHITECTURES[architecture], **shape), **run)
         for told in (True, False):
             contestant = learned_contestant("FlatOpt", default_rule(), horizon_known=told)
             setting = contestant.settings()[0]

@@ -201,7 +201,7 @@ class Unroll:
         params = {name: runs.params[name] + delta for name, delta in zip(names, result.deltas, strict=True)}
         states = dict(zip(names, result.states, strict=True))
         average = {}
-        if self.rule.average is not None:
+        if self.rule.average is not None:  # of every step: strides and landing only make that cheap, and usable
             weight_N = self.rule.average.weight(step)
             average = {name: vmap(torch.lerp)(runs.average[name], value, weight_N) for name, value in params.items()}
         runs = runs._replace(params=params, states=states, shared=result.shared, step=step, average=average)
