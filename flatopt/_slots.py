@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import _dtensor as dtensor
 from ._abstract import is_abstract
-from ._state import NUMEL, compute_dtype
-from .rules import State, Strips, TensorShape, UpdateRule
+from ._state import NUMEL, compute_dtype, shape_of
+from .rules import State, Strips, UpdateRule
 
 OVERFLOW_MARGIN = 1e-4
 """Gradients up to this fraction of the square root of the largest number can be squared and summed 1e8 times."""
@@ -58,7 +58,7 @@ class Shard:
     def __init__(self, slot: Slot, rule: UpdateRule, state: State):
         self.slot = slot
         param = slot.param
-        self.shape = TensorShape.of(param.shape, is_complex=param.is_complex())
+        self.shape = shape_of(param)
         is_plain = not dtensor.is_dtensor(param)
         first_strip = 0 if is_plain else dtensor.first_strip(param, Strips.of(self.shape, rule.max_strip))
         self.first_strip = first_strip or 0

@@ -13,7 +13,7 @@ from . import _dtensor as dtensor
 from ._abstract import is_abstract
 from ._groups import name_of
 from .pretrained import LearnedRule
-from .rules import UpdateRule, Weights
+from .rules import TensorShape, UpdateRule, Weights
 
 SHARED_PREFIX = "shared."
 """Marks the copies of the shared state, which every parameter keeps so that a checkpoint is keyed by parameters."""
@@ -70,6 +70,10 @@ class StateLayout(NamedTuple):
         """Keys of the state of the rule itself."""
         return (*self.per_tensor, *self.per_coordinate)
 
+    def keys_of(self, param: Tensor) -> list[str]:
+        """Return those of them that are kept of a parameter."""
+        return [key for key in self.keys if self.rule.keeps(key, shape_of(param))]
+
     @property
     def describes_whole(self) -> bool:
         """Whether some of the state is of all coordinates together, so that it must not be cut."""
@@ -77,7 +81,7 @@ class StateLayout(NamedTuple):
 
     def is_made(self, state: Mapping[str, Any]) -> bool:
         """Return whether the rule has a state here; a wrapper may have put values of its own, or a ``step``."""
-        return any(key in state for key in self.per_coordinate or self.per_tensor)
+        return any(key in state for key in self.keys if key != "step")
 
     def check_shapes(self, state: Mapping[str, Any], param: Tensor, groups: Groups) -> None:
         """Raise ``ValueError`` unless all is there and every value per coordinate has the parameter's shape; cheap."""
@@ -86,15 +90,16 @@ class StateLayout(NamedTuple):
             if found != expected:
                 self._refuse(key, found, expected, param, groups)
         shape = torch.Size((*param.shape, 2)) if param.is_complex() else param.shape
+        kept = {key: self.per_coordinate[key] for key in self.keys_of(param) if key in self.per_coordinate}
         copies = {key: torch.Size() for key in (AVERAGE, ITERATE) if key in state}
-        for key, extra in (self.per_coordinate | copies).items():
+        for key, extra in (kept | copies).items():
             found = getattr(state.get(key), "shape", None)
             if found != (shape + extra if extra else shape):
                 self._refuse(key, found, shape + extra, param, groups)
 
     def check(self, state: Mapping[str, Any], param: Tensor, groups: Groups) -> None:
         """Raise ``ValueError`` unless a loaded state has every key, and the shapes of the parameter."""
-        for key in sorted({*self.keys, *self.shared} - state.keys()):
+        for key in sorted({*self.keys_of(param), *self.shared} - state.keys()):
             raise ValueError(
                 f"state of {name_of(param, groups)} has no {key!r}: it was saved by another optimizer or rule "
                 f"than {self.rule.name!r}"
@@ -140,7 +145,8 @@ class StateLayout(NamedTuple):
         dtype = compute_dtype(param)
         whole = torch.view_as_real(param) if param.is_complex() else param
         with dtensor.replicated_weights(param):
-            fresh = self.rule.init_state(weights, whole.detach().to(dtype).contiguous(), generator)
+            given = whole.detach().to(dtype).contiguous()
+            fresh = self.rule.fresh_state(weights, given, generator, shape=shape_of(param))
             state = {
                 key: dtensor.local_copy(value)
                 if key in self.per_tensor
@@ -190,6 +196,11 @@ def copy_of(param: Tensor) -> Tensor:
     """Return a parameter as a value of the state: an own copy, real, in the dtype to compute in, sharded as it is."""
     whole = torch.view_as_real(param) if param.is_complex() else param
     return dtensor.placed_like(whole.detach().to(compute_dtype(param)), param)
+
+
+def shape_of(param: Tensor) -> TensorShape:
+    """Return the shape of a whole parameter as a rule sees it."""
+    return TensorShape.of(param.shape, is_complex=param.is_complex())
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:

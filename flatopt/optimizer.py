@@ -383,7 +383,7 @@ class FlatOpt(Averaging):
     def _update(self, slots: Sequence[Slot], context: tuple[float, float]) -> None:
         """Step the parameters of one device and dtype."""
         states = [self.state[slot.param] for slot in slots]
-        own = [{key: state[key] for key in self._layout.keys} for state in states]
+        own = [{key: self.state[slot.param][key] for key in self._layout.keys_of(slot.param)} for slot in slots]
         shared = self._applied.step(slots, own, shared_of(states[0]), context)
         for other, state in self._states().items() if shared else ():
             if bucket_of(other) == bucket_of(slots[0].param):

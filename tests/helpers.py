@@ -69,7 +69,7 @@ def unroll(
 ) -> tuple[list[Tensor], list[State], State]:
     """Apply a rule purely, step after step, with given gradients, from the initial state of ``FlatOpt``."""
     params = [param.detach() for param in params]
-    states = [rule.init_state(weights, param, state_generator(0, index)) for index, param in enumerate(params)]
+    states = [rule.fresh_state(weights, param, state_generator(0, index)) for index, param in enumerate(params)]
     shared = rule.init_shared(weights)
     for step, grads in enumerate(grads_of_step, 1):
         deltas, states, shared = apply_rule(

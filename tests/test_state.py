@@ -146,7 +146,7 @@ CHANGES_OF_ROWS = [lambda value: value[3:].clone(), lambda value: torch.cat([val
 
 @pytest.mark.parametrize("change", CHANGES_OF_ROWS, ids=["prune", "extend"])
 def test_surgery_on_one_of_two_moments_is_refused(change: Any) -> None:
-    (old,), opt = stepped("orthogonalized-momentum", [(10, 3)])
+    (old,), opt = stepped("adam", [(10, 3)])
     new = replace_rows(opt, old, change, ["exp_avg"])
     message = rf"state 'exp_avg_sq' of parameter 0 of group 0 has shape \[10, 3\].*\[{len(new)}, 3\]"
     with pytest.raises(ValueError, match=message):
@@ -176,7 +176,7 @@ def test_surgery_is_refused_where_the_state_describes_the_whole_tensor(name: str
 
 
 def test_rows_with_large_gradients_would_slow_the_rest_after_they_are_gone() -> None:
-    """Why pruning both moments is not enough: the largest gradient so far is one of the whole tensor."""
+    """Why pruning the momentum is not enough: the largest gradient so far is one of the whole tensor."""
     rule, moved = OrthogonalizedMomentum(), {}
     weights = rule.init_weights() | {"constants.gradient_power": torch.tensor(0.9 / CONSTANT_SCALE)}
     for is_reset in (False, True):
@@ -186,16 +186,17 @@ def test_rows_with_large_gradients_would_slow_the_rest_after_they_are_gone() -> 
         for _ in range(20):
             old.grad = torch.randn(10, 3, generator=generator) * torch.tensor([100.0] * 3 + [1.0] * 7)[:, None]
             opt.step()
-        new = replace_rows(opt, old, lambda value: value[3:].clone(), ["exp_avg", "exp_avg_sq", "param_average"])
+        new = replace_rows(opt, old, lambda value: value[3:].clone(), ["exp_avg", "param_average"])
         del opt.state[new]["numel"]
         if is_reset:
-            opt.state[new]["grad_rms_max"].zero_()
-        start = new.detach().clone()
-        for _ in range(5):
+            for key in rule.memory:
+                opt.state[new][key].zero_()
+        for _ in range(400):
+            before = new.detach().clone()
             new.grad = torch.randn(7, 3, generator=generator)
             opt.step()
-        moved[is_reset] = float((new.detach() - start).norm())
-    assert moved[True] > 10 * moved[False]
+        moved[is_reset] = float((new.detach() - before).norm())
+    assert moved[True] > 4 * moved[False]
 
 
 @pytest.mark.parametrize("key", ["exp_avg", "step", "grad_rms_max"])

@@ -71,7 +71,7 @@ def apply_rule(
     shapes = plan.shapes or [TensorShape.of(shape) for shape in pieces]
     firsts = None if plan.reduce is None else tuple(plan.first_strips or ())
     layout = lay_out(pieces, tuple(shapes), firsts, rule.max_strip, plan.chunk_size, plan.pack_size)
-    store = (Pure if plan.update is None else InPlace)(rule, params, grads, states, dim)
+    store = (Pure if plan.update is None else InPlace)(rule, params, grads, states, shapes, dim)
 
     steps_N = torch.stack([state["step"] for state in states], dim) + 1
     memory_NM = stack_memory(rule, states, steps_N, dim)

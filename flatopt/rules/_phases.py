@@ -86,7 +86,9 @@ def observe_phase(
     rows: list[Tensor] = []
     for term in terms:
         # Each is summed by itself: a compiler does that in the pass that computes it, and never stores the terms.
-        if isinstance(term, Tensor):
+        if term is None:
+            rows.append(part.grad.new_zeros(()) if total else torch.zeros_like(part.grad))
+        elif isinstance(term, Tensor):
             value = term.sum(-1) if total else term
             rows += [value] if term.dim() == 1 else value.unbind()
         else:

@@ -41,8 +41,8 @@ State = dict[str, Tensor]
 """Accumulators of one parameter by name, or the state that all parameters share."""
 
 
-Terms = Sequence[Tensor | tuple[Tensor, Tensor]]
-"""What is summed over the coordinates of a tensor."""
+Terms = Sequence[Tensor | tuple[Tensor, Tensor] | None]
+"""What is summed over the coordinates of a tensor; ``None`` stands for zeros."""
 
 
 class StepContext(NamedTuple):
@@ -126,10 +126,18 @@ class UpdateRule(ABC):
 
     For the state of networks, most of which is replaced in each step, not for averages that advance by little."""
 
+    vector_state: ClassVar[frozenset[str]] = frozenset()
+    """Keys of the per-coordinate state that matrices do without; they are not in the ``state`` of their coordinates."""
+
     @property
     def max_strip(self) -> int:
         """Most rows of a strip; 0 for a rule without ``matrix`` and ``couple``."""
         return 0
+
+    def keeps(self, key: str, shape: TensorShape) -> bool:
+        """Return whether a value of the state is kept of a tensor; a rule without strips treats all as vectors."""
+        is_matrix = self.max_strip > 0 and shape.is_matrix and shape.numel > 0
+        return not (is_matrix and key in self.vector_state)
 
     @abstractmethod
     def init_weights(self, generator: torch.Generator | None = None) -> Weights:
@@ -137,7 +145,7 @@ class UpdateRule(ABC):
 
     @abstractmethod
     def init_state(self, weights: Weights, param: Tensor, generator: torch.Generator | None = None) -> State:
-        """Return the state of one parameter before its first step.
+        """Return the state of one parameter before its first step, ``vector_state`` included.
 
         Args:
             weights: the rule's weights (some rules start from learned vectors).
@@ -145,6 +153,20 @@ class UpdateRule(ABC):
                 The driver counts in ``state["step"]``; every rule starts it at zero.
             generator: source of the random initial values of the rules that have any.
         """
+
+    def fresh_state(
+        self,
+        weights: Weights,
+        param: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        shape: TensorShape | None = None,
+    ) -> State:
+        """Return what is kept of :meth:`init_state`; ``shape`` is that of ``param`` by default."""
+        shape = shape or TensorShape.of(param.shape)
+        return {
+            key: value for key, value in self.init_state(weights, param, generator).items() if self.keeps(key, shape)
+        }
 
     def init_shared(self, weights: Weights) -> State:
         """Return the state that all parameters of one model share, before the first step; usually empty."""
@@ -176,7 +198,7 @@ class UpdateRule(ABC):
         Returns:
             The per-coordinate state that changes, and terms that the caller sums over each tensor: each ``[n]``, or
             ``[k, n]`` for ``k`` of the ``S`` sums, or two ``[n]`` that stand for their product, which then need not be
-            formed; the list may be empty.
+            formed, or ``None`` for zeros; the list may be empty.
         """
         return {}, []
 

@@ -7,7 +7,7 @@ is bounded.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from .._torch import foreach_copy_
 from ._layout import Pack, Run
 from ._phases import Coordinates, move_param
-from ._rule import State, UpdateRule
+from ._rule import State, TensorShape, UpdateRule
 
 WRITES_ARE_KEPT = torch.__version__ >= "2.8"
 """Earlier, what a compiled phase writes on a GPU is lost if its piece starts off a multiple of 16 bytes
@@ -58,18 +58,19 @@ class Store(ABC):
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
         states: Sequence[State],
+        shapes: Sequence[TensorShape],
         dim: int,
     ):
         self.params, self.states, self.dim = params, states, dim
         self.dtype = states[0]["step"].dtype
         self.memory = rule.memory
-        self.param_field, self.grad_field = _Field(params, 0, dim), _Field(grads, 0, dim)
-        # What stands behind the shape of the parameter: the width of a network's state, say.
-        self.state_fields = {
-            key: _Field([state[key] for state in states], value.dim() - params[0].dim(), dim)
-            for key, value in states[0].items()
-            if key != "step" and key not in rule.memory
-        }
+        self.param_field, self.grad_field = (_Field(dict(enumerate(own)), params, dim) for own in (params, grads))
+        kept: dict[str, dict[int, Tensor]] = {}
+        for index, (state, shape) in enumerate(zip(states, shapes, strict=True)):
+            for key, value in state.items():
+                if key != "step" and key not in rule.memory and rule.keeps(key, shape):
+                    kept.setdefault(key, {})[index] = value
+        self.state_fields = {key: _Field(tensors, params, dim) for key, tensors in kept.items()}
         self.is_viewed = False
         """Whether what is read of a single part is the storage itself."""
         self.held: dict[Pack, Coordinates] = {}
@@ -91,7 +92,8 @@ class Store(ABC):
         """Take over what there is once per tensor, and return what the driver does."""
 
     def gather(self, pack: Pack) -> Coordinates:
-        state = {key: field.gather(pack, self.dtype) for key, field in self.state_fields.items()}
+        fields = {key: field for key, field in self.state_fields.items() if pack.tensors[0] in field.tensors}
+        state = {key: field.gather(pack, self.dtype) for key, field in fields.items()}
         return Coordinates(state, self.grad_field.gather(pack, self.dtype), self.param_field.gather(pack, self.dtype))
 
 
@@ -137,7 +139,7 @@ class InPlace(Store):
         super().__init__(*arguments)
         fields = (self.param_field, self.grad_field, *self.state_fields.values())
         self.is_viewed = WRITES_ARE_KEPT and all(
-            tensor.dtype == self.dtype for field in fields for tensor in field.tensors
+            tensor.dtype == self.dtype for field in fields for tensor in field.tensors.values()
         )
 
     def read(self, pack: Pack) -> Coordinates:
@@ -183,10 +185,13 @@ class InPlace(Store):
 
 
 class _Field:
-    """One tensor per parameter, as the flat views that packs are made of."""
+    """One tensor per parameter, or for some of them, as the flat views that packs are made of."""
 
-    def __init__(self, tensors: Sequence[Tensor], extra_dims: int, dim: int):
-        self.tensors, self.extra_dims, self.dim = tensors, extra_dims, dim
+    def __init__(self, tensors: Mapping[int, Tensor], params: Sequence[Tensor], dim: int):
+        self.tensors, self.dim = tensors, dim
+        index, value = next(iter(tensors.items()))
+        self.extra_dims = value.dim() - params[index].dim()
+        """What stands behind the shape of the parameter: the width of a network's state, say."""
         self.views: dict[int, list[list[Tensor]]] = {}
 
     def of(self, pack: Pack) -> list[Tensor]:

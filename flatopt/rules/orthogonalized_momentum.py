@@ -18,32 +18,33 @@ matrix alone, which is small:
 With :math:`n`, the length of the longer axis, :math:`\bar X` has a root mean square of about 1 where the momentum has
 full rank, and a smaller one where it has not: no direction gets longer than it is in a matrix of full rank.
 
-The step of a tensor :math:`x`, and that of a vector, which has :math:`u_t` in place of :math:`\bar X`, is
+The step of a matrix :math:`x` is
 
 .. math::
-    \Delta_t = -\eta_t\, e^{\lambda} \Big( (1 - |\alpha|)\, \bar X + \alpha\, \frac{u_t}{\mathrm{rms}(u_t)}
-    + e^{\omega} \sigma_t^{-h} s_t^{-l} \rho_t^{-g} r_t^{-k}\, x \Big), \qquad
+    \Delta_t = -\eta_t\, e^{\lambda} ( \bar X + e^{\omega} \sigma_t^{-h} s_t^{-l} \rho_t^{-g} r_t^{-k} x ), \qquad
     \eta_t = \frac{0.034\, s_t\, \rho_t^{\,q} \sigma_t^{\,p}}{\sqrt{\max(\text{inputs}, 8)\, \max(K / 4, 1)}}
 
-with the directions in brackets clipped to :math:`\pm 5`.  :math:`K` is the shorter axis of a matrix over 32, the number
-of its strips: where they share directions, their steps add up.  The schedule :math:`s_t` is a warm-up over 30 steps
-(over a fifth of a shorter known run, but at least 15), times :math:`\cos(\pi (t - 1) / 2T)` where the length :math:`T`
-of the run is known, and times :math:`(1 + t/100)^{-0.5}` where it is not; that power stays below 1, so that no run ends
-by itself.  There the decay has one more learned factor.  :math:`\rho_t` is the root mean square of the gradient over
-its largest so far: it falls as training data are learned by heart.  :math:`\sigma_t` is 6 times the root mean square of
-the momentum over that of the gradient.  That ratio is the size of Adam's step: 1 for a gradient without noise, near 1/6
-in most runs.  (Noise alone gives the same ratio in every step.)  :math:`r_t` tells what is large, as gains and
-embeddings are: half the root mean square of the tensor times :math:`\sqrt{\text{inputs}}`, but at least 1.  Steps may
-shrink with noise and gradient; decay may grow with noise, with what is learned by heart, and late, and spare what is
-large.  The powers are ``gradient_power, noise_step, noise_decay, late_decay, gradient_decay, size_decay``; they see
-:math:`s_t \ge 0.05`, :math:`0.3 \le \sigma_t \le 120`, :math:`r_t \le 20` and, in the decay, :math:`\rho_t \ge 0.05`.
+with :math:`\bar X` clipped to :math:`\pm 5`.  A vector has :math:`u_t` over its root mean square in its place.
+:math:`K` is the shorter axis of a matrix over 32, the number of its strips: where they share directions, their steps
+add up.  The schedule :math:`s_t` is a warm-up over 30 steps (over a fifth of a shorter known run, but at least 15),
+times :math:`\cos(\pi (t - 1) / 2T)` where the length :math:`T` of the run is known, and times
+:math:`(1 + t/100)^{-0.5}` where it is not; that power stays below 1, so that no run ends by itself.  There the decay
+has one more learned factor.  :math:`\rho_t` is the root mean square of the gradient over its largest so far: it falls
+as training data are learned by heart.  :math:`\sigma_t` is 6 times the root mean square of the momentum over that of
+the gradient.  That ratio is the size of Adam's step: 1 for a gradient without noise, near 1/6 in most runs.  (Noise
+alone gives the same ratio in every step.)  :math:`r_t` tells what is large, as gains and embeddings are: half the root
+mean square of the tensor times :math:`\sqrt{\text{inputs}}`, but at least 1.  Steps may shrink with noise and gradient;
+decay may grow with noise, with what is learned by heart, and late, and spare what is large.  The powers are
+``gradient_power, noise_step, noise_decay, late_decay, gradient_decay, size_decay``; they see :math:`s_t \ge 0.05`,
+:math:`0.3 \le \sigma_t \le 120`, :math:`r_t \le 20` and, in the decay, :math:`\rho_t \ge 0.05`.
 
 The controller is linear: from what the tensor's own sums, its shape and the time tell
-(:meth:`OrthogonalizedMomentum.mix` lists it) it finds :math:`\lambda, \omega, \alpha` and the :math:`\mu` of the next
-step, with weights for matrices and others for vectors.  No tensor knows of another.  The constants above are learned
-too, each as the logarithm of a factor, and the powers.  Zero weights leave the constants as above, and all else is zero
-then: the untrained rule.  A coordinate whose gradients were all exactly zero does not move; one that is not finite
-stays.  State: two floats per coordinate, three per tensor, and the average of the parameters that the optimizer keeps.
+(:meth:`OrthogonalizedMomentum.mix` lists it) it finds :math:`\lambda, \omega` and the :math:`\mu` of the next step,
+with weights for matrices and others for vectors.  No tensor knows of another.  The constants above are learned too,
+each as the logarithm of a factor, and the powers.  Zero weights leave the constants as above, and all else is zero
+then: the untrained rule.  A coordinate whose momentum is exactly zero does not move, as where no gradient ever was; one
+that is not finite stays.  State: of matrices the momentum alone, of vectors both moments, four numbers per tensor, and
+the average of the parameters that the optimizer keeps.
 
 References:
     Jordan et al., *Muon*, 2024, https://kellerjordan.github.io/posts/muon/ (orthogonalised momentum, the coefficients);
@@ -112,8 +113,9 @@ class _Measured(NamedTuple):
     log_signal: Tensor
     log_ratio: Tensor
     log_size: Tensor
+    grad_square: Tensor
     rms_max: Tensor
-    per_adam: Tensor
+    per_direction: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,11 +141,12 @@ class OrthogonalizedMomentum(UpdateRule):
     Example:
         >>> rule = OrthogonalizedMomentum()
         >>> sum(weight.numel() for weight in rule.init_weights().values())
-        126
+        108
     """
 
     name: ClassVar[str] = "orthogonalized-momentum"
-    memory: ClassVar[tuple[str, ...]] = ("grad_rms_max", "log_momentum_mix")
+    memory: ClassVar[tuple[str, ...]] = ("grad_square", "grad_rms_max", "log_momentum_mix")
+    vector_state: ClassVar[frozenset[str]] = frozenset({"exp_avg_sq"})
     average: ClassVar[PolynomialAverage] = PolynomialAverage(power=8.0)
 
     base_step: float = 0.034
@@ -179,7 +182,7 @@ class OrthogonalizedMomentum(UpdateRule):
         """Return zeros: the untrained rule."""
         return {
             **{f"constants.{name}": torch.zeros(()) for name in CONSTANTS},
-            **init_linear("matrices", NUM_FEATURES, 4, generator, zero=True),
+            **init_linear("matrices", NUM_FEATURES, 3, generator, zero=True),
             **init_linear("vectors", NUM_FEATURES, 2, generator, zero=True),
         }
 
@@ -188,8 +191,7 @@ class OrthogonalizedMomentum(UpdateRule):
         scalar = torch.zeros((), dtype=param.dtype, device=param.device)
         return {
             "step": scalar,
-            "grad_rms_max": scalar.clone(),
-            "log_momentum_mix": scalar.clone(),
+            **{key: scalar.clone() for key in self.memory},
             "exp_avg": torch.zeros_like(param),
             "exp_avg_sq": torch.zeros_like(param),
         }
@@ -199,18 +201,20 @@ class OrthogonalizedMomentum(UpdateRule):
     ) -> Tensor:
         """Return the share of the gradient in what is orthogonalised, and in both moments, ``[N, 3]``."""
         factors = _factors(weights)
-        mix = self.momentum_mix * factors["momentum_mix"] * memory_NM[:, 1].exp()
+        mix = self.momentum_mix * factors["momentum_mix"] * memory_NM[:, 2].exp()
         return torch.stack([mix, *self._rates(factors).unsqueeze(-1).expand(-1, len(mix))], -1).clamp(max=1)
 
     def observe(
         self, weights: Weights, state: State, grad: Tensor, param: Tensor, facts: TensorFacts, context: StepContext
     ) -> tuple[State, Terms]:
-        """Advance both moments; return the squares and products whose means are features and norms."""
-        _, momentum_rate, square_rate = facts.given.unbind()
-        m = torch.lerp(state["exp_avg"], grad, momentum_rate)
-        v = torch.lerp(state["exp_avg_sq"], grad.square(), square_rate)
+        """Advance the moments; return the squares and products whose means are features and norms."""
+        m = torch.lerp(state["exp_avg"], grad, facts.given[1])
+        products = [(m, m), (grad, grad), (grad, m), (param, param)]
+        if "exp_avg_sq" not in state:  # a matrix
+            return {"exp_avg": m}, [*products, None]
+        v = torch.lerp(state["exp_avg_sq"], grad.square(), facts.given[2])
         u = _adam(m, v)
-        return {"exp_avg": m, "exp_avg_sq": v}, [(u, u), (m, m), v, (grad, grad), (grad, m), (param, param)]
+        return {"exp_avg": m, "exp_avg_sq": v}, [*products, (u, u)]
 
     def matrix(self, weights: Weights, state: State, grad: Tensor, facts: TensorFacts) -> Tensor:
         """Return the momentum with a share of the gradient."""
@@ -250,15 +254,15 @@ class OrthogonalizedMomentum(UpdateRule):
         the strips, the size of the parameter, inputs, outputs, coordinates, and the time, as a fraction too if known.
 
         Returns:
-            ``[N, 4]`` controls: what multiplies the polar factor, Adam's direction and the parameter, and the step.
+            ``[N, 3]`` controls: what multiplies the direction and the parameter, and the step.
         """
         factors, known = _factors(weights), _is_known(context)
         table_FN = torch.tensor(self._table(tuple(shapes)), dtype=summaries_NS.dtype, device=summaries_NS.device)
-        per_polar, fan, is_matrix, crowding = table_FN[1:5]
-        seen = self._measure(summaries_NS, memory_NM[:, 0], table_FN, factors, context)
+        fan, is_matrix, crowding = table_FN[2:5]
+        seen = self._measure(summaries_NS, memory_NM, table_FN, self._rates(factors), context)
         in_run = torch.stack([*embed_step(context.step, STEP_SCALES), *_embed_horizon(context, known)]).to(fan)
         features_FN = torch.cat([seen.features, table_FN[5:], in_run.unsqueeze(-1).expand(-1, len(fan))])
-        log_step, log_decay, adam, log_mix = _control(weights, features_FN, is_matrix)
+        log_step, log_decay, log_mix = _control(weights, features_FN, is_matrix)
 
         def of_kind(name: str) -> Tensor:
             return torch.where(is_matrix > 0, factors[f"matrix_{name}"], factors[f"vector_{name}"])
@@ -275,20 +279,21 @@ class OrthogonalizedMomentum(UpdateRule):
         shrinkage = shrinkage + power("gradient_decay") * seen.log_ratio.clamp(min=-FEATURE_BOUND)
         decay = self.base_decay * of_kind("decay") * torch.where(known, 1.0, factors["anytime_decay"])
         decay = decay * (log_decay - shrinkage).exp()
-        control = torch.stack([(1 - adam.abs()) * per_polar, adam * seen.per_adam, decay, step_size], -1)
-        return control, torch.stack([seen.rms_max, log_mix], -1), shared
+        control = torch.stack([seen.per_direction, decay, step_size], -1)
+        return control, torch.stack([seen.grad_square, seen.rms_max, log_mix], -1), shared
 
     def _measure(
-        self, summaries_NS: Tensor, rms_max: Tensor, table_FN: Tensor, factors: dict[str, Tensor], context: StepContext
+        self, summaries_NS: Tensor, memory_NM: Tensor, table_FN: Tensor, rates: Tensor, context: StepContext
     ) -> _Measured:
         """Return what the sums of every tensor tell."""
         eps, (per_numel, per_polar, fan, is_matrix) = tiny(summaries_NS), table_FN[:4].unbind()
         sums = (summaries_NS.mT * per_numel).unbind()
-        uu, mm, v, gg, gm, xx = sums[:6]
-        rank = sums[6] if self.strip_size else torch.zeros_like(uu)
-        correction_m, correction_v = debiasing(1 - self._rates(factors), context.step).unbind()
+        mm, gg, gm, xx, uu = sums[:5]
+        rank = sums[5] if self.strip_size else torch.zeros_like(uu)
+        correction_m, correction_v = debiasing(1 - rates, context.step).unbind()
+        v = torch.lerp(memory_NM[:, 0], gg, rates[1])
         rms = (v * correction_v + eps).sqrt()
-        rms_max = torch.maximum(rms_max, rms)
+        rms_max = torch.maximum(memory_NM[:, 1], rms)
         log_ratio = (rms / rms_max).log()
         noise = correction_m.square() / (2 * correction_m - 1)  # brings the momentum of noise alone to its size at last
         log_adam = ((mm + eps) / (v + eps) * (noise / correction_v)).log() / 2
@@ -301,9 +306,9 @@ class OrthogonalizedMomentum(UpdateRule):
             2 * rank * per_polar.square() - is_matrix,
             log_size / 2 + 0.5,
         ]
-        per_adam = uu.clamp(min=eps**0.5).rsqrt()
+        per_direction = torch.where(is_matrix > 0, per_polar, uu.clamp(min=eps**0.5).rsqrt())
         log_size = (log_size - math.log(LARGE_SIZE)).clamp(0, FEATURE_BOUND)
-        return _Measured(torch.stack(features), log_signal, log_ratio, log_size, rms_max, per_adam)
+        return _Measured(torch.stack(features), log_signal, log_ratio, log_size, v, rms_max, per_direction)
 
     def propose(
         self,
@@ -316,18 +321,16 @@ class OrthogonalizedMomentum(UpdateRule):
         context: StepContext,
     ) -> tuple[State, Tensor]:
         """Return the step: the direction of unit size plus decay, times the step size."""
-        per_polar, per_adam, decay, step_size = control.unbind()
-        direction = _adam(state["exp_avg"], state["exp_avg_sq"]) * per_adam
-        if self.strip_size:
-            direction = torch.addcmul(direction, facts.coupled, per_polar)
-        direction = direction.clamp(-DIRECTION_BOUND, DIRECTION_BOUND)
-        moved = state["exp_avg_sq"].sign()
+        per_direction, decay, step_size = control.unbind()
+        m = state["exp_avg"]
+        direction = _adam(m, state["exp_avg_sq"]) if "exp_avg_sq" in state else facts.coupled
+        direction = (direction * per_direction).clamp(-DIRECTION_BOUND, DIRECTION_BOUND)
         limit = torch.finfo(param.dtype).max ** 0.5  # infinite minus infinite would not be what it was
-        return {}, torch.addcmul(direction, param.clamp(-limit, limit), decay) * (moved * -step_size)
+        return {}, torch.addcmul(direction, param.clamp(-limit, limit), decay) * (m.sign().square() * -step_size)
 
     def step_size(self, weights: Weights, control_NC: Tensor, context: StepContext) -> Tensor:
         """Return the step size of every tensor."""
-        return control_NC[:, 3]
+        return control_NC[:, 2]
 
     def _table(self, shapes: tuple[TensorShape, ...]) -> list[list[float]]:
         """Return what is known of tensors before training, ``[8, N]``: five numbers for formulas, then features."""
@@ -371,14 +374,11 @@ def _factors(weights: Weights) -> dict[str, Tensor]:
 
 
 def _control(weights: Weights, features_FN: Tensor, is_matrix: Tensor) -> list[Tensor]:
-    """Return ``log_step, log_decay, adam, log_mix`` of every tensor, ``[N]`` each."""
+    """Return ``log_step, log_decay, log_mix`` of every tensor, ``[N]`` each."""
     x_FN = features_FN.clamp(-FEATURE_BOUND, FEATURE_BOUND)
-    outputs_4N = linear(weights, "matrices", x_FN)
-    of_vectors = linear(weights, "vectors", x_FN)
-    outputs_4N = torch.where(is_matrix > 0, outputs_4N, torch.cat([of_vectors, outputs_4N[2:]]))
-    log_step, log_decay, _, log_mix = 2 * torch.tanh(outputs_4N / 2)
-    adam = torch.where(is_matrix > 0, torch.tanh(outputs_4N[2]), 1.0)
-    return [log_step, log_decay, adam, log_mix]
+    outputs_3N = linear(weights, "matrices", x_FN)
+    outputs_3N = torch.where(is_matrix > 0, outputs_3N, torch.cat([linear(weights, "vectors", x_FN), outputs_3N[2:]]))
+    return list((2 * torch.tanh(outputs_3N / 2)).unbind())
 
 
 def _adam(m: Tensor, v: Tensor) -> Tensor:

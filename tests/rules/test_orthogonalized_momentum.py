@@ -217,6 +217,34 @@ def test_what_is_not_finite_stays_where_it_is() -> None:
         assert not torch.equal(param[mask], old[mask])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.bfloat16])
+@pytest.mark.parametrize("strip_size", [0, 32])
+def test_only_vectors_keep_a_second_moment(dtype: torch.dtype, strip_size: int) -> None:
+    params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((6, 8), (2, 3, 4), (5, 1), (7,), ())]
+    opt = FlatOpt(params, pretrained=learned(OrthogonalizedMomentum(strip_size=strip_size)))
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt.step()
+    kept = ["exp_avg_sq" in opt.state[param] for param in params]
+    assert kept == [not strip_size, not strip_size, True, True, True]
+    averaged = torch.view_as_real(params[0]) if dtype.is_complex else params[0]
+    per_coordinate = sum(value.numel() for value in opt.state[params[0]].values() if value.shape == averaged.shape)
+    assert per_coordinate == (2 if strip_size else 3) * averaged.numel()
+
+
+def test_a_coordinate_without_momentum_does_not_move() -> None:
+    """Neither a row that no batch has (of an embedding) nor one coordinate that a mask keeps at zero."""
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(50, 8, generator=generator))
+    before, opt = param.detach().clone(), FlatOpt([param], pretrained=learned("orthogonalized-momentum"))
+    mask = torch.ones(50, 8)
+    mask[3], mask[5, 2] = 0, 0
+    for _ in range(5):
+        param.grad = mask * torch.randn(50, 8, generator=generator)
+        opt.step()
+    assert torch.equal(param.detach() == before, mask == 0)
+
+
 def test_no_tensor_knows_of_another() -> None:
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(shape, generator=generator) for shape in SHAPES]

@@ -47,7 +47,7 @@ def make_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> 
     weights = {key: value.double() for key, value in learned(name, seed, perturbation=0.3).weights.items()}
     generator = torch.Generator().manual_seed(seed)
     params = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
-    states = [rule.init_state(weights, param.double()) for param in params]
+    states = [rule.fresh_state(weights, param.double()) for param in params]
     return Model(rule, weights, params, states, rule.init_shared(weights))
 
 
@@ -86,6 +86,7 @@ def step_by_hand(model: Model, grads: Sequence[Tensor], context: StepContext) ->
         }
         known = TensorFacts(steps[index].view(1), given[index][:, None], param.new_zeros(0))
         new, terms = rule.observe(weights, flat, grad.reshape(-1), param.reshape(-1), known, context)
+        terms = [0 * grad.reshape(-1) if term is None else term for term in terms]
         terms = [term if isinstance(term, Tensor) else term[0] * term[1] for term in terms]
         observed.append({**flat, **new})
         more = rule.couple(weights, grad.new_zeros(1, rule.max_strip, rule.max_strip))[1] if rule.max_strip else []

@@ -136,7 +136,7 @@ class TeacherForced(Inner):
         return dict(zip(names, deltas, strict=True)), dict(zip(names, states, strict=True))
 
     def _fresh_teacher(self, runs: Runs) -> dict[str, State]:
-        init_state = vmap(lambda param: self.teacher.init_state({}, param))
+        init_state = vmap(lambda param: self.teacher.fresh_state({}, param))
         return {name: init_state(param.detach()) for name, param in runs.params.items()}
 
 
