@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ._torch import compile_errors
-from .rules import Phases
+from .rules import Coordinates, Phases
 
 COMPILED = ("observe", "propose")
 """``matrix`` is as fast without: the call of a compiled function costs more than it saves."""
@@ -22,10 +22,8 @@ class CompiledPhases:
 
     def __init__(self, plain: Phases):
         self.plain = plain
-        compiled: dict[str, Any] = {
-            name: torch.compile(_with_own_code(getattr(plain, name)), fullgraph=True, dynamic=True) for name in COMPILED
-        }
-        self.fast: Phases | None = plain._replace(**compiled)
+        self.fast: dict[tuple[str, frozenset[str]], Callable[..., Any]] | None = {}
+        """By phase and by the keys of the state: matrices and vectors may differ in them."""
 
     def phases(self) -> Phases:
         """Return the phases as the driver takes them."""
@@ -34,8 +32,13 @@ class CompiledPhases:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         if self.fast is not None:
+            (part,) = (argument for argument in arguments if isinstance(argument, Coordinates))
+            kind = name, frozenset(part.state)
+            if kind not in self.fast:
+                phase = _with_own_code(getattr(self.plain, name))
+                self.fast[kind] = torch.compile(phase, fullgraph=True, dynamic=True)
             try:
-                return getattr(self.fast, name)(*arguments)
+                return self.fast[kind](*arguments)
             except compile_errors() as error:
                 reason = str(error).strip().splitlines()[0]
                 message = f"FlatOpt goes on without torch.compile: {reason}"

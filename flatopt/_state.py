@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +73,12 @@ class StateLayout(NamedTuple):
 
     def keys_of(self, param: Tensor) -> list[str]:
         """Return those of them that are kept of a parameter."""
-        return [key for key in self.keys if self.rule.keeps(key, shape_of(param))]
+        unkept = self.rule.unkept(shape_of(param))
+        return [key for key in self.keys if key not in unkept]
+
+    def of_rule(self, state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+        """Return the state of the rule itself."""
+        return {key: state[key] for key in self.keys_of(param)}
 
     @property
     def describes_whole(self) -> bool:
@@ -81,7 +87,7 @@ class StateLayout(NamedTuple):
 
     def is_made(self, state: Mapping[str, Any]) -> bool:
         """Return whether the rule has a state here; a wrapper may have put values of its own, or a ``step``."""
-        return any(key in state for key in self.keys if key != "step")
+        return any(key in state for key in self.keys if key != "step" or len(self.keys) == 1)
 
     def check_shapes(self, state: Mapping[str, Any], param: Tensor, groups: Groups) -> None:
         """Raise ``ValueError`` unless all is there and every value per coordinate has the parameter's shape; cheap."""
@@ -159,7 +165,9 @@ class StateLayout(NamedTuple):
     def take(self, saved: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
         """Return a copy of a saved state, where and how it is kept."""
         dtype = compute_dtype(param)
-        taken = {key: self._take(key, value, param, self._kept_dtype(key, dtype)) for key, value in saved.items()}
+        unkept = self.rule.unkept(shape_of(param))
+        kept = {key: value for key, value in saved.items() if key not in unkept}
+        taken = {key: self._take(key, value, param, self._kept_dtype(key, dtype)) for key, value in kept.items()}
         self.complete(taken, param)
         return taken
 
@@ -200,7 +208,12 @@ def copy_of(param: Tensor) -> Tensor:
 
 def shape_of(param: Tensor) -> TensorShape:
     """Return the shape of a whole parameter as a rule sees it."""
-    return TensorShape.of(param.shape, is_complex=param.is_complex())
+    return _shape_of(param.shape, param.is_complex())
+
+
+@lru_cache(maxsize=1024)
+def _shape_of(shape: torch.Size, is_complex: bool) -> TensorShape:
+    return TensorShape.of(shape, is_complex=is_complex)
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:

@@ -383,7 +383,7 @@ class FlatOpt(Averaging):
     def _update(self, slots: Sequence[Slot], context: tuple[float, float]) -> None:
         """Step the parameters of one device and dtype."""
         states = [self.state[slot.param] for slot in slots]
-        own = [{key: self.state[slot.param][key] for key in self._layout.keys_of(slot.param)} for slot in slots]
+        own = [self._layout.of_rule(state, slot.param) for state, slot in zip(states, slots, strict=True)]
         shared = self._applied.step(slots, own, shared_of(states[0]), context)
         for other, state in self._states().items() if shared else ():
             if bucket_of(other) == bucket_of(slots[0].param):
@@ -394,7 +394,7 @@ class FlatOpt(Averaging):
         """Replace the loaded state by exact copies, on the device and in the dtypes it is kept in."""
         for param_id, param in self._pairs(state_dict):
             if saved := state_dict["state"].get(param_id):
-                self.state[param].update(self._layout.take(saved, param))
+                self.state[param] = self._layout.take(saved, param)
         for group in self.param_groups:
             group.update(record_of(self.learned))
         self._watch.restore_length(self.param_groups, given)

@@ -969,6 +969,24 @@ def test_several_compiled_optimizers_stay_compiled() -> None:
                 step_with(opt, params, seed)
 
 
+def test_two_dtypes_stay_below_the_limit_of_recompilations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices and vectors have other states: each kind is compiled by itself."""
+    torch._dynamo.reset()
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="eager", **options))
+    shapes = [(300, 400), (40, 5), (8, 9), (7,), (9000,), (1100, 300), ()]
+    params = [
+        torch.nn.Parameter(torch.ones(shape, dtype=dtype))
+        for dtype in (torch.float32, torch.float64)
+        for shape in shapes
+    ]
+    opt = FlatOpt(params, compile=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="FlatOpt goes on without")
+        for seed in range(3):
+            step_with(opt, params, seed)
+
+
 def test_without_a_compiler_the_step_is_eager(monkeypatch: pytest.MonkeyPatch, toy: LearnedRule) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no compiler here")

@@ -69,7 +69,7 @@ def test_optimizer_takes_the_steps_of_the_rule(name: str, optimizee: str, num_st
 def test_cutting_and_packing_change_nothing(name: str, optimizee: str) -> None:
     rule, weights = RULE_CASES[name].rule, weights_of(name, torch.float64)
     params = make_params(optimizee, dtype=torch.float64)
-    states, shared = [rule.init_state(weights, param.detach()) for param in params], rule.init_shared(weights)
+    states, shared = [rule.fresh_state(weights, param.detach()) for param in params], rule.init_shared(weights)
     (grads,) = random_grads(params, 1)
     arguments = (rule, weights, [param.detach() for param in params], grads, states, shared)
     context = context_at(1, dtype=torch.float64)
@@ -86,7 +86,7 @@ def test_cutting_and_packing_change_nothing(name: str, optimizee: str) -> None:
 def test_in_place_equals_pure(name: str, optimizee: str) -> None:
     rule, weights = RULE_CASES[name].rule, weights_of(name, torch.float64)
     params = [param.detach() for param in make_params(optimizee, dtype=torch.float64)]
-    states, shared = [rule.init_state(weights, param) for param in params], rule.init_shared(weights)
+    states, shared = [rule.fresh_state(weights, param) for param in params], rule.init_shared(weights)
     (grads,) = random_grads(params, 1)
     context = context_at(1, dtype=torch.float64)
     pure = apply_rule(rule, weights, params, grads, states, shared, context)
@@ -108,7 +108,7 @@ def test_vmap_over_problems_equals_a_loop(name: str) -> None:
     context = context_at(2, 10.0, torch.float64)
 
     def step(weights: dict[str, Tensor], params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        states = [rule.init_state(weights, param) for param in params]
+        states = [rule.fresh_state(weights, param) for param in params]
         return apply_rule(rule, weights, params, grads, states, rule.init_shared(weights), context).deltas
 
     looped = [step(*arguments) for arguments in zip(weights, problems, grads, strict=True)]
@@ -128,7 +128,7 @@ def test_rule_does_not_modify_what_it_is_given(name: str) -> None:
         weights,
         params,
         random_grads(params, 1)[0],
-        [rule.init_state(weights, param) for param in params],
+        [rule.fresh_state(weights, param) for param in params],
         rule.init_shared(weights),
         context_at(1),
     )

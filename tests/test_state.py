@@ -6,8 +6,9 @@ import copy
 import pickle
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from flatopt import FlatOpt, LearnedRule, list_pretrained
+from flatopt.rules import UpdateRule
 from flatopt.rules.orthogonalized_momentum import CONSTANT_SCALE, OrthogonalizedMomentum
 
 every_rule = pytest.mark.parametrize("name", RULE_CASES)
@@ -197,6 +199,49 @@ def test_rows_with_large_gradients_would_slow_the_rest_after_they_are_gone() -> 
             opt.step()
         moved[is_reset] = float((new.detach() - before).norm())
     assert moved[True] > 4 * moved[False]
+
+
+def test_what_another_shape_of_rule_kept_is_not_taken_over() -> None:
+    """Without strips matrices keep a second moment."""
+    weights = OrthogonalizedMomentum().init_weights()
+    whole, opt = (
+        FlatOpt(model_of([(6, 3), (4,)]), pretrained=LearnedRule(OrthogonalizedMomentum(strip_size=size), weights))
+        for size in (0, 32)
+    )
+    step_with(whole, whole.param_groups[0]["params"], 0)
+    opt.load_state_dict(whole.state_dict())
+    kept = ["exp_avg_sq" in opt.state[param] for param in opt.param_groups[0]["params"]]
+    assert kept == [False, True]
+    step_with(opt, opt.param_groups[0]["params"], 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent(UpdateRule):
+    """Keeps nothing but the number of the step."""
+
+    name: ClassVar[str] = "descent"
+
+    def init_weights(self, generator=None):
+        return {}
+
+    def init_state(self, weights, param, generator=None):
+        return {"step": param.new_zeros(())}
+
+    def propose(self, weights, state, grad, param, control, facts, context):
+        return {}, -0.1 * grad
+
+    def step_size(self, weights, control_NC, context):
+        return control_NC.new_full((len(control_NC),), 0.1)
+
+
+def test_a_rule_may_keep_nothing_but_the_step() -> None:
+    (param,) = model_of([(4,)])
+    before, opt = param.detach().clone(), FlatOpt([param], pretrained=LearnedRule(Descent(), {}))
+    for _ in range(3):
+        param.grad = torch.ones_like(param)
+        opt.step()
+    torch.testing.assert_close(param.detach(), before - 0.3)
+    assert float(opt.state[param]["step"]) == 3
 
 
 @pytest.mark.parametrize("key", ["exp_avg", "step", "grad_rms_max"])

@@ -2,7 +2,7 @@
 
 from ._average import PolynomialAverage
 from ._driver import Plan, apply_rule
-from ._phases import Phases, batched_phases, plain_phases
+from ._phases import Coordinates, Phases, batched_phases, plain_phases
 from ._rule import State, StepContext, TensorFacts, TensorShape, UpdateRule, Weights
 from ._stores import RuleResult, Update
 from ._strips import Strips
@@ -21,6 +21,7 @@ RULES: dict[str, type[UpdateRule]] = {
 __all__ = [
     "RULES",
     "Adam",
+    "Coordinates",
     "L2ODM",
     "L2OScale",
     "OrthogonalizedMomentum",

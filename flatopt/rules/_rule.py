@@ -77,14 +77,14 @@ class TensorShape(NamedTuple):
     def of(cls, shape: Sequence[int], *, is_complex: bool = False) -> TensorShape:
         """Return what a parameter's shape means; a complex number counts as two inputs.
 
-        A tensor with fewer than two axes longer than 1 is a vector.
+        A tensor with fewer than two axes longer than 1 is a vector, and so is an empty one.
 
         Example:
             >>> TensorShape.of((16, 8, 3, 3)), TensorShape.of((5,)), TensorShape.of((5, 1)).is_matrix
             (TensorShape(num_outputs=16, num_inputs=72), TensorShape(num_outputs=5, num_inputs=1), False)
         """
         numbers = 1 + is_complex
-        if sum(length > 1 for length in shape) < 2 or shape[0] == 1:
+        if sum(length > 1 for length in shape) < 2 or shape[0] == 1 or 0 in shape:
             return cls(math.prod(shape) * numbers, 1)
         return cls(shape[0], math.prod(shape[1:]) * numbers)
 
@@ -134,10 +134,9 @@ class UpdateRule(ABC):
         """Most rows of a strip; 0 for a rule without ``matrix`` and ``couple``."""
         return 0
 
-    def keeps(self, key: str, shape: TensorShape) -> bool:
-        """Return whether a value of the state is kept of a tensor; a rule without strips treats all as vectors."""
-        is_matrix = self.max_strip > 0 and shape.is_matrix and shape.numel > 0
-        return not (is_matrix and key in self.vector_state)
+    def unkept(self, shape: TensorShape) -> frozenset[str]:
+        """Return the keys that a tensor does without; a rule without strips treats all as vectors."""
+        return self.vector_state if self.max_strip and shape.is_matrix else frozenset()
 
     @abstractmethod
     def init_weights(self, generator: torch.Generator | None = None) -> Weights:
@@ -163,10 +162,8 @@ class UpdateRule(ABC):
         shape: TensorShape | None = None,
     ) -> State:
         """Return what is kept of :meth:`init_state`; ``shape`` is that of ``param`` by default."""
-        shape = shape or TensorShape.of(param.shape)
-        return {
-            key: value for key, value in self.init_state(weights, param, generator).items() if self.keeps(key, shape)
-        }
+        unkept = self.unkept(shape or TensorShape.of(param.shape))
+        return {key: value for key, value in self.init_state(weights, param, generator).items() if key not in unkept}
 
     def init_shared(self, weights: Weights) -> State:
         """Return the state that all parameters of one model share, before the first step; usually empty."""

@@ -67,8 +67,9 @@ class Store(ABC):
         self.param_field, self.grad_field = (_Field(dict(enumerate(own)), params, dim) for own in (params, grads))
         kept: dict[str, dict[int, Tensor]] = {}
         for index, (state, shape) in enumerate(zip(states, shapes, strict=True)):
+            others = {"step", *rule.memory, *rule.unkept(shape)}
             for key, value in state.items():
-                if key != "step" and key not in rule.memory and rule.keeps(key, shape):
+                if key not in others:
                     kept.setdefault(key, {})[index] = value
         self.state_fields = {key: _Field(tensors, params, dim) for key, tensors in kept.items()}
         self.is_viewed = False

@@ -42,7 +42,7 @@ class Strips(NamedTuple):
             >>> Strips.of(TensorShape(100, 40), 32)
             Strips(is_tall=True, size=20, number=2, padded=20)
         """
-        if not (max_strip and shape.is_matrix and shape.numel):
+        if not (max_strip and shape.is_matrix):
             return None
         short = min(shape[:2])
         at_least = -(-short // max_strip)

@@ -42,7 +42,7 @@ The controller is linear: from what the tensor's own sums, its shape and the tim
 (:meth:`OrthogonalizedMomentum.mix` lists it) it finds :math:`\lambda, \omega` and the :math:`\mu` of the next step,
 with weights for matrices and others for vectors.  No tensor knows of another.  The constants above are learned too,
 each as the logarithm of a factor, and the powers.  Zero weights leave the constants as above, and all else is zero
-then: the untrained rule.  A coordinate whose momentum is exactly zero does not move, as where no gradient ever was; one
+then: the untrained rule.  A coordinate whose momentum squared is zero does not move, as where no gradient ever was; one
 that is not finite stays.  State: of matrices the momentum alone, of vectors both moments, four numbers per tensor, and
 the average of the parameters that the optimizer keeps.
 
@@ -107,7 +107,7 @@ FREE_STRIPS = 4
 
 
 class _Measured(NamedTuple):
-    """What the sums of every tensor tell, ``[N]`` each: features, ``[5, N]``, and logarithms of sigma, rho and r."""
+    """What the sums of every tensor tell, ``[N]`` each, features ``[5, N]``; logarithms are of sigma, rho and r."""
 
     features: Tensor
     log_signal: Tensor
@@ -326,7 +326,7 @@ class OrthogonalizedMomentum(UpdateRule):
         direction = _adam(m, state["exp_avg_sq"]) if "exp_avg_sq" in state else facts.coupled
         direction = (direction * per_direction).clamp(-DIRECTION_BOUND, DIRECTION_BOUND)
         limit = torch.finfo(param.dtype).max ** 0.5  # infinite minus infinite would not be what it was
-        return {}, torch.addcmul(direction, param.clamp(-limit, limit), decay) * (m.sign().square() * -step_size)
+        return {}, torch.addcmul(direction, param.clamp(-limit, limit), decay) * (m.square().sign() * -step_size)
 
     def step_size(self, weights: Weights, control_NC: Tensor, context: StepContext) -> Tensor:
         """Return the step size of every tensor."""
