@@ -63,7 +63,7 @@ _FLAT_V2_FAMILIES = (
 
 
 def flat_v2() -> MetaTrainConfig:
-    """Return the run behind the shipped weights ``flat-v2``: ten minutes on a core.
+    """Return the run behind the shipped weights ``flat-v2``: some twenty minutes on a core.
 
     An evolution strategy over whole runs, three families of problems at a time.  A run is judged by the average of its
     parameters at the end: by the error, which is what users look at, a little by the logarithm of the loss, and by how
@@ -86,7 +86,7 @@ def flat_v2() -> MetaTrainConfig:
     )
     return MetaTrainConfig(
         recipe="flat-v2",
-        seed=0,  # of 0, 1 and 2 the best on meta-validation
+        seed=1,  # of 0 and 1 the better on meta-validation
         rule="orthogonalized-momentum",
         estimator=EstimatorConfig(std=0.1, families_per_update=3, only=only),
         tasks=tasks,
@@ -107,7 +107,7 @@ def flat_v2() -> MetaTrainConfig:
                 clip=6.0,
             ),
         ),
-        num_updates=8,
+        num_updates=16,
         meta_lr=0.08,
         warmup_updates=2,
         max_grad_norm=1.0,
