@@ -86,7 +86,7 @@ class FlatOpt(Averaging):
         local_files_only: never download.
         maximize: go up instead of down.
         compile: compile the arithmetic on coordinates with ``torch.compile``: half a minute at first, for steps
-            up to 1.4 times as fast on large models.  Eager, with a warning, where that is not possible.
+            up to 1.3 times as fast on large models.  Eager, with a warning, where that is not possible.
         state_dtype: ``torch.bfloat16`` keeps the accumulators in ``UpdateRule.compressible_state`` in half precision
             (the recurrent states, most of the memory of ``l2o-dm`` and ``rnnprop``).  They are computed in ``float32``
             and rounded once per step.  ``None`` keeps all in ``float32``.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from doubles import InDouble, as_leaves, in_double, slope
-from small import assert_trees_equal, make_unroll, random_weights
+from small import RULE, assert_trees_equal, make_unroll, random_weights
 
 from flatopt.metatrain import ImitationConfig, ObjectiveConfig
 from flatopt.metatrain.estimators import GradientEstimator, MetaGradient, TruncatedBackprop, build_estimator
@@ -22,9 +22,17 @@ OPTIMIZERS = {
 }
 
 
-def make_forced(name: str = "adam", *, length: int = 4, num_tasks: int = 2, coefficient: float = 3.0) -> TeacherForced:
+def make_forced(
+    name: str = "adam",
+    *,
+    length: int = 4,
+    num_tasks: int = 2,
+    coefficient: float = 3.0,
+    rule: OrthogonalizedMomentum = RULE,
+) -> TeacherForced:
     unroll = make_unroll(
         "mlp",
+        rule=rule,
         objective=ObjectiveConfig(meta_weight=0.0),
         truncation_length=length,
         task=[("num_tasks", num_tasks), ("min_steps", 2 * length), ("max_steps", 2 * length)],
@@ -96,9 +104,10 @@ def test_gradient_equals_finite_differences_and_no_run_depends_on_the_weights():
 
 
 def test_imitation_teaches_the_steps_of_adam():
-    forced, generator = make_forced(num_tasks=4), torch.Generator().manual_seed(0)
+    rule = OrthogonalizedMomentum(strip_size=0)  # whose steps can be those of Adam
+    forced, generator = make_forced(num_tasks=4, rule=rule), torch.Generator().manual_seed(0)
     estimator = TruncatedBackprop(inner=forced)
-    weights = OrthogonalizedMomentum(strip_size=0).init_weights(torch.Generator().manual_seed(0))
+    weights = rule.init_weights(torch.Generator().manual_seed(0))
     leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
     optimizer = torch.optim.Adam(list(leaves.values()), lr=0.03)
     state, losses = estimator.init(weights, generator), []
