@@ -1,8 +1,8 @@
 """Where the default rule diverges, and what mends it: a wide transformer without normalisation, at a batch of 8.
 
 The configuration is one of ``flatopt-eval robustness``, trained for more steps than there: width 512, depth 4, digits
-of 8 x 8 pixels, one seed.  Printed is the mean loss of ten steps at a time.  The two entries of ``docs/log.md`` of
-2026-11-26 on averages quote it, each with the rule of its time.
+of 8 x 8 pixels, one seed.  Printed is the mean loss of ten steps at a time.  Entries of ``docs/log.md`` of
+2026-11-26 and -27 quote it, each with the rule of its time.
 
 Run as ``OMP_NUM_THREADS=1 python docs/experiments/divergence.py [NUM_STEPS]``: ten minutes on an idle core, most of
 them for whole matrices as one strip.  ``--fast`` takes a width of 16 and 20 steps.
