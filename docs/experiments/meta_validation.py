@@ -2,7 +2,7 @@
 
 Each candidate trains the 32 tasks of ``flatopt-eval quality --split meta``, with the length of the run told and not,
 and is judged on the ``meta`` split against the untrained rule: mean and standard deviation over tasks, of the score and
-of the logarithm of the loss.  Log entries of 2026-11-26 quote it, with standard errors.
+of the logarithm of the loss.  Log entries of 2026-11-26 and -27 quote it, with standard errors.
 
 Run as ``OMP_NUM_THREADS=1 python docs/experiments/meta_validation.py [SET ...]``: three minutes per candidate on an
 idle core.  Sets are names or folders of weights.  ``--fast`` takes two tasks and two candidates, cut short.
