@@ -48,7 +48,7 @@ def test_the_table_of_small_data_says_what_its_page_says() -> None:
     assert len(at_the_end) == 4 and len(smallest) == 2
     for stopped in (losses["FlatOpt, num_steps, stopped early"], losses["FlatOpt, stopped early"]):
         assert all(early < end for (early, _), (end, _) in zip(stopped, at_the_end, strict=True))
-        assert all(abs(adam[index][0] - stopped[index][0]) <= adam[index][1] + stopped[index][1] for index in smallest)
+        assert all(adam[index][0] - stopped[index][0] <= adam[index][1] + stopped[index][1] for index in smallest)
 
 
 def test_every_marked_table_of_the_readme_exists() -> None:
