@@ -6,6 +6,7 @@ is kept beside it, under ``ITERATE``.  All is local: a shard has the average of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import _dtensor as dtensor
-from ._slots import Bucket, bucket_of, is_of_one_rank, local_values
+from ._slots import is_of_one_rank, local_values
 from ._state import AVERAGE, ITERATE, SHOWS_AVERAGES, copy_of
+from ._torch import foreach_lerp_
 from .rules import PolynomialAverage
 
 
@@ -91,41 +93,46 @@ def start_average(param: Tensor, state: MutableMapping[str, Any]) -> None:
 
 def advance_averages(
     states: Mapping[Tensor, MutableMapping[str, Any]],
-    steps: Mapping[Tensor, float],
-    clocks: Mapping[Bucket, tuple[float, float]],
+    clocks: Mapping[Tensor, tuple[float, float, float]],
     rule: PolynomialAverage,
 ) -> None:
     """Take the parameters after a step into their averages, also those that took no step; land at the end of a run.
 
     Args:
         states: by parameter.
-        steps: of those that took one, how many they have taken.
-        clocks: number of the step and length of the run, for what is updated together.
+        clocks: of those that took one: how many they have taken, number of the step, length of the run.
         rule: how to average.
     """
     # Replicas are alike on every rank, so what is of one rank does not count for them.
-    of_replicas = max((step for param, step in steps.items() if not is_of_one_rank(param)), default=0.0)
-    of_all = max(steps.values())
+    of_replicas = max((clock[0] for param, clock in clocks.items() if not is_of_one_rank(param)), default=0.0)
+    of_all = max(taken for taken, *_ in clocks.values())
+    due: dict[tuple[float, torch.device], list[tuple[Tensor, Tensor]]] = {}
+    landing: list[tuple[Tensor, Tensor, float]] = []
     for param, state in states.items():
         if AVERAGE not in state:  # of a state from elsewhere
             start_average(param, state)
         latest = of_all if is_of_one_rank(param) else of_replicas
-        taken, share = steps.get(param, latest), 0.0
+        taken, step, num_steps = clocks.get(param, (latest, 0.0, math.inf))
         stride = rule.stride(taken)
-        if param in steps:
-            step, num_steps = clocks[bucket_of(param)]
-            share = rule.landing_share(step, num_steps) if step == latest else 0.0  # it may stand still
+        share = rule.landing_share(step, num_steps) if step == latest else 0.0  # it may stand still
         is_due = taken > 0 and taken % stride == 0
         if not (is_due or share):
             continue
         average, values = dtensor.local_view(state[AVERAGE]), local_values(param)
         if average.shape != values.shape:  # an error once it has a gradient
             continue
-        if is_due:
-            own = taken if param in steps else state["step"].clamp(min=stride)
+        if is_due and param in clocks and values.dtype == average.dtype:
+            due.setdefault((rule.weight(taken / stride), values.device), []).append((average, values))
+        elif is_due:
+            own = taken if param in clocks else state["step"].clamp(min=stride)
             average.lerp_(values.to(average.dtype), rule.weight(own / stride))
         if share:
-            _move(values, average, share)
+            landing.append((values, average, share))
+    for (weight, _), pairs in due.items():
+        averages, targets = zip(*pairs, strict=True)
+        foreach_lerp_(averages, targets, weight)
+    for values, average, share in landing:
+        _move(values, average, share)
 
 
 def _move(values: Tensor, average: Tensor, share: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from ._torch import compile_errors
+from ._warn import warn
 from .rules import Coordinates, Phases
 
 COMPILED = ("observe", "propose")
@@ -41,8 +41,7 @@ class CompiledPhases:
                 return self.fast[kind](*arguments)
             except compile_errors() as error:
                 reason = str(error).strip().splitlines()[0]
-                message = f"FlatOpt goes on without torch.compile: {reason}"
-                warnings.warn(message, RuntimeWarning, stacklevel=10)
+                warn(f"FlatOpt goes on without torch.compile: {reason}", RuntimeWarning)
                 self.fast = None
         return getattr(self.plain, name)(*arguments)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from . import _dtensor as dtensor
 from ._abstract import is_abstract
 from ._state import NUMEL, compute_dtype, shape_of
+from ._torch import foreach_norm
 from .rules import State, Strips, UpdateRule
 
 OVERFLOW_MARGIN = 1e-4
@@ -48,6 +50,12 @@ class Slot:
     made_for: float | None = None
     """Coordinates that the state was made for, ``None`` where that is not known."""
 
+    def without_gradient(self) -> Slot:
+        """Return a copy that keeps no gradient alive."""
+        other = copy(self)
+        del other.grad, other.local
+        return other
+
 
 class Shard:
     """What this process holds of a parameter, as the driver takes it: real and contiguous.
@@ -55,7 +63,7 @@ class Shard:
     Where shards cut through the strips of a matrix, every rank gathers and updates the whole, and keeps its part.
     """
 
-    def __init__(self, slot: Slot, rule: UpdateRule, state: State):
+    def __init__(self, slot: Slot, grad: Tensor, rule: UpdateRule, state: State):
         self.slot = slot
         param = slot.param
         self.shape = shape_of(param)
@@ -66,7 +74,7 @@ class Shard:
         if is_plain:
             self.sharding = None
             self.target = real_view(param.detach())
-            self.param, self.grad, self.state = self.target.contiguous(), slot.local, state
+            self.param, self.grad, self.state = self.target.contiguous(), grad, state
         elif self.is_gathered:
             self.sharding = None
             self.whole = dtensor.whole_copy(param)
@@ -76,7 +84,7 @@ class Shard:
         else:
             self.sharding = dtensor.sharding(param)
             self.target = local_values(param)
-            self.param, self.grad = self.target.contiguous(), slot.local
+            self.param, self.grad = self.target.contiguous(), grad
             self.state = {key: dtensor.local_view(value) for key, value in state.items()}
 
     def write_back(self) -> None:
@@ -141,9 +149,13 @@ def _largest(slots: Sequence[Slot], dtype: torch.dtype) -> list[Tensor]:
     if not slots:
         return []
     grads = [slot.local for slot in slots]
-    # Both ends, which is much faster than the norm.  There are none of an empty tensor.
-    ends = [end for grad in grads for end in (torch.aminmax(grad) if grad.numel() else 2 * [grad.new_zeros(())])]
-    norms = torch.stack([end.to(dtype) for end in ends]).view(-1, 2).abs().amax(1)
+    filled = [grad for grad in grads if grad.numel()]  # an empty one has no largest value
+    if grads[0].is_cuda:
+        found = iter(foreach_norm(filled, math.inf) if filled else [])
+        norms = torch.stack([(next(found) if grad.numel() else grad.new_zeros(())).to(dtype) for grad in grads])
+    else:  # both ends, which is much faster there
+        ends = [end for grad in grads for end in (torch.aminmax(grad) if grad.numel() else 2 * [grad.new_zeros(())])]
+        norms = torch.stack([end.to(dtype) for end in ends]).view(-1, 2).abs().amax(1)
     norms = torch.nan_to_num(norms, nan=math.inf, posinf=math.inf)  # a maximum over ranks may lose a NaN
     shardings = [dtensor.sharding(slot.param) for slot in slots]
     if any(sharding is not None for sharding in shardings):

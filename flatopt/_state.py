@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ _NAME_BYTES = 96
 Groups = Sequence[dict[str, Any]]
 
 
-class StateLayout(NamedTuple):
+@dataclass(frozen=True)
+class StateLayout:
     """Keys and shapes of the state that a rule keeps of a parameter."""
 
     rule: UpdateRule
@@ -51,6 +53,8 @@ class StateLayout(NamedTuple):
     """Keys of the shared state, with their prefix."""
     compressed: torch.dtype | None
     """What the compressible part is kept in, ``None`` for what all is kept in."""
+    known: dict[tuple[torch.Size, bool], dict[str, torch.Size]] = field(default_factory=dict, init=False, repr=False)
+    """What :meth:`shapes_of` found, by the shape of the parameter, and whether that is complex."""
 
     @classmethod
     def of(cls, learned: LearnedRule, compressed: torch.dtype | None) -> StateLayout:
@@ -66,46 +70,47 @@ class StateLayout(NamedTuple):
             compressed,
         )
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Keys of the state of the rule itself."""
-        return (*self.per_tensor, *self.per_coordinate)
-
-    def keys_of(self, param: Tensor) -> list[str]:
-        """Return those of them that are kept of a parameter."""
-        unkept = self.rule.unkept(shape_of(param))
-        return [key for key in self.keys if key not in unkept]
+    def shapes_of(self, param: Tensor) -> dict[str, torch.Size]:
+        """Return the shape of everything that the rule keeps of a parameter, by key."""
+        known = param.shape, param.is_complex()
+        if known not in self.known:
+            shape, unkept = real_shape(param), self.rule.unkept(shape_of(param))
+            own = {key: shape + extra for key, extra in self.per_coordinate.items() if key not in unkept}
+            self.known[known] = self.per_tensor | own
+        return self.known[known]
 
     def of_rule(self, state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
         """Return the state of the rule itself."""
-        return {key: state[key] for key in self.keys_of(param)}
+        return {key: state[key] for key in self.shapes_of(param)}
 
     @property
     def describes_whole(self) -> bool:
         """Whether some of the state is of all coordinates together, so that it must not be cut."""
         return len(self.per_tensor) > 1  # besides the step
 
+    @cached_property
+    def marks(self) -> frozenset[str]:
+        """Keys that tell that the rule has a state; a wrapper may have put values of its own, or a ``step``."""
+        every = self.per_tensor.keys() | self.per_coordinate.keys()
+        return frozenset(every - {"step"} or every)
+
     def is_made(self, state: Mapping[str, Any]) -> bool:
-        """Return whether the rule has a state here; a wrapper may have put values of its own, or a ``step``."""
-        return any(key in state for key in self.keys if key != "step" or len(self.keys) == 1)
+        """Return whether the rule has a state here."""
+        return not self.marks.isdisjoint(state)
 
     def check_shapes(self, state: Mapping[str, Any], param: Tensor, groups: Groups) -> None:
         """Raise ``ValueError`` unless all is there and every value per coordinate has the parameter's shape; cheap."""
-        for key, expected in self.per_tensor.items():
+        for key, expected in self.shapes_of(param).items():
             found = getattr(state.get(key), "shape", None)
             if found != expected:
                 self._refuse(key, found, expected, param, groups)
-        shape = torch.Size((*param.shape, 2)) if param.is_complex() else param.shape
-        kept = {key: self.per_coordinate[key] for key in self.keys_of(param) if key in self.per_coordinate}
-        copies = {key: torch.Size() for key in (AVERAGE, ITERATE) if key in state}
-        for key, extra in (kept | copies).items():
-            found = getattr(state.get(key), "shape", None)
-            if found != (shape + extra if extra else shape):
-                self._refuse(key, found, shape + extra, param, groups)
+        for key in (AVERAGE, ITERATE):
+            if key in state and (found := getattr(state[key], "shape", None)) != (expected := real_shape(param)):
+                self._refuse(key, found, expected, param, groups)
 
     def check(self, state: Mapping[str, Any], param: Tensor, groups: Groups) -> None:
         """Raise ``ValueError`` unless a loaded state has every key, and the shapes of the parameter."""
-        for key in sorted({*self.keys_of(param), *self.shared} - state.keys()):
+        for key in sorted({*self.shapes_of(param), *self.shared} - state.keys()):
             raise ValueError(
                 f"state of {name_of(param, groups)} has no {key!r}: it was saved by another optimizer or rule "
                 f"than {self.rule.name!r}"
@@ -206,6 +211,11 @@ def copy_of(param: Tensor) -> Tensor:
     return dtensor.placed_like(whole.detach().to(compute_dtype(param)), param)
 
 
+def real_shape(param: Tensor) -> torch.Size:
+    """Return the shape of a parameter as pairs of real numbers, if it is complex."""
+    return torch.Size((*param.shape, 2)) if param.is_complex() else param.shape
+
+
 def shape_of(param: Tensor) -> TensorShape:
     """Return the shape of a whole parameter as a rule sees it."""
     return _shape_of(param.shape, param.is_complex())
@@ -218,7 +228,12 @@ def _shape_of(shape: torch.Size, is_complex: bool) -> TensorShape:
 
 def compute_dtype(param: Tensor) -> torch.dtype:
     """Return the real dtype that a parameter is computed on in."""
-    return torch.promote_types(param.dtype.to_real(), torch.float32)
+    return _compute_dtype(param.dtype)
+
+
+@lru_cache(maxsize=64)
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype.to_real(), torch.float32)
 
 
 def state_generator(seed: int, index: int) -> torch.Generator:

@@ -12,13 +12,28 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
-__all__ = ["compile_errors", "disable_dynamo", "foreach_copy_", "is_fake", "pytree", "without_modes"]
+__all__ = [
+    "compile_errors",
+    "disable_dynamo",
+    "foreach_copy_",
+    "foreach_lerp_",
+    "foreach_norm",
+    "is_fake",
+    "pytree",
+    "without_modes",
+]
 
 disable_dynamo = torch._disable_dynamo
 """Break the graph of a compiled caller; the public ``torch.compiler.disable`` would import the compiler."""
 
 foreach_copy_ = torch._foreach_copy_
 """Copy a list of tensors onto another one, on a GPU in a few kernels."""
+
+foreach_lerp_ = torch._foreach_lerp_
+"""Move a list of tensors towards another one by one weight, on a GPU in a few kernels."""
+
+foreach_norm = torch._foreach_norm
+"""Return the norm of each tensor of a list, on a GPU in a few kernels."""
 
 
 def is_fake(tensor: Tensor) -> bool:

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from flatopt import FlatOpt, LearnedRule
+from flatopt._applied import EAGER, Sizes
 from flatopt._torch import compile_errors
 from flatopt.evaluate._training import build_model
 from flatopt.evaluate.step_time import MODELS, peak_bytes
@@ -377,8 +378,7 @@ def test_large_tensors_are_cut_without_a_trace(monkeypatch: pytest.MonkeyPatch, 
     runs = []
     for size in (None, 5):
         if size:
-            monkeypatch.setattr("flatopt._applied.CHUNK_SIZE", size)
-            monkeypatch.setattr("flatopt._applied.PACK_SIZE", 0)
+            monkeypatch.setattr("flatopt._applied.EAGER", Sizes(chunk=size, pack=0))
         params = make_params("network", dtype=torch.float64)
         opt = FlatOpt(params, pretrained=toy)
         for seed in range(3):
@@ -675,8 +675,7 @@ def test_cutting_does_not_change_a_run_with_state_in_half(name: str, monkeypatch
     runs = []
     for size in (None, 5):
         if size:
-            monkeypatch.setattr("flatopt._applied.CHUNK_SIZE", size)
-            monkeypatch.setattr("flatopt._applied.PACK_SIZE", 0)
+            monkeypatch.setattr("flatopt._applied.EAGER", Sizes(chunk=size, pack=0))
         params = make_params("network", dtype=torch.float64)
         opt = FlatOpt(params, pretrained=learned(name), **HALF)
         for seed in range(3):
@@ -687,7 +686,7 @@ def test_cutting_does_not_change_a_run_with_state_in_half(name: str, monkeypatch
 
 
 def test_memory_of_a_step_does_not_grow_with_what_is_kept_in_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flatopt._applied.CHUNK_SIZE", 1000)
+    monkeypatch.setattr("flatopt._applied.EAGER", EAGER._replace(chunk=1000))
     param = torch.nn.Parameter(torch.zeros(40_000))
     opt = FlatOpt([param], pretrained=learned("l2o-dm"), **HALF)
     step_with(opt, [param], 0)

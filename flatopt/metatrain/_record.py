@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .._torch import foreach_copy_, pytree
+from .._graphs import LaunchedTogether
+from .._torch import pytree
 from ..rules import Weights
 from .runs import Draws, Runs, StepLosses, Terms, map_tree, stack_losses
 
@@ -71,35 +72,3 @@ class Recorder:
             with torch.no_grad():
                 function = torch._inductor.compile(module, list(values))
         return LaunchedTogether(function, values) if values[0].is_cuda else function
-
-
-class LaunchedTogether:
-    """A function of tensors on a GPU whose kernels are captured at the first call and launched as one CUDA graph.
-
-    A step of small networks is a thousand kernels of microseconds, which Python launches more slowly than they run.
-
-    Args:
-        function: what is captured; it never waits for the GPU.
-        values: arguments, whose shapes all calls have.
-    """
-
-    def __init__(self, function: Callable[..., list[Tensor]], values: list[Tensor]):
-        self.function = function  # whose constants the captured kernels read
-        self.inputs = [value.clone() for value in values]
-        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(current)
-        with torch.no_grad(), torch.cuda.stream(aside):
-            function(*self.inputs)  # libraries allocate what they need at their first call
-        current.wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self.graph):
-            outputs = function(*self.inputs)
-            own = {value.untyped_storage().data_ptr() for value in self.inputs}
-            # What is only passed on is copied: the next call may want it as another argument.
-            self.outputs = [one.clone() if one.untyped_storage().data_ptr() in own else one for one in outputs]
-
-    def __call__(self, *values: Tensor) -> list[Tensor]:
-        """Return the results, in memory that the next call writes to."""
-        foreach_copy_(self.inputs, list(values))
-        self.graph.replay()
-        return self.outputs

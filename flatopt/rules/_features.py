@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import math
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._torch import is_fake, without_modes
 from ._rule import State
+
+
+def constant(values: tuple[Any, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return numbers known on the host as a tensor, where another one is.
+
+    They are brought to a GPU once, which waits for it, and kept for good: kernels that were captured read them there.
+    """
+    if like.is_cuda and not is_fake(like):
+        return _on_gpu(values, like.device, dtype)
+    return torch.tensor(values, dtype=dtype, device=like.device)
+
+
+@cache
+def _on_gpu(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    with without_modes(), torch.inference_mode(False):  # whoever asks first, it is a tensor like any other
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def tiny(like: Tensor) -> float:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._features import constant
 from ._rule import TensorShape
 from ._strips import Strips
 
@@ -166,7 +167,7 @@ def reorder(values_XN: Tensor, order: list[int]) -> Tensor:
     """Bring the last axis in another order."""
     if order == list(range(len(order))):
         return values_XN
-    return values_XN.index_select(-1, torch.tensor(order, device=values_XN.device))
+    return values_XN.index_select(-1, constant(tuple(order), values_XN))
 
 
 def spread(layout: Layout, values_XN: Tensor) -> Iterator[Tensor]:

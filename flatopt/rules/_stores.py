@@ -38,7 +38,7 @@ class Update(NamedTuple):
     """How steps are applied in place: ``x <- x (1 - lr step_size weight_decay) + lr step``."""
 
     lrs_N: Tensor
-    weight_decays_N: Tensor | None
+    weight_decays_N: Tensor | None = None
     """``None`` for none at all."""
 
     def factors(self, step_sizes_N: Tensor) -> Tensor:
