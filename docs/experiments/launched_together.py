@@ -1,6 +1,6 @@
 """How long a step of meta-training takes as it is, under ``vmap``, and as its recorded graph, on a device.
 
-On a GPU the kernels of the graph are launched together.  ``docs/meta-training.md`` quotes an earlier form of it.
+On a GPU the kernels of the graph are launched together.  ``docs/meta-training.md`` quotes it.
 
 Run as ``python docs/experiments/launched_together.py [DEVICE] [FAMILY ...]``: a minute on a GPU (the default, where
 there is one).  ``--fast`` takes one family and few problems.

@@ -131,6 +131,7 @@ FIGURES = {
         "Curvature of the minima that are reached, and their scores. Large dots are means, small ones seeds.",
     ),
     "step-time.png": ("flatopt-eval step-time", "Time of a step on one CPU core, next to AdamW."),
+    "step-time-gpu.png": ("flatopt-eval step-time --device cuda", "Time of a step on an H200, next to AdamW."),
     "meta-speed.png": (
         "flatopt-eval meta-speed",
         "Inner steps of meta-training per second: plain, recorded, and compiled.",
