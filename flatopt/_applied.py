@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import _dtensor as dtensor
 from ._compile import CompiledPhases
@@ -95,14 +96,15 @@ class AppliedRule:
             results = self._take(slots, states, shared, *values)
         else:
             key = decays, tuple(map(_describe, slots, states)), tuple(value.data_ptr() for value in shared.values())
-            take = partial(self._take, [slot.without_gradient() for slot in slots], states, shared)
+            take = partial(self._take, slots, states, shared)
             results = self._relaunched.setdefault(bucket, Relaunched())(key, take, values)
+            increment_version([slot.param for slot in slots])  # which autograd checks, and a graph does not tell
         return dict(zip(shared, results, strict=True))
 
     def _is_launched_together(self, slots: Sequence[Slot]) -> bool:
         """Return whether the kernels of a step are to become one CUDA graph."""
         grads = [slot.local for slot in slots]
-        if not grads[0].is_cuda or any(dtensor.is_dtensor(slot.param) or is_fake(slot.param) for slot in slots):
+        if not grads[0].is_cuda or not all(_has_address(slot.param) for slot in slots):
             return False
         if self._compile is not None:
             return self._compile
@@ -148,9 +150,15 @@ class AppliedRule:
     def _ways(self, param: Tensor) -> tuple[Sizes, Phases]:
         """Return how to share out coordinates, and how to call the rule."""
         on_cpu = param.device.type in ("cpu", "meta")
-        if param.is_cuda or self._compiled is None or self._compiled.fast is None:
+        is_captured = param.is_cuda and _has_address(param)
+        if is_captured or self._compiled is None or self._compiled.fast is None:
             return EAGER if on_cpu else ON_GPU, self._plain
         return COMPILED if on_cpu else ON_GPU, self._compiled.phases()
+
+
+def _has_address(param: Tensor) -> bool:
+    """Return whether a parameter is its own storage, and not sharded, wrapped or fake."""
+    return not (dtensor.is_dtensor(param) or is_fake(param)) and (param.data_ptr() != 0 or not param.numel())
 
 
 def _describe(slot: Slot, state: State) -> tuple[Any, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -49,12 +48,6 @@ class Slot:
     """Steps that the parameter has taken."""
     made_for: float | None = None
     """Coordinates that the state was made for, ``None`` where that is not known."""
-
-    def without_gradient(self) -> Slot:
-        """Return a copy that keeps no gradient alive."""
-        other = copy(self)
-        del other.grad, other.local
-        return other
 
 
 class Shard:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from flatopt import FlatOpt
 from flatopt import _graphs as graphs
-from flatopt._graphs import CALLS_BEFORE, MOST_CAPTURES, Relaunched
+from flatopt._graphs import CALLS_BEFORE, MOST_CAPTURES, USEFUL_CALLS, Relaunched
 
 SHAPES = [(300, 200), (40, 300), (64, 64), (64, 64), (9, 3, 5, 5), (300,), (7,), (1, 5), (), (0, 4), (2000, 700)]
 
@@ -32,7 +31,6 @@ class Recorded:
 
 @pytest.fixture
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(graphs, "LaunchedTogether", Recorded)
 
 
@@ -58,7 +56,15 @@ def test_what_changes_all_the_time_is_given_up(without_gpu: None) -> None:
     for kind in range(2 * MOST_CAPTURES):
         for _ in range(CALLS_BEFORE + 2):
             assert call(kind, double, [torch.ones(())])[0] == 2
-    assert call.num_captures == MOST_CAPTURES and call.captured == MOST_CAPTURES - 1
+        assert (call.together is not None) == (kind < MOST_CAPTURES)
+
+
+def test_what_changes_now_and_then_is_captured_again(without_gpu: None) -> None:
+    call = Relaunched()
+    for kind in range(2 * MOST_CAPTURES):
+        for _ in range(CALLS_BEFORE + USEFUL_CALLS):
+            assert call(kind, double, [torch.ones(())])[0] == 2
+        assert call.captured == kind
 
 
 def test_without_graphs_the_step_goes_on(without_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +143,7 @@ def test_what_cannot_be_captured_goes_on_kernel_by_kernel() -> None:
             step_with(opt, plain, step)
             step_with(other, fast, step)
     assert len(caught) == 1 and not captures(other)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream() and torch.rand(1, device="cuda") < 1
     for one, two in zip(plain, fast, strict=True):
         assert torch.equal(one, two)
 
@@ -165,6 +172,34 @@ def test_large_and_small_tensors_on_a_gpu_are_those_of_a_cpu() -> None:
         step_with(other, there, step)
     for on_cpu, param in zip(here, there, strict=True):
         torch.testing.assert_close(param.cpu(), on_cpu, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.gpu
+def test_autograd_knows_that_parameters_changed() -> None:
+    params = [torch.nn.Parameter(torch.ones(3, 3, device="cuda")) for _ in range(2)]
+    opt = FlatOpt(params)
+    for step in range(6):
+        loss = (params[0] @ params[1]).sum()
+        step_with(opt, params, step)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    assert captures(opt) == [1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_each_of_two_gpus_has_a_graph_of_its_own() -> None:
+    here = [
+        torch.nn.Parameter(param.detach().to(f"cuda:{index % 2}")) for index, param in enumerate(on_gpu(torch.float32))
+    ]
+    plain = [torch.nn.Parameter(param.detach().clone()) for param in here]
+    opt, other = FlatOpt(plain, compile=False), FlatOpt(here)
+    for step in range(10):
+        step_with(opt, plain, step)
+        step_with(other, here, step)
+    for one, two in zip(plain, here, strict=True):
+        assert torch.equal(one, two)
+    assert captures(other) == [1, 1]
 
 
 @pytest.mark.gpu

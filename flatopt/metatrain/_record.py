@@ -29,6 +29,7 @@ class Recorder:
         self.step = step
         self.compiled = compiled
         self.graphs: dict[Any, Callable[..., list[Tensor]]] = {}
+        self.kept: list[Callable[..., list[Tensor]]] = []
 
     def run(self, weights_N: Weights, runs: Runs, steps: Iterable[tuple[Draws, Terms]]) -> tuple[Runs, StepLosses]:
         """Take steps by their graphs; weights and runs are taken apart once, not at every step."""
@@ -71,4 +72,8 @@ class Recorder:
             # The compiler without the tracer in front of it: the graph is there, and keyed by its shapes.
             with torch.no_grad():
                 function = torch._inductor.compile(module, list(values))
-        return LaunchedTogether(function, values) if values[0].is_cuda else function
+        if not values[0].is_cuda:
+            return function
+        together = LaunchedTogether(function, values)
+        self.kept.append(function)  # whose constants the captured kernels read
+        return together

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,18 +13,18 @@ from .._torch import is_fake, without_modes
 from ._rule import State
 
 
-def constant(values: tuple[Any, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return numbers known on the host as a tensor, where another one is.
+def constant_columns(columns: Sequence[tuple[float, ...]], like: Tensor) -> Tensor:
+    """Return numbers known on the host, ``[F, N]`` for ``N`` columns, where another tensor is and in its dtype.
 
-    They are brought to a GPU once, which waits for it, and kept for good: kernels that were captured read them there.
+    Each column is brought to a GPU once, which waits for it, and kept for good: captured kernels read it there.
     """
     if like.is_cuda and not is_fake(like):
-        return _on_gpu(values, like.device, dtype)
-    return torch.tensor(values, dtype=dtype, device=like.device)
+        return torch.stack([_on_gpu(column, like.device, like.dtype) for column in columns], -1)
+    return torch.tensor(list(zip(*columns, strict=True)), dtype=like.dtype, device=like.device)
 
 
 @cache
-def _on_gpu(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype | None) -> Tensor:
+def _on_gpu(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     with without_modes(), torch.inference_mode(False):  # whoever asks first, it is a tensor like any other
         return torch.tensor(values, dtype=dtype, device=device)
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._features import constant
 from ._rule import TensorShape
 from ._strips import Strips
 
@@ -167,7 +166,10 @@ def reorder(values_XN: Tensor, order: list[int]) -> Tensor:
     """Bring the last axis in another order."""
     if order == list(range(len(order))):
         return values_XN
-    return values_XN.index_select(-1, constant(tuple(order), values_XN))
+    if values_XN.is_cuda:  # which would wait for an index from the host
+        columns = values_XN.unbind(-1)
+        return torch.stack([columns[place] for place in order], -1)
+    return values_XN.index_select(-1, torch.tensor(order, device=values_XN.device))
 
 
 def spread(layout: Layout, values_XN: Tensor) -> Iterator[Tensor]:

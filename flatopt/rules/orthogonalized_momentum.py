@@ -64,7 +64,7 @@ import torch
 from torch import Tensor
 
 from ._average import PolynomialAverage
-from ._features import constant, debiasing, embed_step, tiny
+from ._features import constant_columns, debiasing, embed_step, tiny
 from ._networks import init_linear, linear
 from ._rule import State, StepContext, TensorFacts, TensorShape, Terms, UpdateRule, Weights
 
@@ -257,7 +257,7 @@ class OrthogonalizedMomentum(UpdateRule):
             ``[N, 3]`` controls: what multiplies the direction and the parameter, and the step.
         """
         factors, known = _factors(weights), _is_known(context)
-        table_FN = constant(self._table(tuple(shapes)), summaries_NS, summaries_NS.dtype)
+        table_FN = constant_columns(self._columns(tuple(shapes)), summaries_NS)
         fan, is_matrix, crowding = table_FN[2:5]
         seen = self._measure(summaries_NS, memory_NM, table_FN, self._rates(factors), context)
         in_run = torch.stack([*embed_step(context.step, STEP_SCALES), *_embed_horizon(context, known)]).to(fan)
@@ -332,8 +332,8 @@ class OrthogonalizedMomentum(UpdateRule):
         """Return the step size of every tensor."""
         return control_NC[:, 2]
 
-    def _table(self, shapes: tuple[TensorShape, ...]) -> tuple[tuple[float, ...], ...]:
-        """Return what is known of tensors before training, ``[8, N]``: five numbers for formulas, then features."""
+    def _columns(self, shapes: tuple[TensorShape, ...]) -> list[tuple[float, ...]]:
+        """Return what is known of each tensor before training: five numbers for formulas, then three features."""
         columns = []
         for shape in shapes:
             is_matrix = float(shape.is_matrix and self.strip_size > 0)
@@ -345,8 +345,8 @@ class OrthogonalizedMomentum(UpdateRule):
                 (math.log(shape.numel + 1) - 7) / 3,
             ]
             crowding = max(is_matrix * short / (FREE_STRIPS * max(self.strip_size, 1)), 1)
-            columns.append([1 / numel, is_matrix * math.sqrt(numel / short), fan, is_matrix, crowding, *features])
-        return tuple(zip(*columns, strict=True))
+            columns.append((1 / numel, is_matrix * math.sqrt(numel / short), fan, is_matrix, crowding, *features))
+        return columns
 
     def _rates(self, factors: dict[str, Tensor]) -> Tensor:
         """Return the share of the gradient in the momentum, and of its square in the second moment, ``[2]``."""
