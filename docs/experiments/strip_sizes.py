@@ -5,8 +5,8 @@ steps, length told.  The default rule with strips of 32 rows and more, up to the
 are shortened by how many strips there are, so whole matrices take the longest.  Tuned Muon is beside it.  Printed is
 the loss on the ``meta`` files in nats per character.  The entry of ``docs/log.md`` of 2026-11-27 on GPUs quotes it.
 
-Run as ``OMP_NUM_THREADS=1 python docs/experiments/strip_sizes.py [SIZE ...]``: about three minutes for each size and
-each rate on a core, ``0`` for Muon.  ``--fast`` takes a tiny network, three steps and two sizes.
+Run as ``OMP_NUM_THREADS=1 python docs/experiments/strip_sizes.py [SIZE ...] [--seed=1]``: about three minutes for each
+size and each rate on a core, ``0`` for Muon.  ``--fast`` takes a tiny network, three steps and two sizes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from flatopt.evaluate.models import decoder
 
 FAST = "--fast" in sys.argv
 WORDS = [int(word) for word in sys.argv[1:] if not word.startswith("--")]
+SEED = next((int(word.partition("=")[2]) for word in sys.argv if word.startswith("--seed=")), 0)
 SIZES = WORDS or ([0, 32] if FAST else [0, 32, 64, 128, 256])
 SHAPE = {"width": 16, "depth": 1} if FAST else {"width": 256, "depth": 3}
 RUN: dict[str, Any] = {"num_steps": 3} if FAST else {"num_steps": 400}
@@ -53,6 +54,6 @@ def contestants(size: int) -> list[tuple[Contestant, Setting]]:
 
 for size in SIZES:
     for contestant, setting in contestants(size):
-        loss = results(benchmark, contestant, setting, 0)["meta_loss"]
+        loss = results(benchmark, contestant, setting, SEED)["meta_loss"]
         assert math.isfinite(loss)
         print(f"{contestant.name}, lr {setting}: {loss:.3f}", flush=True)
