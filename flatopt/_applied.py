@@ -109,7 +109,7 @@ class AppliedRule:
         if self._compile is not None:
             return self._compile
         # One optimizer per parameter would have as many graphs.
-        return len(grads) > 1 and sum(grad.numel() * grad.element_size() for grad in grads) <= MOST_BYTES_COPIED
+        return len(grads) > 1 and sum(grad.nbytes for grad in grads) <= MOST_BYTES_COPIED
 
     def _take(self, slots: Sequence[Slot], states: Sequence[State], shared: State, *values: Tensor) -> list[Tensor]:
         """Take a step; return the new shared state.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ._torch import compile_errors
-from ._warn import warn
+from ._warn import reason_of, warn
 from .rules import Coordinates, Phases
 
 COMPILED = ("observe", "propose")
@@ -40,8 +40,7 @@ class CompiledPhases:
             try:
                 return self.fast[kind](*arguments)
             except compile_errors() as error:
-                reason = str(error).strip().splitlines()[0]
-                warn(f"FlatOpt goes on without torch.compile: {reason}", RuntimeWarning)
+                warn(f"FlatOpt goes on without torch.compile: {reason_of(error)}", RuntimeWarning)
                 self.fast = None
         return getattr(self.plain, name)(*arguments)
 

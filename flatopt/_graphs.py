@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._torch import foreach_copy_
-from ._warn import warn
+from ._warn import reason_of, warn
 
 Function = Callable[..., list[Tensor]]
 
@@ -115,5 +115,4 @@ class Relaunched:
             self.together, self.captured = LaunchedTogether(function, values, is_warm=True), key
         except RuntimeError as error:
             self.num_captures = MOST_CAPTURES
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            warn(f"FlatOpt goes on without CUDA graphs: {reason}", RuntimeWarning)
+            warn(f"FlatOpt goes on without CUDA graphs: {reason_of(error)}", RuntimeWarning)

@@ -141,13 +141,12 @@ def _largest(slots: Sequence[Slot], dtype: torch.dtype) -> list[Tensor]:
     """Return the largest absolute value of each gradient, inf for NaN, 0-D."""
     if not slots:
         return []
-    grads = [slot.local for slot in slots]
-    filled = [grad for grad in grads if grad.numel()]  # an empty one has no largest value
+    local = (slot.local for slot in slots)
+    grads = [grad if grad.numel() else grad.new_zeros(1) for grad in local]  # an empty one has no largest value
     if grads[0].is_cuda:
-        found = iter(foreach_norm(filled, math.inf) if filled else [])
-        norms = torch.stack([(next(found) if grad.numel() else grad.new_zeros(())).to(dtype) for grad in grads])
+        norms = torch.stack([norm.to(dtype) for norm in foreach_norm(grads, math.inf)])
     else:  # both ends, which is much faster there
-        ends = [end for grad in grads for end in (torch.aminmax(grad) if grad.numel() else 2 * [grad.new_zeros(())])]
+        ends = [end for grad in grads for end in torch.aminmax(grad)]
         norms = torch.stack([end.to(dtype) for end in ends]).view(-1, 2).abs().amax(1)
     norms = torch.nan_to_num(norms, nan=math.inf, posinf=math.inf)  # a maximum over ranks may lose a NaN
     shardings = [dtensor.sharding(slot.param) for slot in slots]

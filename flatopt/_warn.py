@@ -17,3 +17,8 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of what an error says, or what it is where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

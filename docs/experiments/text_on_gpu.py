@@ -15,9 +15,11 @@ from __future__ import annotations
 import math
 import multiprocessing
 import sys
+from functools import partial
 from statistics import fmean
 
 import torch
+from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -53,13 +55,18 @@ def build(name: str, params: list[torch.nn.Parameter], lr: float) -> Optimizer:
     return FlatOpt(params, pretrained=rule, num_steps=None if "not" in name else NUM_STEPS)
 
 
+def make_model(seed: int) -> nn.Module:
+    """Make the network of a run."""
+    return build_model(partial(decoder, width=WIDTH, depth=DEPTH), LENGTH, seed)
+
+
 def run(task: tuple[str, float, int]) -> tuple[float, float]:
     """Train, and return the losses on the meta and on the test files."""
     name, lr, seed = task
     torch.set_num_threads(1)
     splits = [part.to(DEVICE) for part in load_text(NUM_BYTES)]
     generator = torch.Generator().manual_seed(seed)
-    model = build_model(lambda size: decoder(size, width=WIDTH, depth=DEPTH), LENGTH, seed).to(DEVICE)
+    model = make_model(seed).to(DEVICE)
     optimizer = build(name, list(model.parameters()), lr)
 
     def factor(step: int) -> float:
@@ -93,9 +100,7 @@ def run(task: tuple[str, float, int]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    size = sum(
-        p.numel() for p in build_model(lambda size: decoder(size, width=WIDTH, depth=DEPTH), LENGTH, 0).parameters()
-    )
+    size = sum(param.numel() for param in make_model(0).parameters())
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     print(f"{size:,} parameters, {NUM_STEPS} steps, {where}, torch {torch.__version__}", flush=True)
     tasks = [(name, lr, seed) for seed in range(NUM_SEEDS) for name, lr in RUNS]

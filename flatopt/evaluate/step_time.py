@@ -158,7 +158,7 @@ def _wait(device: torch.device) -> None:
 
 def _state_bytes(optimizer: Optimizer) -> int:
     values = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return sum(value.numel() * value.element_size() for value in values)
+    return sum(value.nbytes for value in values)
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device | None = None) -> int:
