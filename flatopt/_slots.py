@@ -61,7 +61,7 @@ class Shard:
         param = slot.param
         self.shape = shape_of(param)
         is_plain = not dtensor.is_dtensor(param)
-        first_strip = 0 if is_plain else dtensor.first_strip(param, Strips.of(self.shape, rule.max_strip))
+        first_strip = 0 if is_plain else dtensor.first_strip(param, Strips.of(self.shape, rule.strip_rows))
         self.first_strip = first_strip or 0
         self.is_gathered = first_strip is None
         if is_plain:

@@ -157,7 +157,7 @@ class FlatOpt(Averaging):
         options |= {"momentum": 0.0, SHOWS_AVERAGES: 0} | record_of(self.learned)
         self._had_matrices = False
         super().__init__(params, options)
-        self._watch.look_at_new(self.param_groups, needs_matrices=self.learned.rule.max_strip > 0)
+        self._watch.look_at_new(self.param_groups, needs_matrices=self.learned.rule.strip_rows is not None)
 
     @overload
     def step(self, closure: None = None) -> None: ...

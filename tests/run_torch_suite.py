@@ -101,7 +101,7 @@ def is_adam(learned: LearnedRule) -> bool:
 
 
 def has_no_matrices(learned: LearnedRule) -> bool:
-    return learned.rule.max_strip == 0
+    return learned.rule.strip_rows is None
 
 
 INFO = OptimizerInfo(

@@ -3,7 +3,7 @@
 from ._average import PolynomialAverage
 from ._driver import Plan, apply_rule
 from ._phases import Coordinates, Phases, batched_phases, plain_phases
-from ._rule import State, StepContext, TensorFacts, TensorShape, UpdateRule, Weights
+from ._rule import State, StepContext, StripRows, TensorFacts, TensorShape, UpdateRule, Weights
 from ._stores import RuleResult, Update
 from ._strips import Strips
 from ._sums import Reduce
@@ -33,6 +33,7 @@ __all__ = [
     "RuleResult",
     "State",
     "StepContext",
+    "StripRows",
     "Strips",
     "TensorFacts",
     "TensorShape",

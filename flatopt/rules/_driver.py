@@ -70,7 +70,7 @@ def apply_rule(
     pieces = tuple(param.shape[dim:] for param in params)
     shapes = plan.shapes or [TensorShape.of(shape) for shape in pieces]
     firsts = None if plan.reduce is None else tuple(plan.first_strips or ())
-    layout = lay_out(pieces, tuple(shapes), firsts, rule.max_strip, plan.chunk_size, plan.pack_size)
+    layout = lay_out(pieces, tuple(shapes), firsts, rule.strip_rows, plan.chunk_size, plan.pack_size)
     store = (Pure if plan.update is None else InPlace)(rule, params, grads, states, shapes, dim)
 
     steps_N = torch.stack([state["step"] for state in states], dim) + 1
@@ -94,7 +94,7 @@ def apply_rule(
         control_NC = torch.cat([control_NC, plan.update.factors(rule.step_size(weights, control_NC, context))], -1)
     for pack, known, control_Cn in zip(layout.packs, facts, spread(layout, control_NC.mT), strict=True):
         part = store.read(pack)
-        if rule.max_strip:
+        if rule.strip_rows:
             matrix_n = phases.matrix(weights, part.state, part.grad, known) if pack.is_matrix else part.grad
             known = known._replace(coupled=multiply_strips(pack, factors, matrix_n, dim))
         of_rule, of_update = control_Cn.tensor_split([num_controls], -2)

@@ -63,6 +63,15 @@ def embed_step(step: Tensor, scales: tuple[float, ...]) -> list[Tensor]:
     return [(log_step - 4) / 2] + [torch.tanh(log_step - math.log(scale)) for scale in scales]
 
 
+def embed_horizon(step: Tensor, num_steps: Tensor, known: Tensor) -> list[Tensor]:
+    """Return five 0-D features of the length of the run, all zero where it is not ``known``."""
+    length = torch.where(known, num_steps, 1.0)
+    fraction = (step / length).clamp(max=1)
+    late = torch.tanh(10 * (fraction - 0.9))
+    features = [torch.ones_like(fraction), 2 * fraction - 1, fraction.square(), late, (length.log() - 6) / 2]
+    return list((torch.stack(features) * known).unbind())
+
+
 def log_sign(grad: Tensor, exponent: float = 5.0) -> Tensor:
     """Return logarithmic size and clipped value of a gradient, ``[2, n]`` (after Andrychowicz et al., 2016).
 

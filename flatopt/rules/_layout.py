@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._rule import TensorShape
+from ._rule import StripRows, TensorShape
 from ._strips import Strips
 
 
@@ -83,15 +83,13 @@ def lay_out(
     pieces: tuple[torch.Size, ...],
     shapes: tuple[TensorShape, ...],
     first_strips: tuple[int, ...] | None,
-    max_strip: int,
+    rows: StripRows | None,
     chunk_size: int | None,
     pack_size: int,
 ) -> Layout:
     """Share out all coordinates of what is here of each tensor; an empty one is a part of size 0."""
     numels = [piece.numel() for piece in pieces]
-    cuts = [Strips.of(shape, max_strip) for shape in shapes]
-    largest = max((cut.size for cut in cuts if cut is not None), default=0)
-    cuts = [cut and cut._replace(padded=largest) for cut in cuts]
+    cuts = _padded([Strips.of(shape, rows) for shape in shapes], rows)
     firsts = first_strips or (0,) * len(pieces)
     groups: list[Group] = []
     packs: list[Pack] = []
@@ -126,6 +124,16 @@ def lay_out(
             packs += [Pack([run], first) for run in add((index,), _most(pieces[index], cuts[index], chunk_size))]
     places = sorted(range(len(order)), key=order.__getitem__)
     return Layout(packs, groups, order, places)
+
+
+def _padded(cuts: Sequence[Strips | None], rows: StripRows | None) -> list[Strips | None]:
+    """Return the cuts with Gram matrices as large as the largest that is one batch with them."""
+    largest: dict[int, int] = {}
+    for cut in cuts:
+        if cut is not None and rows is not None:
+            batch = rows.batch(cut.size)
+            largest[batch] = max(cut.size, largest.get(batch, 0))
+    return [cut and rows and cut._replace(padded=largest[rows.batch(cut.size)]) for cut in cuts]
 
 
 def _side_by_side(

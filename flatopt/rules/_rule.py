@@ -17,8 +17,8 @@ Two of the five rules need no more than ``propose``.  A rule may add
 :func:`flatopt.rules.apply_rule` drives them.  The optimizer, the meta-trainer and the benchmarks all call it.
 
 Shape legend: ``N`` tensors, ``S`` sums per tensor, ``M`` memory per tensor, ``C`` controls per tensor, ``G`` numbers
-per tensor given to ``observe``, ``K`` strips of all tensors, ``s`` rows of the largest strip, ``n`` coordinates of one
-call: a tensor, a part of a large one, or several small ones side by side.
+per tensor given to ``observe``, ``K`` strips of many tensors, ``s`` rows of the largest of them, ``n`` coordinates of
+one call: a tensor, a part of a large one, or several small ones side by side.
 """
 
 from __future__ import annotations
@@ -99,6 +99,41 @@ class TensorShape(NamedTuple):
         return self.num_inputs > 1
 
 
+ROW_BLOCK = 16
+"""Large strips have a multiple of so many rows, for which products of matrices are fastest."""
+
+
+class StripRows(NamedTuple):
+    """How many rows the strips of a rule have."""
+
+    usual: int
+    """Most rows, as long as a matrix then has at most ``number`` strips."""
+    number: int
+    """Strips of a larger matrix."""
+    most: int
+    """Rows from which on the number doubles; so shards on 2, 4 or 8 devices seldom cut through a strip."""
+
+    def of(self, short: int) -> int:
+        """Return the rows of the strips of a matrix whose shorter axis is ``short``; the last may have fewer.
+
+        Example:
+            >>> rows = StripRows(usual=64, number=4, most=128)
+            >>> [rows.of(short) for short in (20, 64, 100, 256, 320, 768, 1024)]
+            [20, 64, 50, 64, 80, 96, 128]
+        """
+        number = -(-short // self.usual)
+        if number > self.number:
+            number = self.number
+            while short > number * self.most:
+                number *= 2
+        rows = -(-short // number)
+        return rows if rows <= self.usual else min(-(-rows // ROW_BLOCK) * ROW_BLOCK, short)
+
+    def batch(self, size: int) -> int:
+        """Return a number that strips of about one size share: up to the usual one, to twice, four times as large."""
+        return ((size - 1) // self.usual).bit_length()
+
+
 @dataclass(frozen=True, kw_only=True)
 class UpdateRule(ABC):
     """A pure update rule: fields are static hyper-parameters, tensors are arguments.
@@ -130,13 +165,13 @@ class UpdateRule(ABC):
     """Keys of the per-coordinate state that matrices do without; they are not in the ``state`` of their coordinates."""
 
     @property
-    def max_strip(self) -> int:
-        """Most rows of a strip; 0 for a rule without ``matrix`` and ``couple``."""
-        return 0
+    def strip_rows(self) -> StripRows | None:
+        """How matrices are cut; ``None`` for a rule without ``matrix`` and ``couple``."""
+        return None
 
     def unkept(self, shape: TensorShape) -> frozenset[str]:
         """Return the keys that a tensor does without; a rule without strips treats all as vectors."""
-        return self.vector_state if self.max_strip and shape.is_matrix else frozenset()
+        return self.vector_state if self.strip_rows and shape.is_matrix else frozenset()
 
     @abstractmethod
     def init_weights(self, generator: torch.Generator | None = None) -> Weights:
@@ -204,7 +239,10 @@ class UpdateRule(ABC):
         raise NotImplementedError
 
     def couple(self, weights: Weights, grams_Kss: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return what each strip is multiplied by, from its Gram matrix.  Called once per step, if ``max_strip``.
+        """Return what each strip is multiplied by, from its Gram matrix.
+
+        Called in each step of a rule with ``strip_rows``: once for all strips of up to the usual rows, those of vectors
+        only included (``K`` is 0), and once more for those of up to twice as many, and so on.
 
         Args:
             weights: the rule's weights.

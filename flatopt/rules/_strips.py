@@ -1,7 +1,7 @@
 r"""Strips of matrices: what a rule that treats a matrix as a whole works on.
 
-A matrix ``[outputs, inputs]`` is cut along its *shorter* axis into strips of at most ``max_strip`` rows, as equal as
-can be.  A strip ``X`` is as long as the longer axis, and its Gram matrix
+A matrix ``[outputs, inputs]`` is cut along its *shorter* axis into strips of a few rows, as equal as can be.  A strip
+``X`` is as long as the longer axis, and its Gram matrix
 
 .. math::
     G = X X^\top = \sum_{\text{columns } x} x x^\top
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._rule import TensorShape
+from ._rule import StripRows, TensorShape
 
 
 class Strips(NamedTuple):
@@ -32,21 +32,20 @@ class Strips(NamedTuple):
     number: int
     """Strips of the whole tensor."""
     padded: int
-    """Rows of a Gram matrix, zero beyond those of the strip, so that all of a model are one batch."""
+    """Rows of a Gram matrix, zero beyond those of the strip, so that those of many tensors are one batch."""
 
     @classmethod
-    def of(cls, shape: TensorShape, max_strip: int) -> Strips | None:
+    def of(cls, shape: TensorShape, rows: StripRows | None) -> Strips | None:
         """Return how a tensor is cut, ``None`` for a vector or a rule without strips.
 
         Example:
-            >>> Strips.of(TensorShape(100, 40), 32)
-            Strips(is_tall=True, size=20, number=2, padded=20)
+            >>> Strips.of(TensorShape(200, 100), StripRows(usual=64, number=4, most=128))
+            Strips(is_tall=True, size=50, number=2, padded=50)
         """
-        if not (max_strip and shape.is_matrix):
+        if rows is None or not shape.is_matrix:
             return None
         short = min(shape[:2])
-        at_least = -(-short // max_strip)
-        size = -(-short // at_least)
+        size = rows.of(short)
         return cls(shape.num_inputs < shape.num_outputs, size, -(-short // size), size)
 
     def gram(self, matrix: Tensor) -> Tensor:

@@ -61,26 +61,27 @@ def couple_strips(
     terms_SN, grams = sums.total_terms(), sums.total_grams()
     if reduce is not None:
         terms_SN, grams = _reduce(reduce, terms_SN, grams, layout)
-    if not rule.max_strip:
+    if rule.strip_rows is None:
         return {}, reorder(terms_SN, layout.places).mT
-    nothing = terms_SN.new_zeros(*terms_SN.shape[:dim], 0, rule.max_strip, rule.max_strip)
-    flat = [gram.flatten(dim, dim + 1) for gram in grams.values()]
-    factors_Kss, terms = phases.couple(weights, torch.cat(flat or [nothing], dim))
-    terms_TK = torch.stack(terms, dim)
-    numbers = [gram.shape[dim] for gram in flat]
-    terms_of = dict(zip(grams, terms_TK.split(numbers, -1), strict=True)) if grams else {}
-    more = []
+    factors: dict[int, Tensor] = {}
+    more_TN: dict[int, Tensor] = {}
+    for size in dict.fromkeys(gram.shape[-1] for gram in grams.values()) or (rule.strip_rows.usual,):
+        batch = {index: gram for index, gram in grams.items() if gram.shape[-1] == size}
+        flat = [gram.flatten(dim, dim + 1) for gram in batch.values()]
+        nothing = terms_SN.new_zeros(*terms_SN.shape[:dim], 0, size, size)
+        factors_Kss, terms = phases.couple(weights, torch.cat(flat or [nothing], dim))
+        terms_TK, numbers = torch.stack(terms, dim), [gram.shape[dim] for gram in flat]
+        parts = zip(batch, factors_Kss.split(numbers, dim), terms_TK.split(numbers, -1), strict=True)
+        for index, factor_kss, terms_Tk in parts:
+            tensors_and_strips = batch[index].shape[dim : dim + 2]
+            factors[index] = factor_kss.unflatten(dim, tensors_and_strips)
+            more_TN[index] = terms_Tk.unflatten(-1, tensors_and_strips).sum(-1)
     for index, (tensors, _) in enumerate(layout.groups):
-        if index in terms_of:
-            more.append(terms_of[index].unflatten(-1, (len(tensors), -1)).sum(-1))
-        else:  # zero, for vectors
-            more.append(terms_TK.new_zeros(*terms_TK.shape[:-1], len(tensors)))
-    summaries_SN = torch.cat([terms_SN, torch.cat(more, -1)], -2)
-    factors = factors_Kss.split(numbers, dim) if grams else ()
-    shaped = [
-        factor.unflatten(dim, gram.shape[dim : dim + 2]) for factor, gram in zip(factors, grams.values(), strict=True)
-    ]
-    return dict(zip(grams, shaped, strict=True)), reorder(summaries_SN, layout.places).mT
+        if index not in more_TN:  # zero, for vectors
+            more_TN[index] = terms_TK.new_zeros(*terms_TK.shape[:-1], len(tensors))
+    in_order = [more_TN[index] for index in range(len(layout.groups))]
+    summaries_SN = torch.cat([terms_SN, torch.cat(in_order, -1)], -2)
+    return factors, reorder(summaries_SN, layout.places).mT
 
 
 def multiply_strips(pack: Pack, factors: dict[int, Tensor], matrix_n: Tensor, dim: int) -> Tensor:

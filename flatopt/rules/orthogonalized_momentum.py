@@ -6,14 +6,14 @@ Per coordinate, with gradient :math:`g_t`,
     m_t = \beta_1 m_{t-1} + (1 - \beta_1)\, g_t \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2)\, g_t^2 \qquad
     u_t = m_t / \sqrt{v_t}.
 
-A matrix ``[outputs, inputs]`` is cut into strips :math:`X` of at most 32 rows of its shorter axis (see
-:mod:`flatopt.rules._strips`), of :math:`(1 - \mu)\, m_t + \mu\, g_t`.  Each is replaced by nearly the closest matrix
-with orthonormal rows, its polar factor :math:`(X X^\top)^{-1/2} X`, by four Newton-Schulz iterations on the Gram
-matrix alone, which is small:
+A matrix ``[outputs, inputs]``, of :math:`(1 - \mu)\, m_t + \mu\, g_t`, is cut along its shorter axis into strips
+:math:`X`: of up to 64 rows, four of up to 128, or more (:class:`flatopt.rules.StripRows`).  Each is replaced by nearly
+the closest matrix with orthonormal rows, its polar factor :math:`(X X^\top)^{-1/2} X`, by three Newton-Schulz
+iterations on the Gram matrix alone, which is small:
 
 .. math::
-    A_0 = X X^\top / \lVert X X^\top \rVert_F \qquad Q_i = a + b A_i + c A_i^2 \qquad A_{i+1} = Q_i A_i Q_i \qquad
-    P = Q_3 Q_2 Q_1 Q_0 \qquad \bar X = \sqrt{n}\, P X / \lVert X X^\top \rVert_F^{1/2}.
+    A_0 = X X^\top / \lVert X X^\top \rVert_F \qquad Q_i = a_i + b_i A_i + c_i A_i^2 \qquad
+    A_{i+1} = Q_i A_i Q_i \qquad \bar X = \sqrt{n}\, Q_2 Q_1 Q_0 X / \lVert X X^\top \rVert_F^{1/2}.
 
 With :math:`n`, the length of the longer axis, :math:`\bar X` has a root mean square of about 1 where the momentum has
 full rank, and a smaller one where it has not: no direction gets longer than it is in a matrix of full rank.
@@ -25,18 +25,18 @@ The step of a matrix :math:`x` is
     \eta_t = \frac{0.034\, s_t\, \rho_t^{\,q} \sigma_t^{\,p}}{\sqrt{\max(\text{inputs}, 8)\, \max(K / 4, 1)}}
 
 with :math:`\bar X` clipped to :math:`\pm 5`.  A vector has :math:`u_t` over its root mean square in its place.
-:math:`K` is the shorter axis of a matrix over 32, the number of its strips: where they share directions, their steps
-add up.  The schedule :math:`s_t` is a warm-up over 30 steps (over a fifth of a shorter known run, but at least 15),
-times :math:`\cos(\pi (t - 1) / 2T)` where the length :math:`T` of the run is known, and times
-:math:`(1 + t/100)^{-0.5}` where it is not; that power stays below 1, so that no run ends by itself.  There step and
-decay have one more learned factor each.  :math:`\rho_t` is the root mean square of the gradient over its largest so
-far: it falls as training data are learned by heart.  :math:`\sigma_t` is 6 times the root mean square of the momentum
-over that of the gradient.  That ratio is the size of Adam's step: 1 for a gradient without noise, near 1/6 in most
-runs.  (Noise alone gives the same ratio in every step.)  :math:`r_t` tells what is large, as gains and embeddings are:
-half the root mean square of the tensor times :math:`\sqrt{\text{inputs}}`, but at least 1.  Steps may shrink with noise
-and gradient; decay may grow with noise, with what is learned by heart, and late, and spare what is large.  The powers
-are ``gradient_power, noise_step, noise_decay, late_decay, gradient_decay, size_decay``; they see :math:`s_t \ge 0.05`,
-:math:`0.3 \le \sigma_t \le 120`, :math:`r_t \le 20` and, in the decay, :math:`\rho_t \ge 0.05`.
+:math:`K` is the number of strips of a matrix: where they share directions, their steps add up.  The schedule
+:math:`s_t` is a warm-up over 30 steps (over a fifth of a shorter known run, but at least 15), times
+:math:`\cos(\pi (t - 1) / 2T)` where the length :math:`T` of the run is known, and times :math:`(1 + t/100)^{-0.5}`
+where it is not; that power stays below 1, so that no run ends by itself.  There step and decay have one more learned
+factor each.  :math:`\rho_t` is the root mean square of the gradient over its largest so far: it falls as training data
+are learned by heart.  :math:`\sigma_t` is 6 times the root mean square of the momentum over that of the gradient.  That
+ratio is the size of Adam's step: 1 for a gradient without noise, near 1/6 in most runs.  :math:`r_t` tells what is
+large, as gains and embeddings are: half the root mean square of the tensor times :math:`\sqrt{\text{inputs}}`, but at
+least 1.  Steps may shrink with noise and gradient; decay may grow with noise, with what is learned by heart, and late,
+and spare what is large.  The powers are ``gradient_power, noise_step, noise_decay, late_decay, gradient_decay,
+size_decay``; they see :math:`s_t \ge 0.05`, :math:`0.3 \le \sigma_t \le 120`, :math:`r_t \le 20` and, in the decay,
+:math:`\rho_t \ge 0.05`.
 
 The controller is linear: from what the tensor's own sums, its shape and the time tell
 (:meth:`OrthogonalizedMomentum.mix` lists it) it finds :math:`\lambda, \omega` and the :math:`\mu` of the next step,
@@ -44,10 +44,11 @@ with weights for matrices and others for vectors.  No tensor knows of another.  
 each as the logarithm of a factor, and the powers.  Zero weights leave the constants as above, and all else is zero
 then: the untrained rule.  A coordinate whose momentum squared is zero does not move, as where no gradient ever was; one
 that is not finite stays.  State: of matrices the momentum alone, of vectors both moments, four numbers per tensor, and
-the average of the parameters that the optimizer keeps.
+the average of the parameters.
 
 References:
-    Jordan et al., *Muon*, 2024, https://kellerjordan.github.io/posts/muon/ (orthogonalised momentum, the coefficients);
+    Jordan et al., *Muon*, 2024, https://kellerjordan.github.io/posts/muon/ (orthogonalised momentum);
+    Amsel et al., *The Polar Express*, 2025, https://arxiv.org/abs/2505.16932 (the coefficients of the iterations);
     Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980 (vectors);
     Metz et al., *Practical tradeoffs between memory, compute, and performance in learned optimizers*, 2022,
     https://arxiv.org/abs/2203.11860 (a network per tensor that sees statistics).
@@ -64,12 +65,14 @@ import torch
 from torch import Tensor
 
 from ._average import PolynomialAverage
-from ._features import constant_columns, debiasing, embed_step, tiny
+from ._features import constant_columns, debiasing, embed_horizon, embed_step, tiny
 from ._networks import init_linear, linear
-from ._rule import State, StepContext, TensorFacts, TensorShape, Terms, UpdateRule, Weights
+from ._rule import State, StepContext, StripRows, TensorFacts, TensorShape, Terms, UpdateRule, Weights
+from ._strips import Strips
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""``a, b, c`` of Jordan et al.: they raise small singular values fastest and leave large ones between 0.7 and 1.2."""
+NEWTON_SCHULZ = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
+"""``a, b, c`` of each iteration (after Amsel et al.), the best for what the one before leaves: together they bring
+singular values from 0.01 to 1 as near to 1 as three polynomials of fifth degree can, 0.73 to 1.27."""
 
 CONSTANTS = (
     "matrix_step",
@@ -127,8 +130,8 @@ class OrthogonalizedMomentum(UpdateRule):
         vector_inputs: inputs assumed for vectors (biases, gains).
         min_inputs: fewer inputs count as this.
         base_decay: decay of the parameters, as a multiple of the step.
-        strip_size: most rows of a strip; 0 to treat matrices like vectors, as Adam does.
-        num_iterations: Newton-Schulz iterations.
+        strip_size: most rows of a strip where that leaves up to four; 0 to treat matrices like vectors, as Adam does.
+        max_strip_size: most rows of a strip of a larger matrix; no more than ``strip_size`` for strips of one size.
         betas: decays of the momentum and of the second moment, before learning.
         momentum_mix: share of the gradient in what is orthogonalised (Nesterov), before learning.
         warmup_steps: length of the linear warm-up, before learning; as little as half of it in a short run.
@@ -153,8 +156,8 @@ class OrthogonalizedMomentum(UpdateRule):
     vector_inputs: float = 64.0
     min_inputs: float = 8.0
     base_decay: float = 1.0
-    strip_size: int = 32
-    num_iterations: int = 4
+    strip_size: int = 64
+    max_strip_size: int = 128
     betas: tuple[float, float] = (0.9, 0.99)
     momentum_mix: float = 0.1
     warmup_steps: float = 30.0
@@ -163,9 +166,9 @@ class OrthogonalizedMomentum(UpdateRule):
 
     def __post_init__(self) -> None:
         values = vars(self)
-        positive = ("base_step", "vector_inputs", "min_inputs", "num_iterations", "warmup_steps", "decay_steps")
+        positive = ("base_step", "vector_inputs", "min_inputs", "warmup_steps", "decay_steps")
         bounds = {name: (values[name] > 0, "positive") for name in positive}
-        bounds |= {name: (values[name] >= 0, "0 or more") for name in ("base_decay", "strip_size")}
+        bounds |= {name: (values[name] >= 0, "0 or more") for name in ("base_decay", "strip_size", "max_strip_size")}
         bounds["betas"] = all(0 <= beta < 1 for beta in self.betas), "in [0, 1)"
         bounds["momentum_mix"] = 0 <= self.momentum_mix <= 1, "in [0, 1]"
         bounds["anytime_power"] = 0 < self.anytime_power < 1, "between 0 and 1"
@@ -174,9 +177,10 @@ class OrthogonalizedMomentum(UpdateRule):
                 raise ValueError(f"{name} must be {where}, not {values[name]}")
 
     @property
-    def max_strip(self) -> int:
-        """``strip_size``."""
-        return self.strip_size
+    def strip_rows(self) -> StripRows | None:
+        """``strip_size`` rows, or four strips, of up to ``max_strip_size``."""
+        most = max(self.strip_size, self.max_strip_size)
+        return StripRows(self.strip_size, FREE_STRIPS, most) if self.strip_size else None
 
     def init_weights(self, generator: torch.Generator | None = None) -> Weights:
         """Return zeros: the untrained rule."""
@@ -221,19 +225,18 @@ class OrthogonalizedMomentum(UpdateRule):
         return torch.lerp(state["exp_avg"], grad, facts.given[0])
 
     def couple(self, weights: Weights, grams_Kss: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return ``P``, and the effective rank of each strip, ``trace(G)^2 / trace(G^2)``."""
+        """Return what each strip is multiplied by, and its effective rank, ``trace(G)^2 / trace(G^2)``."""
         floor = tiny(grams_Kss) ** 0.75  # of a strip of zeros, whose derivatives have to be finite
         trace_K = grams_Kss.diagonal(dim1=-2, dim2=-1).sum(-1)
         relative = grams_Kss / trace_K.clamp(min=floor)[:, None, None]  # whose squares neither overflow nor vanish
-        norm_K = torch.linalg.vector_norm(relative, dim=(-2, -1)).clamp(min=self.strip_size**-0.5 / 2)
+        norm_K = torch.linalg.vector_norm(relative, dim=(-2, -1)).clamp(min=grams_Kss.shape[-1] ** -0.5 / 2)
         gram = relative / norm_K[:, None, None]
-        a, b, c = NEWTON_SCHULZ
-        identity = a * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         factor = polynomial = gram
-        for iteration in range(self.num_iterations):
+        for iteration, (a, b, c) in enumerate(NEWTON_SCHULZ):
             if iteration:
                 gram = polynomial @ gram @ polynomial
-            polynomial = torch.baddbmm(torch.add(identity, gram, alpha=b), gram, gram, alpha=c)
+            polynomial = torch.baddbmm(torch.add(a * identity, gram, alpha=b), gram, gram, alpha=c)
             factor = polynomial @ factor if iteration else polynomial
         scale_K = (trace_K * norm_K).clamp(min=floor).rsqrt()
         return factor * scale_K[:, None, None], [(trace_K > 0) / norm_K.square()]
@@ -260,7 +263,7 @@ class OrthogonalizedMomentum(UpdateRule):
         table_FN = constant_columns(self._columns(tuple(shapes)), summaries_NS)
         fan, is_matrix, crowding = table_FN[2:5]
         seen = self._measure(summaries_NS, memory_NM, table_FN, self._rates(factors), context)
-        in_run = torch.stack([*embed_step(context.step, STEP_SCALES), *_embed_horizon(context, known)]).to(fan)
+        in_run = torch.stack([*embed_step(context.step, STEP_SCALES), *embed_horizon(*context, known)]).to(fan)
         features_FN = torch.cat([seen.features, table_FN[5:], in_run.unsqueeze(-1).expand(-1, len(fan))])
         log_step, log_decay, log_mix = _control(weights, features_FN, is_matrix)
 
@@ -336,7 +339,8 @@ class OrthogonalizedMomentum(UpdateRule):
         """Return what is known of each tensor before training: five numbers for formulas, then three features."""
         columns = []
         for shape in shapes:
-            is_matrix = float(shape.is_matrix and self.strip_size > 0)
+            strips = Strips.of(shape, self.strip_rows)
+            is_matrix, crowding = float(strips is not None), max((strips.number if strips else 0) / FREE_STRIPS, 1)
             numel, short = max(shape.numel, 1), max(min(shape.num_inputs, shape.num_outputs), 1)
             fan = max(shape.num_inputs, self.min_inputs) if shape.is_matrix else self.vector_inputs
             features = [
@@ -344,7 +348,6 @@ class OrthogonalizedMomentum(UpdateRule):
                 (math.log(shape.num_outputs + 1) - 4) / 2,
                 (math.log(shape.numel + 1) - 7) / 3,
             ]
-            crowding = max(is_matrix * short / (FREE_STRIPS * max(self.strip_size, 1)), 1)
             columns.append((1 / numel, is_matrix * math.sqrt(numel / short), fan, is_matrix, crowding, *features))
         return columns
 
@@ -389,12 +392,3 @@ def _adam(m: Tensor, v: Tensor) -> Tensor:
 def _is_known(context: StepContext) -> Tensor:
     """Return whether the length of the run is known, and not over."""
     return torch.isfinite(context.num_steps) & (context.step <= context.num_steps)
-
-
-def _embed_horizon(context: StepContext, known: Tensor) -> list[Tensor]:
-    """Return five 0-D features of the length of the run, all zero when it is unknown."""
-    length = torch.where(known, context.num_steps, 1.0)
-    fraction = (context.step / length).clamp(max=1)
-    late = torch.tanh(10 * (fraction - 0.9))
-    features = [torch.ones_like(fraction), 2 * fraction - 1, fraction.square(), late, (length.log() - 6) / 2]
-    return list((torch.stack(features) * known).unbind())

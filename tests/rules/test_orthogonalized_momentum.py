@@ -12,13 +12,13 @@ from torch import Tensor
 
 from flatopt import FlatOpt, LearnedRule
 from flatopt.rules import OrthogonalizedMomentum, Strips, TensorShape, apply_rule
-from flatopt.rules.orthogonalized_momentum import CONSTANT_SCALE
+from flatopt.rules.orthogonalized_momentum import CONSTANT_SCALE, NEWTON_SCHULZ
 
-SHAPES = [(70, 40), (12, 3, 3, 3), (5,), (6, 1), (33, 34)]
+SHAPES = [(140, 70), (12, 3, 3, 3), (5,), (6, 1), (33, 34)]
 INF = math.inf
 
 
-def polar_by_hand(matrix: numpy.ndarray, size: int = 32) -> numpy.ndarray:
+def polar_by_hand(matrix: numpy.ndarray, size: int = 64) -> numpy.ndarray:
     """Return the strips of a matrix by Newton-Schulz on the strips themselves, at unit size if of full rank."""
     flat = matrix.reshape(len(matrix), -1)
     oriented = flat.T if flat.shape[1] < flat.shape[0] else flat
@@ -28,9 +28,9 @@ def polar_by_hand(matrix: numpy.ndarray, size: int = 32) -> numpy.ndarray:
     for first in range(0, len(oriented), rows):
         x = oriented[first : first + rows]
         x = x / numpy.sqrt(numpy.linalg.norm(x @ x.T))
-        for _ in range(4):
-            a = x @ x.T
-            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        for a, b, c in NEWTON_SCHULZ:
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
         strips.append(x)
     polar = numpy.concatenate(strips)
     polar = polar.T if oriented is not flat else polar
@@ -110,12 +110,26 @@ def test_it_follows_the_equations(num_steps: float, power: float) -> None:
 
 
 def factors_of(matrix: Tensor) -> Tensor:
-    """Return what a rule with many iterations makes of a matrix of one strip."""
+    """Return what the rule makes of a matrix of one strip."""
     rule = OrthogonalizedMomentum()
     weights = {key: value.to(matrix) for key, value in rule.init_weights().items()}
-    strips = Strips.of(TensorShape.of(matrix.shape), rule.max_strip)
+    strips = Strips.of(TensorShape.of(matrix.shape), rule.strip_rows)
     factors, _ = rule.couple(weights, strips.gram(matrix))
     return strips.couple(factors, matrix)
+
+
+def test_the_iterations_are_the_best_of_their_degree() -> None:
+    """What is left alternates in sign and is equally large, as in every best approximation (Chebyshev)."""
+    low, high = 0.01, 1.0
+    for a, b, c in NEWTON_SCHULZ:
+        x = numpy.linspace(low, high, 200_001)
+        error = a * x + b * x**3 + c * x**5 - 1
+        turns = numpy.flatnonzero(numpy.diff(numpy.sign(numpy.diff(error)))) + 1
+        extremes = error[[0, *turns, -1]]
+        assert len(extremes) == 4  # one more than there are coefficients
+        numpy.testing.assert_allclose(extremes, numpy.array([-1, 1, -1, 1]) * abs(extremes[-1]), atol=1e-3)
+        low, high = 1 - abs(extremes).max(), 1 + abs(extremes).max()
+    assert low == pytest.approx(0.73, abs=0.005)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0, 1e12])
@@ -125,7 +139,7 @@ def test_singular_values_come_near_one_and_vectors_stay_for_any_scale(scale: flo
     assert values.max() > 3 * values.min()
     coupled = factors_of(scale * matrix)
     diagonal = left.T @ coupled @ right.T
-    assert bool(((diagonal.diagonal() > 0.6) & (diagonal.diagonal() < 1.3)).all())
+    assert bool(((diagonal.diagonal() > 0.72) & (diagonal.diagonal() < 1.28)).all())
     assert (diagonal - diagonal.diagonal().diag()).abs().max() < 1e-3
 
 
@@ -152,7 +166,7 @@ def test_every_shape_and_scale_gives_finite_steps_of_one_size(shape: tuple[int, 
         assert step == 0
     else:
         inputs = 64 if sum(length > 1 for length in shape) < 2 or shape[0] == 1 else max(8, param[0].numel())
-        assert 0.65 < step * inputs**0.5 / 0.034 < 1.25  # what the iterations make of singular values
+        assert 0.65 < step * inputs**0.5 / 0.034 < 1.28  # what the iterations make of singular values
 
 
 @pytest.mark.parametrize("shape", [(32, 96), (96, 32)])
@@ -165,12 +179,14 @@ def test_no_direction_is_longer_where_there_are_few(shape: tuple[int, int], rank
     param.grad = torch.randn(shape[0], rank, generator=generator) @ torch.randn(rank, shape[1], generator=generator)
     opt.step()
     values = torch.linalg.svdvals(param.detach()) * math.sqrt(shape[1]) / 0.034 / math.sqrt(96)
-    assert bool((values[:rank] > 0.65).all()) and bool((values < 1.25).all())
+    assert bool((values[:rank] > 0.4).all()) and bool((values < 1.28).all())
     assert bool((values[rank:] < 1e-3).all())
 
 
-@pytest.mark.parametrize("shape", [(32, 96), (128, 160), (256, 160), (512, 512)])
-def test_strips_that_share_a_direction_add_up_to_no_more_than_four(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "number"), [((64, 96), 1), ((128, 160), 2), ((256, 500), 4), ((320, 512), 4), ((600, 600), 8)]
+)
+def test_strips_that_share_a_direction_add_up_to_no_more_than_four(shape: tuple[int, int], number: int) -> None:
     """They made wide networks without normalisation diverge."""
     generator = torch.Generator().manual_seed(0)
     param = torch.nn.Parameter(torch.zeros(shape))
@@ -178,7 +194,7 @@ def test_strips_that_share_a_direction_add_up_to_no_more_than_four(shape: tuple[
     param.grad = torch.randn(shape[0], 1, generator=generator) @ torch.randn(1, shape[1], generator=generator)
     opt.step()
     value = torch.linalg.matrix_norm(param.detach(), 2) * math.sqrt(shape[1]) / 0.034 / math.sqrt(max(shape))
-    assert 0.65 < float(value) / math.sqrt(min(min(shape) / 32, 4)) < 1.25
+    assert 0.72 < float(value) / math.sqrt(min(number, 4)) < 1.28
 
 
 @pytest.mark.parametrize("shape", [(100,), (10, 10)])
@@ -288,7 +304,7 @@ def test_untrained_weights_are_zero_to_the_bit_so_that_their_hash_is_one() -> No
     ("name", "value"),
     [
         ("strip_size", -3),
-        ("num_iterations", 0),
+        ("max_strip_size", -1),
         ("base_step", -1.0),
         ("betas", (0.9, 1.0)),
         ("momentum_mix", 1.5),

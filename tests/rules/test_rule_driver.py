@@ -29,8 +29,14 @@ from flatopt.rules import (
     plain_phases,
 )
 
-SHAPES: list[tuple[int, ...]] = [(4, 5), (), (3,), (0,), (2, 2, 2), (1,), (5, 4), (4, 5), (2, 0)]
-NAMES = ["toy-mixer", "orthogonalized-momentum", "orthogonalized-momentum, strips of 3", "l2o-scale"]
+SHAPES: list[tuple[int, ...]] = [(4, 5), (), (3,), (0,), (2, 2, 2), (1,), (5, 4), (4, 5), (2, 0), (6, 5)]
+NAMES = [
+    "toy-mixer",
+    "orthogonalized-momentum",
+    "orthogonalized-momentum, strips of 3",
+    "orthogonalized-momentum, strips of 1 and more",  # of 5 in one matrix, which are a batch of their own
+    "l2o-scale",
+]
 RULES = pytest.mark.parametrize("name", NAMES)
 
 
@@ -58,7 +64,7 @@ def make_grads(seed: int) -> list[Tensor]:
 
 def couple_by_hand(rule: UpdateRule, weights: Weights, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return a matrix with its strips coupled, and the sums over them, strip by strip."""
-    strips = Strips.of(TensorShape.of(matrix.shape), rule.max_strip)
+    strips = Strips.of(TensorShape.of(matrix.shape), rule.strip_rows)
     oriented = matrix.flatten(1).T if strips.is_tall else matrix.flatten(1)
     rows, terms = [], []
     for strip in oriented.split(strips.size):
@@ -89,9 +95,9 @@ def step_by_hand(model: Model, grads: Sequence[Tensor], context: StepContext) ->
         terms = [0 * grad.reshape(-1) if term is None else term for term in terms]
         terms = [term if isinstance(term, Tensor) else term[0] * term[1] for term in terms]
         observed.append({**flat, **new})
-        more = rule.couple(weights, grad.new_zeros(1, rule.max_strip, rule.max_strip))[1] if rule.max_strip else []
+        more = rule.couple(weights, grad.new_zeros(1, 1, 1))[1] if rule.strip_rows else []
         known, more = known._replace(coupled=torch.zeros_like(grad).reshape(-1)), [0 * term.sum() for term in more]
-        if rule.max_strip and shapes[index].is_matrix and param.numel():
+        if rule.strip_rows and shapes[index].is_matrix and param.numel():
             matrix = rule.matrix(weights, observed[-1], grad.reshape(-1), known).view(param.shape)
             coupled, totals = couple_by_hand(rule, weights, matrix)
             known, more = known._replace(coupled=coupled), list(totals)
@@ -258,6 +264,7 @@ def test_a_batch_of_models_is_each_of_them(name, pack_size):
         ("orthogonalized-momentum", (4, 5), 1, 3),  # wide, along the sums
         ("orthogonalized-momentum, strips of 3", (6, 7), 0, 3),  # wide, between its strips
         ("orthogonalized-momentum, strips of 3", (9, 6), 1, 3),  # tall, between its strips
+        ("orthogonalized-momentum, strips of 1 and more", (20, 70), 0, 16),  # larger strips, between them
     ],
 )
 def test_shards_make_the_step_of_the_whole(name, shape, axis, at):
@@ -267,7 +274,7 @@ def test_shards_make_the_step_of_the_whole(name, shape, axis, at):
     state = model.rule.init_state(model.weights, param)
     context = context_at(1, dtype=torch.float64)
     alone = apply_rule(*model[:2], [param], [grad], [state], model.shared, context)
-    cut = Strips.of(TensorShape.of(shape), model.rule.max_strip)
+    cut = Strips.of(TensorShape.of(shape), model.rule.strip_rows)
     along_sums = cut is None or cut.is_tall == (axis == 0)
     sizes = [at, shape[axis] - at]
     firsts = [0, 0 if along_sums else at // cut.size]
@@ -316,10 +323,10 @@ def test_calls_are_as_few_as_cutting_and_packing_allow():
 
     phases = plain._replace(observe=observe)
     for options, expected in (
-        ({}, [0, 1, 1, 3, 8, 20, 20, 20]),  # both empty tensors in one
-        ({"pack_size": 8}, [13, 20, 20, 20]),
-        ({"chunk_size": 8}, [0, 1, 1, 3, 8, *[8, 8, 4] * 3]),
-        ({"pack_size": 8, "chunk_size": 10}, [3, *[10] * 7]),
+        ({}, [0, 1, 1, 3, 8, 20, 20, 20, 30]),  # both empty tensors in one
+        ({"pack_size": 8}, [13, 20, 20, 20, 30]),
+        ({"chunk_size": 8}, [0, 1, 1, 3, 8, *[8, 8, 4] * 3, 8, 8, 8, 6]),
+        ({"pack_size": 8, "chunk_size": 10}, [3, *[10] * 10]),
     ):
         calls.clear()
         context = context_at(1, dtype=torch.float64)
