@@ -125,9 +125,6 @@ _ROWS: dict[str, RuleCase] = {
     "orthogonalized-momentum, strips of 3": RuleCase(
         OrthogonalizedMomentum(strip_size=3), max_step=0.012 * 5 * 7.4 * 3
     ),
-    "orthogonalized-momentum, strips of 1 and more": RuleCase(
-        OrthogonalizedMomentum(strip_size=1), max_step=0.012 * 5 * 7.4 * 3
-    ),
     "orthogonalized-momentum, none": RuleCase(OrthogonalizedMomentum(strip_size=0), max_step=0.012 * 5 * 7.4 * 3),
     # 0.01 (sum |w| + |b|) with |h| < 1: far below this for weights of a few tenths.
     "l2o-dm": RuleCase(L2ODM(), max_step=0.01 * 20, descends_untrained=False),

@@ -102,7 +102,6 @@ STEP_SIZES: dict[str, Callable[[Tensor, int, float], float]] = {
     "adam-other": lambda param, step, num_steps: 0.05,
     "orthogonalized-momentum": flagship_step_size,
     "orthogonalized-momentum, strips of 3": flagship_step_size,
-    "orthogonalized-momentum, strips of 1 and more": flagship_step_size,
     "orthogonalized-momentum, none": flagship_step_size,
     "l2o-dm": lambda param, step, num_steps: 0.01,
     "rnnprop": lambda param, step, num_steps: 0.01,

@@ -2,7 +2,8 @@
 
 Each candidate trains the 32 tasks of ``flatopt-eval quality --split meta``, with the length of the run told and not,
 and is judged on the ``meta`` split against the untrained rule: mean and standard deviation over tasks, of the score and
-of the logarithm of the loss.  Log entries of 2026-11-26 and -27 quote it, with standard errors.
+of the logarithm of the loss.  Log entries of 2026-11-26 and -27 quote it, with standard errors; some of their
+candidates were options of the rule of their time.
 
 Run as ``OMP_NUM_THREADS=1 python docs/experiments/meta_validation.py [SET ...]``: three minutes per candidate on an
 idle core.  Sets are names or folders of weights.  ``--fast`` takes two tasks and two candidates, cut short.
@@ -63,9 +64,8 @@ LOGARITHMS = {
 """What is added to the exponents of factors, and to powers."""
 
 RULES = {
-    "two iterations, steps longer by 1.12": replace(RULE, num_iterations=2, base_step=0.038),
-    "three iterations": replace(RULE, num_iterations=3),
-    "five iterations": replace(RULE, num_iterations=5),
+    "strips of 32 rows": replace(RULE, strip_size=32, max_strip_size=32),
+    "strips of 128 rows": replace(RULE, strip_size=128),
     "a warm-up of 10 steps": replace(RULE, warmup_steps=10.0),
     "steps shorter by 1.12": replace(RULE, base_step=0.03),
 }

@@ -1,12 +1,14 @@
-"""What shorter steps do for wide matrices: the default rule with and without the bound on strips that add up.
+"""How many rows the strips of a matrix should have, in networks wider than any of the benchmark.
 
-Networks of widths 256 and 512, wider than any of the benchmark, on Fashion-MNIST reduced to 14 x 14 pixels: 4,000
-training images (2,000 for the transformer), batches of 64, 250 steps (120).  Printed is the accuracy on the ``meta``
-split, mean and standard deviation over seeds, with the length of the run told and not.  The entry of ``docs/log.md`` of
-2026-11-26 on the end of a run quotes it.
+Networks of widths 256 and 512: on Fashion-MNIST reduced to 14 x 14 pixels, and on characters of the standard library's
+source.  The default rule with strips of 32, 64 and 128 rows whatever the width, and as it is: of 64 rows up to width
+256, and four strips from there on.  Printed is the score on the ``meta`` split (accuracy in per cent), mean and
+standard deviation over seeds, and the mean logarithm of the loss, with the length of the run told and not.  The entry
+of ``docs/log.md`` of 2026-11-27 on strips quotes it.
 
-Run as ``OMP_NUM_THREADS=1 python docs/experiments/wide_networks.py [NUM_SEEDS]``: five minutes on an idle core with
-three seeds.  ``--fast`` takes one narrow network, a few steps and one seed.
+Run as ``OMP_NUM_THREADS=1 python docs/experiments/wide_networks.py [ROWS ...] [--seeds=3]``: fifteen minutes on an idle
+core for each number of rows with three seeds, ``0`` for the rule as it is.  ``--fast`` takes one tiny network, a few
+steps, one seed and two sizes.
 """
 
 from __future__ import annotations
@@ -16,39 +18,51 @@ import sys
 from dataclasses import replace
 from functools import partial
 from statistics import fmean, pstdev
-from typing import Any
 
+from flatopt import LearnedRule
+from flatopt.evaluate import models
 from flatopt.evaluate._training import Benchmark, results
 from flatopt.evaluate.contestants import default_rule, learned_contestant
-from flatopt.evaluate.robustness import ARCHITECTURES
-from flatopt.rules import orthogonalized_momentum
 
 FAST = "--fast" in sys.argv
 WORDS = [word for word in sys.argv[1:] if not word.startswith("--")]
-NUM_SEEDS = 1 if FAST else int(WORDS[0]) if WORDS else 3
+NUM_SEEDS = next((int(word.partition("=")[2]) for word in sys.argv if word.startswith("--seeds=")), 1 if FAST else 3)
+ROWS = [int(word) for word in WORDS] or ([2, 0] if FAST else [32, 64, 128, 0])
 
-COMMON = Benchmark(name="", source="fashion-mnist", size=14, num_train=4000, build=ARCHITECTURES["MLP"], num_eval=1000)
-NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "MLP, 2 x 512": ("MLP", {"width": 512, "depth": 2, "normalise": False}, {"num_steps": 250}),
-    "normalised MLP, 3 x 512": ("MLP", {"width": 512, "depth": 3, "normalise": True}, {"num_steps": 250}),
-    "MLP, 4 x 256": ("MLP", {"width": 256, "depth": 4, "normalise": False}, {"num_steps": 250}),
-    "normalised transformer, 2 x 256": (
-        "transformer",
-        {"width": 256, "depth": 2, "normalise": True},
-        {"num_steps": 120, "num_train": 2000},
+IMAGES = Benchmark(name="", source="fashion-mnist", size=14, num_train=4000, build=models.mlp, num_eval=1000)
+TEXT = Benchmark(
+    name="",
+    source="text of meta-training",
+    size=64,
+    num_train=None,
+    build=models.decoder,
+    batch_size=16,
+    num_steps=250,
+    num_eval=300,
+)
+NETWORKS = {
+    "MLP, 2 x 512": replace(IMAGES, build=partial(models.mlp, width=512, depth=2), num_steps=250),
+    "normalised MLP, 3 x 512": replace(
+        IMAGES, build=partial(models.mlp, width=512, depth=3, normalise=True), num_steps=250
     ),
+    "MLP, 4 x 256": replace(IMAGES, build=partial(models.mlp, width=256, depth=4), num_steps=400),
+    "ViT, 2 x 256": replace(IMAGES, build=partial(models.vit, width=256, depth=2), num_steps=150, num_train=2000),
+    "text GRU, 256": replace(TEXT, build=partial(models.text_gru, width=256), size=32, num_steps=300),
+    "text decoder, 2 x 256": replace(TEXT, build=partial(models.decoder, width=256, depth=2)),
 }
 if FAST:
-    narrow = {"width": 16, "depth": 1, "normalise": False}
-    NETWORKS = {"MLP": ("MLP", narrow, {"source": "digits", "size": 8, "num_steps": 5, "num_train": 200})}
+    tiny = replace(IMAGES, source="digits", size=8, num_train=200, build=partial(models.mlp, width=16), num_steps=5)
+    NETWORKS = {"MLP": tiny}
 
-for bound in (orthogonalized_momentum.FREE_STRIPS, math.inf):
-    orthogonalized_momentum.FREE_STRIPS = bound  # type: ignore[assignment]
-    for name, (architecture, shape, run) in NETWORKS.items():
-        benchmark = replace(COMMON, name=name, build=partial(ARCHITECTURES[architecture], **shape), **run)
+learned = default_rule()
+for rows in ROWS:
+    one_size = replace(learned.rule, strip_size=rows, max_strip_size=rows) if rows else learned.rule  # type: ignore[call-arg]
+    for name, network in NETWORKS.items():
         for told in (True, False):
-            contestant = learned_contestant("FlatOpt", default_rule(), horizon_known=told)
-            setting = contestant.settings()[0]
-            scores = [100 * results(benchmark, contestant, setting, seed)["meta_score"] for seed in range(NUM_SEEDS)]
-            how = f"bound of {bound:g} strips, length {'told' if told else 'not told'}"
-            print(f"{name}, {how}: {fmean(scores):.1f} ± {pstdev(scores):.1f}", flush=True)
+            contestant = learned_contestant("FlatOpt", LearnedRule(one_size, learned.weights), horizon_known=told)
+            (setting,) = contestant.settings()
+            runs = [results(replace(network, name=name), contestant, setting, seed) for seed in range(NUM_SEEDS)]
+            scores = [100 * run["meta_score"] for run in runs]
+            ln_loss = fmean(math.log(run["meta_loss"]) for run in runs)
+            how = f"{f'strips of {rows}' if rows else 'as it is'}, length {'told' if told else 'not told'}"
+            print(f"{name}, {how}: {fmean(scores):.2f} ± {pstdev(scores):.2f}, ln loss {ln_loss:.3f}", flush=True)

@@ -94,7 +94,7 @@ def apply_rule(
         control_NC = torch.cat([control_NC, plan.update.factors(rule.step_size(weights, control_NC, context))], -1)
     for pack, known, control_Cn in zip(layout.packs, facts, spread(layout, control_NC.mT), strict=True):
         part = store.read(pack)
-        if rule.strip_rows:
+        if rule.strip_rows is not None:
             matrix_n = phases.matrix(weights, part.state, part.grad, known) if pack.is_matrix else part.grad
             known = known._replace(coupled=multiply_strips(pack, factors, matrix_n, dim))
         of_rule, of_update = control_Cn.tensor_split([num_controls], -2)

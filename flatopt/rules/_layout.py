@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._rule import StripRows, TensorShape
+from ._rule import StripRows, TensorShape, size_class
 from ._strips import Strips
 
 
@@ -89,7 +89,7 @@ def lay_out(
 ) -> Layout:
     """Share out all coordinates of what is here of each tensor; an empty one is a part of size 0."""
     numels = [piece.numel() for piece in pieces]
-    cuts = _padded([Strips.of(shape, rows) for shape in shapes], rows)
+    cuts = _padded([Strips.of(shape, rows) for shape in shapes])
     firsts = first_strips or (0,) * len(pieces)
     groups: list[Group] = []
     packs: list[Pack] = []
@@ -126,14 +126,13 @@ def lay_out(
     return Layout(packs, groups, order, places)
 
 
-def _padded(cuts: Sequence[Strips | None], rows: StripRows | None) -> list[Strips | None]:
+def _padded(cuts: Sequence[Strips | None]) -> list[Strips | None]:
     """Return the cuts with Gram matrices as large as the largest that is one batch with them."""
     largest: dict[int, int] = {}
     for cut in cuts:
-        if cut is not None and rows is not None:
-            batch = rows.batch(cut.size)
-            largest[batch] = max(cut.size, largest.get(batch, 0))
-    return [cut and rows and cut._replace(padded=largest[rows.batch(cut.size)]) for cut in cuts]
+        if cut is not None:
+            largest[size_class(cut.size)] = max(cut.size, largest.get(size_class(cut.size), 0))
+    return [cut and cut._replace(padded=largest[size_class(cut.size)]) for cut in cuts]
 
 
 def _side_by_side(

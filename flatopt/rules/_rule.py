@@ -129,9 +129,10 @@ class StripRows(NamedTuple):
         rows = -(-short // number)
         return rows if rows <= self.usual else min(-(-rows // ROW_BLOCK) * ROW_BLOCK, short)
 
-    def batch(self, size: int) -> int:
-        """Return a number that strips of about one size share: up to the usual one, to twice, four times as large."""
-        return ((size - 1) // self.usual).bit_length()
+
+def size_class(rows: int) -> int:
+    """Return a number that strips of about one size share, of up to 32 rows, 64, 128 and so on: they are one batch."""
+    return ((rows - 1) // 32).bit_length()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +172,7 @@ class UpdateRule(ABC):
 
     def unkept(self, shape: TensorShape) -> frozenset[str]:
         """Return the keys that a tensor does without; a rule without strips treats all as vectors."""
-        return self.vector_state if self.strip_rows and shape.is_matrix else frozenset()
+        return self.vector_state if self.strip_rows is not None and shape.is_matrix else frozenset()
 
     @abstractmethod
     def init_weights(self, generator: torch.Generator | None = None) -> Weights:
@@ -241,8 +242,8 @@ class UpdateRule(ABC):
     def couple(self, weights: Weights, grams_Kss: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return what each strip is multiplied by, from its Gram matrix.
 
-        Called in each step of a rule with ``strip_rows``: once for all strips of up to the usual rows, those of vectors
-        only included (``K`` is 0), and once more for those of up to twice as many, and so on.
+        Called in each step of a rule with ``strip_rows``, for all strips of about one size together: of up to 32 rows,
+        64, 128 and so on.  Where there are only vectors, ``K`` is 0.
 
         Args:
             weights: the rule's weights.

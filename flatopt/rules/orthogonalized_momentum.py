@@ -59,6 +59,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -235,9 +236,9 @@ class OrthogonalizedMomentum(UpdateRule):
         factor = polynomial = gram
         for iteration, (a, b, c) in enumerate(NEWTON_SCHULZ):
             if iteration:
-                gram = polynomial @ gram @ polynomial
+                gram = polynomial.bmm(gram).bmm(polynomial)
             polynomial = torch.baddbmm(torch.add(a * identity, gram, alpha=b), gram, gram, alpha=c)
-            factor = polynomial @ factor if iteration else polynomial
+            factor = polynomial.bmm(factor) if iteration else polynomial
         scale_K = (trace_K * norm_K).clamp(min=floor).rsqrt()
         return factor * scale_K[:, None, None], [(trace_K > 0) / norm_K.square()]
 
@@ -260,7 +261,8 @@ class OrthogonalizedMomentum(UpdateRule):
             ``[N, 3]`` controls: what multiplies the direction and the parameter, and the step.
         """
         factors, known = _factors(weights), _is_known(context)
-        table_FN = constant_columns(self._columns(tuple(shapes)), summaries_NS)
+        columns = _columns(tuple(shapes), self.strip_rows, self.min_inputs, self.vector_inputs)
+        table_FN = constant_columns(columns, summaries_NS)
         fan, is_matrix, crowding = table_FN[2:5]
         seen = self._measure(summaries_NS, memory_NM, table_FN, self._rates(factors), context)
         in_run = torch.stack([*embed_step(context.step, STEP_SCALES), *embed_horizon(*context, known)]).to(fan)
@@ -335,22 +337,6 @@ class OrthogonalizedMomentum(UpdateRule):
         """Return the step size of every tensor."""
         return control_NC[:, 2]
 
-    def _columns(self, shapes: tuple[TensorShape, ...]) -> list[tuple[float, ...]]:
-        """Return what is known of each tensor before training: five numbers for formulas, then three features."""
-        columns = []
-        for shape in shapes:
-            strips = Strips.of(shape, self.strip_rows)
-            is_matrix, crowding = float(strips is not None), max((strips.number if strips else 0) / FREE_STRIPS, 1)
-            numel, short = max(shape.numel, 1), max(min(shape.num_inputs, shape.num_outputs), 1)
-            fan = max(shape.num_inputs, self.min_inputs) if shape.is_matrix else self.vector_inputs
-            features = [
-                (math.log(fan) - 4) / 2,
-                (math.log(shape.num_outputs + 1) - 4) / 2,
-                (math.log(shape.numel + 1) - 7) / 3,
-            ]
-            columns.append((1 / numel, is_matrix * math.sqrt(numel / short), fan, is_matrix, crowding, *features))
-        return columns
-
     def _rates(self, factors: dict[str, Tensor]) -> Tensor:
         """Return the share of the gradient in the momentum, and of its square in the second moment, ``[2]``."""
         momentum, square = self.betas
@@ -368,6 +354,26 @@ class OrthogonalizedMomentum(UpdateRule):
         power = odds / (1 - self.anytime_power + odds)  # below 1: a run without an end goes on for ever
         anytime = factors["anytime_step"] * (1 + context.step / self.decay_steps) ** -power
         return warmup * torch.where(known, cosine, anytime)
+
+
+@lru_cache(maxsize=64)
+def _columns(
+    shapes: tuple[TensorShape, ...], rows: StripRows | None, min_inputs: float, vector_inputs: float
+) -> list[tuple[float, ...]]:
+    """Return what is known of each tensor before training: five numbers for formulas, then three features."""
+    columns = []
+    for shape in shapes:
+        strips = Strips.of(shape, rows)
+        is_matrix, crowding = float(strips is not None), max((strips.number if strips else 0) / FREE_STRIPS, 1)
+        numel, short = max(shape.numel, 1), max(min(shape.num_inputs, shape.num_outputs), 1)
+        fan = max(shape.num_inputs, min_inputs) if shape.is_matrix else vector_inputs
+        features = [
+            (math.log(fan) - 4) / 2,
+            (math.log(shape.num_outputs + 1) - 4) / 2,
+            (math.log(shape.numel + 1) - 7) / 3,
+        ]
+        columns.append((1 / numel, is_matrix * math.sqrt(numel / short), fan, is_matrix, crowding, *features))
+    return columns
 
 
 def _factors(weights: Weights) -> dict[str, Tensor]:

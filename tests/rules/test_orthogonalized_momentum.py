@@ -127,7 +127,8 @@ def test_the_iterations_are_the_best_of_their_degree() -> None:
         turns = numpy.flatnonzero(numpy.diff(numpy.sign(numpy.diff(error)))) + 1
         extremes = error[[0, *turns, -1]]
         assert len(extremes) == 4  # one more than there are coefficients
-        numpy.testing.assert_allclose(extremes, numpy.array([-1, 1, -1, 1]) * abs(extremes[-1]), atol=1e-3)
+        alternating = numpy.array([-1, 1, -1, 1]) * extremes[-1]
+        numpy.testing.assert_allclose(extremes, alternating, atol=2e-3)  # the coefficients are rounded
         low, high = 1 - abs(extremes).max(), 1 + abs(extremes).max()
     assert low == pytest.approx(0.73, abs=0.005)
 
