@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from flatopt import FlatOpt
@@ -36,6 +36,7 @@ def run_all(rank: int, world_size: int, folder: str) -> None:
         for name in RULES:
             check_placements(name, mesh)
             check_fsdp2(name, mesh, Path(folder) / name)
+        check_placements("orthogonalized-momentum", mesh, LARGE, torch.float32)
         check_averages_of_shards(mesh, Path(folder) / "averages")
         check_averages_of_shards(mesh, Path(folder) / "landing", num_steps=7)
         check_bad_gradient_on_one_rank(mesh)
@@ -81,12 +82,36 @@ def assert_same(params: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
         torch.testing.assert_close(full(param.detach()), other.detach(), rtol=1e-4, atol=1e-6)
 
 
-def check_placements(name: str, mesh: DeviceMesh) -> None:
-    """Uneven and empty shards, along either axis, complex ones, replicas and plain tensors, in one optimizer."""
+Placed = tuple[tuple[int, ...], list[Placement] | None]
+"""Shape of a parameter, and how it is placed; ``None`` for a plain tensor."""
+
+SMALL: list[Placed] = [
+    ((5, 3), [Shard(0)]),
+    ((1, 4), [Shard(0)]),
+    ((2, 3), [Shard(1)]),
+    ((4,), [Replicate()]),
+    ((3,), None),
+    ((), [Replicate()]),
+    ((9, 2), [Shard(1)]),
+]
+"""Uneven and empty shards, along either axis, replicas and plain tensors; the last is made complex."""
+
+LARGE: list[Placed] = [
+    ((256, 700), [Shard(0)]),
+    ((256, 700), [Shard(1)]),
+    ((700, 256), [Shard(0)]),
+    ((130, 700), [Shard(0)]),
+    ((16, 4), [Shard(0)]),
+]
+"""Strips of 64, 44 and 4 rows; the shards are handled in pieces, those of the fourth cut through a strip."""
+
+
+def check_placements(
+    name: str, mesh: DeviceMesh, rows: list[Placed] = SMALL, last: torch.dtype = torch.complex64
+) -> None:
+    """Compare an optimizer of sharded parameters with one of plain ones."""
     generator = torch.Generator().manual_seed(0)
-    rows = [((5, 3), [Shard(0)]), ((1, 4), [Shard(0)]), ((2, 3), [Shard(1)]), ((4,), [Replicate()]), ((3,), None)]
-    rows += [((), [Replicate()]), ((9, 2), [Shard(1)])]
-    dtypes = [torch.float32] * (len(rows) - 1) + [torch.complex64]
+    dtypes = [torch.float32] * (len(rows) - 1) + [last]
     plain = [
         nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype))
         for (shape, _), dtype in zip(rows, dtypes, strict=True)

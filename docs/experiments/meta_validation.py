@@ -64,7 +64,7 @@ LOGARITHMS = {
 """What is added to the exponents of factors, and to powers."""
 
 RULES = {
-    "strips of 32 rows": replace(RULE, strip_size=32, max_strip_size=32),
+    "strips of at most 32 rows": replace(RULE, strip_size=32, max_strip_size=32),
     "strips of 128 rows": replace(RULE, strip_size=128),
     "a warm-up of 10 steps": replace(RULE, warmup_steps=10.0),
     "steps shorter by 1.12": replace(RULE, base_step=0.03),

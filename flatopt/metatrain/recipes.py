@@ -63,7 +63,7 @@ _FLAT_V2_FAMILIES = (
 
 
 def flat_v2() -> MetaTrainConfig:
-    """Return the run behind the shipped weights ``flat-v2``: some twenty minutes on a core.
+    """Return the run behind the shipped weights ``flat-v2``: some thirty minutes on a core.
 
     An evolution strategy over whole runs, three families of problems at a time.  A run is judged by the average of its
     parameters at the end: by the error, which is what users look at, a little by the logarithm of the loss, and by how

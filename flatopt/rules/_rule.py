@@ -10,9 +10,9 @@ statistics cost one small reduction per step and large tensors can be cut in pie
 Two of the five rules need no more than ``propose``.  A rule may add
 
 - ``prepare``, before them all: what is remembered of the earlier steps, as a few numbers per tensor;
-- ``matrix`` and ``couple``, between ``observe`` and ``mix``, for a rule that treats matrices as matrices: ``matrix``
-  says what is cut into *strips* (:mod:`flatopt.rules._strips`), whose Gram matrices are sums over the longer axis,
-  and ``couple`` turns those into the matrices that mix the rows of each strip.
+- ``strip_rows``, ``matrix`` and ``couple``, for a rule that treats matrices as matrices: after ``observe``,
+  ``matrix`` says what is cut into *strips* of so many rows (:mod:`flatopt.rules._strips`).  Their Gram matrices are
+  sums over the longer axis, and ``couple`` turns those into the matrices that mix the rows of each strip.
 
 :func:`flatopt.rules.apply_rule` drives them.  The optimizer, the meta-trainer and the benchmarks all call it.
 
@@ -109,9 +109,9 @@ class StripRows(NamedTuple):
     usual: int
     """Most rows, as long as a matrix then has at most ``number`` strips."""
     number: int
-    """Strips of a larger matrix."""
+    """Strips of a larger matrix, before rows are rounded up to a multiple of ``ROW_BLOCK``."""
     most: int
-    """Rows from which on the number doubles; so shards on 2, 4 or 8 devices seldom cut through a strip."""
+    """Where they would have more rows, the number is doubled: shards on 2 or 4 devices seldom cut through a strip."""
 
     def of(self, short: int) -> int:
         """Return the rows of the strips of a matrix whose shorter axis is ``short``; the last may have fewer.
@@ -131,7 +131,7 @@ class StripRows(NamedTuple):
 
 
 def size_class(rows: int) -> int:
-    """Return a number that strips of about one size share, of up to 32 rows, 64, 128 and so on: they are one batch."""
+    """Return a number that strips of about one size share: those of up to 32 rows, of up to 64, 128 and so on."""
     return ((rows - 1) // 32).bit_length()
 
 

@@ -1,6 +1,6 @@
 r"""Strips of matrices: what a rule that treats a matrix as a whole works on.
 
-A matrix ``[outputs, inputs]`` is cut along its *shorter* axis into strips of a few rows, as equal as can be.  A strip
+A matrix ``[outputs, inputs]`` is cut along its *shorter* axis into strips of :class:`StripRows`.  A strip
 ``X`` is as long as the longer axis, and its Gram matrix
 
 .. math::

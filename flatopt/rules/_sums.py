@@ -102,13 +102,13 @@ def _reduce(
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Sum over shards; a shard puts the Gram matrices of its strips in their places among those of the tensor."""
     rows = list(reorder(terms_SN, layout.places).unbind(-1))
-    runs = {run.group: run for pack in layout.packs for run in reversed(pack.runs)}
+    first_strips = {run.group: run.first_strip for pack in layout.packs for run in pack.runs if not run.piece}
     for index, (tensors, cut) in enumerate(layout.groups):
         for position, tensor in enumerate(tensors if cut is not None else ()):
             assert cut is not None
             placed = terms_SN.new_zeros(cut.number, cut.padded, cut.padded)
             if index in grams:
-                first, gram = runs[index].first_strip, grams[index][position]
+                first, gram = first_strips[index], grams[index][position]
                 placed[first : first + len(gram)] = gram
             rows[tensor] = torch.cat([rows[tensor], placed.flatten()])
     rows = reduce(rows)

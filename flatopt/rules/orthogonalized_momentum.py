@@ -7,9 +7,9 @@ Per coordinate, with gradient :math:`g_t`,
     u_t = m_t / \sqrt{v_t}.
 
 A matrix ``[outputs, inputs]``, of :math:`(1 - \mu)\, m_t + \mu\, g_t`, is cut along its shorter axis into strips
-:math:`X`: of up to 64 rows, four of up to 128, or more (:class:`flatopt.rules.StripRows`).  Each is replaced by nearly
-the closest matrix with orthonormal rows, its polar factor :math:`(X X^\top)^{-1/2} X`, by three Newton-Schulz
-iterations on the Gram matrix alone, which is small:
+:math:`X`: up to four of 64 rows, then four of up to 128, then more (:class:`flatopt.rules.StripRows`).  Each is
+replaced by nearly the closest matrix with orthonormal rows, its polar factor :math:`(X X^\top)^{-1/2} X`, by three
+Newton-Schulz iterations on the Gram matrix alone, which is small:
 
 .. math::
     A_0 = X X^\top / \lVert X X^\top \rVert_F \qquad Q_i = a_i + b_i A_i + c_i A_i^2 \qquad
@@ -131,8 +131,8 @@ class OrthogonalizedMomentum(UpdateRule):
         vector_inputs: inputs assumed for vectors (biases, gains).
         min_inputs: fewer inputs count as this.
         base_decay: decay of the parameters, as a multiple of the step.
-        strip_size: most rows of a strip where that leaves up to four; 0 to treat matrices like vectors, as Adam does.
-        max_strip_size: most rows of a strip of a larger matrix; no more than ``strip_size`` for strips of one size.
+        strip_size: most rows of a strip as long as four are enough; 0 to treat matrices like vectors, as Adam does.
+        max_strip_size: most rows of a strip of a larger matrix, rounded up to a multiple of 16.
         betas: decays of the momentum and of the second moment, before learning.
         momentum_mix: share of the gradient in what is orthogonalised (Nesterov), before learning.
         warmup_steps: length of the linear warm-up, before learning; as little as half of it in a short run.
@@ -179,7 +179,7 @@ class OrthogonalizedMomentum(UpdateRule):
 
     @property
     def strip_rows(self) -> StripRows | None:
-        """``strip_size`` rows, or four strips, of up to ``max_strip_size``."""
+        """Up to four strips of ``strip_size`` rows, then four of up to ``max_strip_size``, then more."""
         most = max(self.strip_size, self.max_strip_size)
         return StripRows(self.strip_size, FREE_STRIPS, most) if self.strip_size else None
 

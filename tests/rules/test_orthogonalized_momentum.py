@@ -8,10 +8,12 @@ import numpy
 import pytest
 import torch
 from helpers import context_at, learned
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from flatopt import FlatOpt, LearnedRule
-from flatopt.rules import OrthogonalizedMomentum, Strips, TensorShape, apply_rule
+from flatopt.rules import OrthogonalizedMomentum, StripRows, Strips, TensorShape, apply_rule
 from flatopt.rules.orthogonalized_momentum import CONSTANT_SCALE, NEWTON_SCHULZ
 
 SHAPES = [(140, 70), (12, 3, 3, 3), (5,), (6, 1), (33, 34)]
@@ -109,6 +111,18 @@ def test_it_follows_the_equations(num_steps: float, power: float) -> None:
         torch.testing.assert_close(param.detach(), torch.from_numpy(value), rtol=1e-8, atol=1e-10)
 
 
+@given(st.integers(1, 5000), st.integers(1, 80), st.integers(1, 6), st.integers(1, 300))
+def test_strips_have_as_many_rows_as_was_asked_for(short: int, usual: int, number: int, most: int) -> None:
+    rows = StripRows(usual, number, max(usual, most)).of(short)
+    strips = -(-short // rows)
+    assert 1 <= rows <= short
+    if short <= usual * number:
+        assert rows <= usual and strips <= number
+    else:
+        assert rows < max(usual, most) + 16
+        assert rows % 16 == 0 or rows in (usual, short) or rows < usual
+
+
 def factors_of(matrix: Tensor) -> Tensor:
     """Return what the rule makes of a matrix of one strip."""
     rule = OrthogonalizedMomentum()
@@ -180,7 +194,8 @@ def test_no_direction_is_longer_where_there_are_few(shape: tuple[int, int], rank
     param.grad = torch.randn(shape[0], rank, generator=generator) @ torch.randn(rank, shape[1], generator=generator)
     opt.step()
     values = torch.linalg.svdvals(param.detach()) * math.sqrt(shape[1]) / 0.034 / math.sqrt(96)
-    assert bool((values[:rank] > 0.4).all()) and bool((values < 1.28).all())
+    # Of the product of two square matrices the smallest singular value is below 0.01 of the norm.
+    assert bool((values[:rank] > (0.4 if rank == 32 else 0.72)).all()) and bool((values < 1.28).all())
     assert bool((values[rank:] < 1e-3).all())
 
 

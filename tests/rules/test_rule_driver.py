@@ -256,44 +256,63 @@ def test_a_batch_of_models_is_each_of_them(name, pack_size):
 
 
 @pytest.mark.parametrize(
-    "name, shape, axis, at",
+    "name, cuts",
     [
-        ("toy-mixer", (4, 5), 0, 1),
-        ("l2o-scale", (4, 5), 1, 3),
-        ("orthogonalized-momentum", (5, 4), 0, 2),  # tall, along the sums
-        ("orthogonalized-momentum", (4, 5), 1, 3),  # wide, along the sums
-        ("orthogonalized-momentum, strips of 3", (6, 7), 0, 3),  # wide, between its strips
-        ("orthogonalized-momentum, strips of 3", (9, 6), 1, 3),  # tall, between its strips
-        ("orthogonalized-momentum, strips of 3", (20, 70), 0, 16),  # wide, between its larger strips
+        ("toy-mixer", [((4, 5), 0, 1)]),
+        ("l2o-scale", [((4, 5), 1, 3)]),
+        ("orthogonalized-momentum", [((5, 4), 0, 2)]),  # tall, along the sums
+        ("orthogonalized-momentum", [((4, 5), 1, 3)]),  # wide, along the sums
+        ("orthogonalized-momentum, strips of 3", [((6, 7), 0, 3)]),  # wide, between its strips
+        ("orthogonalized-momentum, strips of 3", [((9, 6), 1, 3)]),  # tall, between its strips
+        # Strips of 4, 64 and 80 rows, three batches of them.
+        ("orthogonalized-momentum", [((4, 5), 1, 3), ((128, 130), 0, 64), ((330, 300), 1, 160), ((300, 310), 1, 7)]),
     ],
 )
-def test_shards_make_the_step_of_the_whole(name, shape, axis, at):
-    model = make_model(name)
+@pytest.mark.parametrize("chunk_size", [None, 12_000])
+def test_shards_make_the_step_of_the_whole(name, cuts, chunk_size):
+    """``cuts`` has, for each tensor, its shape, the axis along which it is cut in two, and where."""
+    rule, weights, _, _, shared = make_model(name)
     generator = torch.Generator().manual_seed(0)
-    param, grad = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
-    state = model.rule.init_state(model.weights, param)
+    pairs = [torch.randn(2, *shape, generator=generator, dtype=torch.float64) for shape, _, _ in cuts]
+    params, grads = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    states = [rule.init_state(weights, param) for param in params]
     context = context_at(1, dtype=torch.float64)
-    alone = apply_rule(*model[:2], [param], [grad], [state], model.shared, context)
-    cut = Strips.of(TensorShape.of(shape), model.rule.strip_rows)
-    along_sums = cut is None or cut.is_tall == (axis == 0)
-    sizes = [at, shape[axis] - at]
-    firsts = [0, 0 if along_sums else at // cut.size]
-    seen: list[Tensor] = []
+    alone = apply_rule(rule, weights, params, grads, states, shared, context)
+
+    def first_strip(shape: tuple[int, ...], axis: int, at: int) -> int:
+        cut = Strips.of(TensorShape.of(shape), rule.strip_rows)
+        if cut is None or cut.is_tall == (axis == 0):
+            return 0  # along the sums
+        assert at % cut.size == 0
+        return at // cut.size
 
     def shard(index: int, reduce) -> RuleResult:
-        def part(value: Tensor) -> Tensor:
-            return value.split(sizes, axis)[index].contiguous()
+        def parts(values: list[Tensor]) -> list[Tensor]:
+            return [
+                value.split([at, shape[axis] - at], axis)[index].contiguous()
+                for value, (shape, axis, at) in zip(values, cuts, strict=True)
+            ]
 
-        cut_state = {key: value if key in ("step", *model.rule.memory) else part(value) for key, value in state.items()}
-        plan = Plan(shapes=[TensorShape.of(shape)], first_strips=[firsts[index]], reduce=reduce)
-        return apply_rule(*model[:2], [part(param)], [part(grad)], [cut_state], model.shared, context, plan)
+        kept = ("step", *rule.memory)
+        values = {key: [state[key] for state in states] for key in states[0]}
+        columns = {key: column if key in kept else parts(column) for key, column in values.items()}
+        cut_states = [{key: column[tensor] for key, column in columns.items()} for tensor in range(len(cuts))]
+        firsts = [first_strip(*cut) if index else 0 for cut in cuts]
+        shapes = [TensorShape.of(shape) for shape, _, _ in cuts]
+        plan = Plan(shapes=shapes, first_strips=firsts, reduce=reduce, chunk_size=chunk_size)
+        return apply_rule(rule, weights, parts(params), parts(grads), cut_states, shared, context, plan)
 
+    seen: list[list[Tensor]] = []
     for index in range(2):
-        shard(index, lambda values: seen.extend(values) or values)
-    results = [shard(index, lambda _: [seen[0] + seen[1]]) for index in range(2)]
-    whole = torch.cat([result.deltas[0] for result in results], axis)
-    torch.testing.assert_close(whole, alone.deltas[0], rtol=1e-9, atol=1e-12)
-    assert not torch.allclose(shard(0, None).deltas[0], results[0].deltas[0], rtol=1e-3)  # the other has its say
+        shard(index, lambda values: seen.append(values) or values)
+    total = [one + other for one, other in zip(*seen, strict=True)]
+    results = [shard(index, lambda _: total) for index in range(2)]
+    for tensor, (_, axis, _) in enumerate(cuts):
+        whole = torch.cat([result.deltas[tensor] for result in results], axis)
+        torch.testing.assert_close(whole, alone.deltas[tensor], rtol=1e-9, atol=1e-12)
+    alone_in_shard = shard(0, None).deltas
+    for one, other in zip(alone_in_shard, results[0].deltas, strict=True):
+        assert not torch.allclose(one, other, rtol=1e-3)  # the other has its say
 
 
 @RULES
