@@ -87,7 +87,7 @@ def apply_rule(
         if pack.is_matrix:
             sums.add_grams(pack, phases.matrix(weights, part.state | new, part.grad, known))
 
-    factors, summaries_NS = couple_strips(sums, rule, phases, weights, plan.reduce)
+    factors, summaries_NS = couple_strips(sums, rule, phases, weights, plan.reduce, plan.chunk_size)
     control_NC, memory_NM, shared = phases.mix(weights, summaries_NS, memory_NM, shared, context, shapes=shapes)
     num_controls = control_NC.shape[-1]
     if plan.update is not None:  # spread together

@@ -54,9 +54,12 @@ class Sums:
 
 
 def couple_strips(
-    sums: Sums, rule: UpdateRule, phases: Phases, weights: Weights, reduce: Reduce | None
+    sums: Sums, rule: UpdateRule, phases: Phases, weights: Weights, reduce: Reduce | None, most: int | None = None
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Return the factors ``[*, tensors, k, S, S]`` of each group of matrices, and the sums of all ``[*, N, S]``."""
+    """Return the factors ``[*, tensors, k, S, S]`` of each group of matrices, and the sums of all ``[*, N, S]``.
+
+    About ``most`` coordinates of Gram matrices are handled at once.
+    """
     layout, dim = sums.layout, sums.dim
     terms_SN, grams = sums.total_terms(), sums.total_grams()
     if reduce is not None:
@@ -65,17 +68,15 @@ def couple_strips(
         return {}, reorder(terms_SN, layout.places).mT
     factors: dict[int, Tensor] = {}
     more_TN: dict[int, Tensor] = {}
-    for size in dict.fromkeys(gram.shape[-1] for gram in grams.values()) or (rule.strip_rows.usual,):
-        batch = {index: gram for index, gram in grams.items() if gram.shape[-1] == size}
-        flat = [gram.flatten(dim, dim + 1) for gram in batch.values()]
-        nothing = terms_SN.new_zeros(*terms_SN.shape[:dim], 0, size, size)
-        factors_Kss, terms = phases.couple(weights, torch.cat(flat or [nothing], dim))
+    nothing = terms_SN.new_zeros(*terms_SN.shape[:dim], 0, rule.strip_rows.usual, rule.strip_rows.usual)
+    for batch in _batches(grams, dim, most) or [{}]:
+        flat = [gram.flatten(dim, dim + 1) for gram in batch.values()] or [nothing]
+        factors_Kss, terms = phases.couple(weights, flat[0] if len(flat) == 1 else torch.cat(flat, dim))
         terms_TK, numbers = torch.stack(terms, dim), [gram.shape[dim] for gram in flat]
-        parts = zip(batch, factors_Kss.split(numbers, dim), terms_TK.split(numbers, -1), strict=True)
-        for index, factor_kss, terms_Tk in parts:
-            tensors_and_strips = batch[index].shape[dim : dim + 2]
-            factors[index] = factor_kss.unflatten(dim, tensors_and_strips)
-            more_TN[index] = terms_Tk.unflatten(-1, tensors_and_strips).sum(-1)
+        parts = zip(batch.items(), factors_Kss.split(numbers, dim), terms_TK.split(numbers, -1), strict=False)
+        for (index, gram), factor_kss, terms_Tk in parts:
+            factors[index] = factor_kss.unflatten(dim, gram.shape[dim : dim + 2])
+            more_TN[index] = terms_Tk.unflatten(-1, gram.shape[dim : dim + 2]).sum(-1)
     for index, (tensors, _) in enumerate(layout.groups):
         if index not in more_TN:  # zero, for vectors
             more_TN[index] = terms_TK.new_zeros(*terms_TK.shape[:-1], len(tensors))
@@ -95,6 +96,22 @@ def multiply_strips(pack: Pack, factors: dict[int, Tensor], matrix_n: Tensor, di
     if not coupled:
         return torch.zeros_like(matrix_n)
     return coupled[0] if len(coupled) == 1 else torch.cat(coupled, -1)
+
+
+def _batches(grams: dict[int, Tensor], dim: int, most: int | None) -> list[dict[int, Tensor]]:
+    """Share out the groups: Gram matrices of one size together, in few calls, but few enough to stay in a cache."""
+    batches: list[dict[int, Tensor]] = []
+    for size in dict.fromkeys(gram.shape[-1] for gram in grams.values()):
+        filled = 0
+        for index, gram in grams.items():
+            if gram.shape[-1] == size:
+                numel = gram.shape[dim:].numel()
+                if not filled or (most is not None and filled + numel > most):
+                    batches.append({})
+                    filled = 0
+                batches[-1][index] = gram
+                filled += numel
+    return batches
 
 
 def _reduce(

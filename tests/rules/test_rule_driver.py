@@ -351,3 +351,19 @@ def test_calls_are_as_few_as_cutting_and_packing_allow():
         context = context_at(1, dtype=torch.float64)
         apply_rule(*model[:3], make_grads(0), *model[3:], context, Plan(phases=phases, **options))
         assert sorted(calls) == sorted(expected)
+
+
+@pytest.mark.parametrize(("chunk_size", "expected"), [(None, [6]), (600, [2, 2, 2]), (100, [1] * 6)])
+def test_gram_matrices_are_coupled_in_batches_no_larger_than_a_chunk(chunk_size, expected):
+    rule = learned("orthogonalized-momentum").rule
+    params = [torch.randn(16, 16, generator=torch.Generator().manual_seed(index)) for index in range(6)]
+    states = [rule.init_state({}, param) for param in params]
+    plain, calls = plain_phases(rule), []
+
+    def couple(weights, grams):
+        calls.append(len(grams))
+        return plain.couple(weights, grams)
+
+    plan = Plan(phases=plain._replace(couple=couple), chunk_size=chunk_size)
+    apply_rule(rule, rule.init_weights(), params, params, states, {}, context_at(1), plan)
+    assert calls == expected
