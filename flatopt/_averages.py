@@ -7,7 +7,9 @@ is kept beside it, under ``ITERATE``.  All is local: a shard has the average of 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping, MutableMapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -15,10 +17,14 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import _dtensor as dtensor
+from ._groups import name_of
 from ._slots import is_of_one_rank, local_values
-from ._state import AVERAGE, ITERATE, SHOWS_AVERAGES, copy_of
+from ._state import AVERAGE, ITERATE, SHOWS_AVERAGES, check_average_shapes, copy_of
 from ._torch import foreach_lerp_
 from .rules import PolynomialAverage
+
+_showing: weakref.WeakSet[Averaging] = weakref.WeakSet()
+"""Optimizers that have put averages in the place of parameters."""
 
 
 class Averaging(Optimizer):
@@ -32,6 +38,10 @@ class Averaging(Optimizer):
         flagship's, or before the first step.  The Trainer of transformers calls it before it evaluates.  Statistics of
         BatchNorm are still those of the parameters before: a few batches in training mode bring them up to date
         (:func:`torch.optim.swa_utils.update_bn`).
+
+        Raises:
+            RuntimeError: if a parameter holds the average of another optimizer.
+            ValueError: if a parameter has another shape than its average.
 
         Example:
             >>> import torch, flatopt
@@ -48,25 +58,49 @@ class Averaging(Optimizer):
             >>> torch.equal(param, last)
             True
         """
+        exchanged = [(p, s) for p, s in self._checked_states(self.param_groups) if AVERAGE in s and ITERATE not in s]
+        self._refuse_averages_of_others([param for param, _ in exchanged])
+        for param, state in exchanged:  # all before any moves: parameters may share their storage
+            state[ITERATE] = copy_of(param)
+        for param, state in exchanged:
+            _move(local_values(param), dtensor.local_view(state[AVERAGE]), 1.0)
+            _showing.add(self)
         for group in self.param_groups:
-            for param, state in self._states_of(group):
-                if AVERAGE in state and ITERATE not in state:
-                    state[ITERATE] = copy_of(param)
-                    _move(local_values(param), dtensor.local_view(state[AVERAGE]), 1.0)
-                group[SHOWS_AVERAGES] |= int(ITERATE in state)
+            group[SHOWS_AVERAGES] |= int(any(ITERATE in state for _, state in self._checked_states([group])))
 
     @torch.no_grad()
     def train(self) -> None:
         """Put the parameters themselves back, to go on after :meth:`eval`; without effect otherwise."""
+        exchanged = [(p, s) for p, s in self._checked_states(self.param_groups) if ITERATE in s]
+        for param, state in exchanged:
+            local_values(param).copy_(dtensor.local_view(state[ITERATE]))
+            del state[ITERATE]
+        _showing.discard(self)
         for group in self.param_groups:
-            for param, state in self._states_of(group):
-                if ITERATE in state:
-                    local_values(param).copy_(dtensor.local_view(state.pop(ITERATE)))
             group[SHOWS_AVERAGES] = 0
 
-    def _states_of(self, group: dict[str, Any]) -> list[tuple[Tensor, MutableMapping[str, Any]]]:
-        """Return the parameters of a group that have a state, with it."""
-        return [(param, self.state[param]) for param in group["params"] if param in self.state]
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, as any optimizer of torch."""
+        packed = super().state_dict()
+        # The exchange adds keys and takes them away: not in a state that somebody holds.
+        return {**packed, "state": {key: copy(state) for key, state in packed["state"].items()}}
+
+    def _checked_states(self, groups: Sequence[dict[str, Any]]) -> list[tuple[Tensor, MutableMapping[str, Any]]]:
+        """Return the parameters that have a state, with it; raise ``ValueError`` if it is of another shape."""
+        params = [param for group in groups for param in group["params"] if param in self.state]
+        for param in params:
+            check_average_shapes(self.state[param], param, self.param_groups)
+        return [(param, self.state[param]) for param in params]
+
+    def _refuse_averages_of_others(self, params: Sequence[Tensor]) -> None:
+        """Raise ``RuntimeError`` if a parameter holds the average that another optimizer keeps of it."""
+        for other in _showing - {self}:
+            for param in params:
+                if ITERATE in other.state.get(param, {}):
+                    raise RuntimeError(
+                        f"{name_of(param, self.param_groups)} holds the average that another optimizer keeps of it: "
+                        "call train() of that one first, or give the parameter to one optimizer only"
+                    )
 
 
 def check_no_average(groups: Sequence[dict[str, Any]]) -> None:
@@ -79,6 +113,8 @@ def check_iterates(state_dict: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` if a state knows only the averages that its parameters held, not what to go on from."""
     for group in state_dict["param_groups"]:
         states = [state_dict["state"].get(param_id) or {} for param_id in group["params"]]
+        if not group.get(SHOWS_AVERAGES) and any(ITERATE in state for state in states):
+            raise ValueError("this state was changed by optimizer.eval() after it was taken: take it again")
         if group.get(SHOWS_AVERAGES) and any(AVERAGE in state and ITERATE not in state for state in states):
             raise ValueError(
                 "this state was saved while the parameters held their averages, by something that did not save the "

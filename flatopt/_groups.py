@@ -28,7 +28,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (lambda value: 0.0 <= value < math.inf, "must be finite and >= 0"),
     "weight_decay": (lambda value: 0.0 <= value < math.inf, "must be finite and >= 0"),
     "num_steps": (
-        lambda value: value >= 1 and (value == math.inf or value % 1 == 0),
+        lambda value: value is not True and value >= 1 and (value == math.inf or value % 1 == 0),
         "must be an integer >= 1, or None",
     ),
     "seed": (lambda value: isinstance(value, int) and 0 <= value < 2**32, "must be in [0, 2^32)"),

@@ -175,9 +175,8 @@ def real_view(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def position_of(param: Tensor, groups: Sequence[dict[str, Any]]) -> int:
-    """Return where a parameter stands among all; replicas are counted among themselves, alike on every rank."""
-    others = [other for group in groups for other in group["params"]]
-    if not is_of_one_rank(param):
-        others = [other for other in others if not is_of_one_rank(other)]
-    return next(index for index, other in enumerate(others) if other is param)
+def positions_in(groups: Sequence[dict[str, Any]]) -> dict[Tensor, int]:
+    """Return where parameters stand among all; replicas are counted among themselves, alike on every rank."""
+    params = [param for group in groups for param in group["params"]]
+    replicas = [param for param in params if not is_of_one_rank(param)]
+    return {param: index for found in (params, replicas) for index, param in enumerate(found)}

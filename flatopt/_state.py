@@ -103,10 +103,8 @@ class StateLayout:
         for key, expected in self.shapes_of(param).items():
             found = getattr(state.get(key), "shape", None)
             if found != expected:
-                self._refuse(key, found, expected, param, groups)
-        for key in (AVERAGE, ITERATE):
-            if key in state and (found := getattr(state[key], "shape", None)) != (expected := real_shape(param)):
-                self._refuse(key, found, expected, param, groups)
+                _refuse(key, found, expected, param, groups)
+        check_average_shapes(state, param, groups)
 
     def check(self, state: Mapping[str, Any], param: Tensor, groups: Groups) -> None:
         """Raise ``ValueError`` unless a loaded state has every key, and the shapes of the parameter."""
@@ -117,6 +115,9 @@ class StateLayout:
             )
         same = {key: self._as_kept(key, state[key]) for key in self.per_tensor}
         self.check_shapes({**state, **same}, param, groups)
+        step = same["step"]
+        if not is_abstract(step) and not 0 <= float(step) < math.inf:
+            raise ValueError(f"state of {name_of(param, groups)} has taken {float(step)} steps: it is damaged")
         made_for = state.get(NUMEL) if self.describes_whole else None
         if made_for is not None and not (isinstance(made_for, Tensor) and is_abstract(made_for)):
             self.check_numel(float(made_for), param, groups)
@@ -138,16 +139,6 @@ class StateLayout:
             state["num_skipped"] = torch.zeros((), dtype=torch.int64, device=param.device)
         if self.describes_whole and NUMEL not in state:
             state[NUMEL] = torch.full((), param.numel(), dtype=compute_dtype(param), device=param.device)
-
-    def _refuse(self, key: str, found: Any, expected: torch.Size, param: Tensor, groups: Groups) -> None:
-        if found is None:
-            raise ValueError(
-                f"state of {name_of(param, groups)} has no tensor {key!r}, which the rule {self.rule.name!r} keeps"
-            )
-        raise ValueError(
-            f"state {key!r} of {name_of(param, groups)} has shape {list(found)}, but the parameter needs "
-            f"{list(expected)}: load a state of this shape, or delete optimizer.state[param] to start it anew"
-        )
 
     def make(
         self, weights: Weights, param: Tensor, generator: torch.Generator, shared: dict[str, Tensor]
@@ -203,6 +194,23 @@ class StateLayout:
             return value
         value = torch.as_tensor(value) if isinstance(value, int | float) else value
         return value.reshape(shape) if isinstance(value, Tensor) and value.numel() == shape.numel() else value
+
+
+def check_average_shapes(state: Mapping[str, Any], param: Tensor, groups: Groups) -> None:
+    """Raise ``ValueError`` unless the average of a parameter has its shape."""
+    for key in (AVERAGE, ITERATE):
+        if key in state and (found := getattr(state[key], "shape", None)) != (expected := real_shape(param)):
+            _refuse(key, found, expected, param, groups)
+
+
+def _refuse(key: str, found: Any, expected: torch.Size, param: Tensor, groups: Groups) -> None:
+    if found is None:
+        raise ValueError(f"state of {name_of(param, groups)} has no tensor {key!r}, which the optimizer keeps")
+    raise ValueError(
+        f"state {key!r} of {name_of(param, groups)} has shape {list(found)}, but the parameter needs "
+        f"{list(expected)}: load a state of this shape, or delete this one (optimizer.state[param], or "
+        "state_dict['state'][index]) to start it anew"
+    )
 
 
 def copy_of(param: Tensor) -> Tensor:

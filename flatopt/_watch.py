@@ -14,6 +14,9 @@ from ._warn import warn
 SMALL_LR = 0.01
 """Below it, ``lr`` looks like a learning rate of Adam's."""
 
+SMALL_LR_STEPS = 100
+"""Steps after which no warm-up explains such a learning rate any more."""
+
 FLAT_NUMEL = 2**20
 """A vector this long beside no matrix looks like a flattened model: no bias is as long."""
 
@@ -24,6 +27,7 @@ class Watch:
     def __init__(self) -> None:
         self.told: set[str] = set()
         self.highest_lr = -math.inf
+        self.steps_seen = 0
         self.adopted: float | None = None
         """Length of the run that came with a state, not from the user."""
 
@@ -57,10 +61,7 @@ class Watch:
             )
         lr = highest_lr(groups)
         if lr is not None and 0 < lr < SMALL_LR:
-            warn(
-                f"lr={lr:g} looks like a learning rate of Adam's: FlatOpt's multiplies the learned step and is 1.0 as "
-                "learned; leave lr out, or give a value near 1.0"
-            )
+            self._tell_small(lr)
 
     def look_at_loaded(self, state_dict: dict[str, Any]) -> None:
         """Warn of an empty state that another optimizer has saved: its options are taken over all the same."""
@@ -71,8 +72,34 @@ class Watch:
                 "1.0 as learned; start without that state, or set lr in optimizer.param_groups again"
             )
 
+    def look_at_step(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Check groups before a step; warn of a schedule of the learning rate that is none of this optimizer."""
+        self.check_groups(groups)
+        lr = highest_lr(groups)
+        if lr is None or lr == 0:
+            return
+        if lr < self.highest_lr and (groups[0].get("num_steps") or math.inf) < math.inf:
+            self.tell(
+                "scheduler",
+                "lr falls although num_steps is known, so the steps shrink twice: use a constant schedule, or leave "
+                "num_steps out",
+            )
+        self.steps_seen += 1
+        self.highest_lr = max(self.highest_lr, lr)
+        if self.steps_seen == SMALL_LR_STEPS and self.highest_lr < SMALL_LR:
+            first = highest_lr({"lr": group.get("initial_lr", 0.0)} for group in groups)  # of a long warm-up, say
+            if first is not None and first < SMALL_LR:
+                self._tell_small(self.highest_lr)
+
+    def _tell_small(self, lr: float) -> None:
+        self.tell(
+            "small",
+            f"lr={lr:g} looks like a learning rate of Adam's: FlatOpt's multiplies the learned step and is 1.0 as "
+            "learned; leave lr out, or give a value near 1.0",
+        )
+
     def length(self, groups: Sequence[dict[str, Any]], step: float) -> float:
-        """Return the length of the run at a step, infinite if it is unknown or over; warn of what contradicts it."""
+        """Return the length of the run at a step, infinite if it is unknown or over; warn if it is over."""
         num_steps = float(groups[0].get("num_steps") or math.inf)
         if step > num_steps:
             self.tell(
@@ -81,15 +108,6 @@ class Watch:
                 "optimizer.set_num_steps(n) gives it another one",
             )
             return math.inf
-        if num_steps < math.inf and "scheduler" not in self.told and "initial_lr" in groups[0]:
-            lr = highest_lr(groups)
-            if lr is not None and lr < self.highest_lr:
-                self.tell(
-                    "scheduler",
-                    "a scheduler lowers lr although num_steps is known, so the steps shrink twice: use a constant "
-                    "schedule, or leave num_steps out",
-                )
-            self.highest_lr = max(self.highest_lr, lr or 0.0)
         return num_steps
 
     def restore_length(self, groups: Sequence[dict[str, Any]], given: Sequence[float]) -> None:

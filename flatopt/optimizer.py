@@ -19,7 +19,7 @@ from ._abstract import real_tensors, without_autocast
 from ._applied import AppliedRule
 from ._averages import Averaging, advance_averages, check_iterates, check_no_average, start_average
 from ._groups import check_gradient, check_options, has_matrices, name_of, refuse_flattened
-from ._slots import OVERFLOW_MARGIN, Slot, bucket_of, measure, position_of
+from ._slots import OVERFLOW_MARGIN, Slot, bucket_of, measure, positions_in
 from ._state import (
     RECORD,
     SHARED_PREFIX,
@@ -185,11 +185,11 @@ class FlatOpt(Averaging):
             with torch.enable_grad():
                 loss = closure()
 
-        self._watch.check_groups(self.param_groups)
+        check_no_average(self.param_groups)
+        self._watch.look_at_step(self.param_groups)
         slots = list(self._slots())  # whole: an error comes before anything is changed
+        self._init_states([slot.param for slot in slots if slot.is_new])
         for slot in slots:
-            if slot.is_new:
-                self._init_state(slot.param)
             self._layout.complete(self.state[slot.param], slot.param)
         states = self._states()
         together = measure(slots, states)
@@ -264,7 +264,7 @@ class FlatOpt(Averaging):
             self.param_groups.pop()
             raise
         group.update(record_of(self.learned))  # a dict that another optimizer was made from holds another one
-        self._had_matrices |= has_matrices([group])
+        self._had_matrices = has_matrices(self.param_groups)
 
     def set_num_steps(self, num_steps: int | None) -> None:
         """Set the length of the run in the middle of it, as writing ``num_steps`` into every parameter group does.
@@ -321,9 +321,7 @@ class FlatOpt(Averaging):
     def _slots(self) -> Iterator[Slot]:
         """Yield every parameter that has a gradient."""
         for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
+            for param in (param for param in group["params"] if param.grad is not None):
                 state = self.state.get(param, {})
                 is_new = not self._layout.is_made(state)
                 if is_new:
@@ -353,22 +351,24 @@ class FlatOpt(Averaging):
         params = [param for group in self.param_groups for param in group["params"]]
         return list(zip(ids, params))  # noqa: B905, torch refuses other lengths
 
-    def _init_state(self, param: Tensor) -> None:
-        """Make the state of a parameter; it joins in the shared state."""
-        weights, shared = self._applied.weights_for(param), {}
-        if self._layout.shared:
-            relatives = (one for other, one in self._states().items() if bucket_of(other) == bucket_of(param))
-            shared = shared_of(next(relatives, {})) or self.learned.rule.init_shared(weights)
-        # Of its own, so that no order of creation matters.
-        generator = state_generator(int(self.param_groups[0]["seed"]), position_of(param, self.param_groups))
-        self.state[param].update(self._layout.make(weights, param, generator, shared))
-        if self.learned.rule.average is not None:
-            start_average(param, self.state[param])
+    def _init_states(self, params: Sequence[Tensor]) -> None:
+        """Make the states of parameters; they join in the shared state."""
+        positions = positions_in(self.param_groups) if params else {}
+        shared = {bucket_of(param): shared_of(state) for param, state in self._states().items()} if params else {}
+        for param in params:
+            weights, bucket = self._applied.weights_for(param), bucket_of(param)
+            if not shared.get(bucket):
+                shared[bucket] = self.learned.rule.init_shared(weights)
+            # Of its own, so that no order of creation matters.
+            generator = state_generator(int(self.param_groups[0]["seed"]), positions[param])
+            self.state[param].update(self._layout.make(weights, param, generator, shared[bucket]))
+            if self.learned.rule.average is not None:
+                start_average(param, self.state[param])
 
     def _is_usable(self, slot: Slot, dtype: torch.dtype) -> bool:
-        """Return whether a gradient can be used; count it if it is not finite.  Before the first, zero is none."""
+        """Return whether a gradient can be used, which one of zeros cannot; count it if it is not finite."""
         if slot.norm <= math.sqrt(torch.finfo(dtype).max) * OVERFLOW_MARGIN:
-            return slot.norm > 0 or slot.step > 0
+            return slot.norm > 0  # else a momentum that only dies away would be brought to unit size for long
         self.state[slot.param]["num_skipped"] += 1
         self._watch.tell(
             "not finite",

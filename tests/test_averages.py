@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import pickle
@@ -376,3 +377,88 @@ def test_a_state_of_averages_without_the_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match=r"save distributed checkpoints after optimizer.train\(\)"):
         other.load_state_dict(state)
     assert not other.state
+
+
+def test_parameters_that_share_their_storage_come_back() -> None:
+    weight = torch.nn.Parameter(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))
+    tied = torch.nn.Parameter(torch.empty(3, 3))
+    tied.data = weight.data.t()
+    opt = FlatOpt([weight, tied])
+    for seed in range(3):
+        step_with(opt, [weight, tied], seed)
+    (last,) = values([weight])
+    opt.eval()
+    assert not torch.equal(weight, last)
+    opt.train()
+    assert torch.equal(weight, last) and torch.equal(tied, last.t())
+
+
+def test_one_optimizer_does_not_take_the_average_of_another_for_the_parameter() -> None:
+    params = make_params("network")
+    opt, other = FlatOpt(params), FlatOpt(params[:1])
+    for seed in range(3):
+        step_with(opt, params, seed)
+        other.step()
+    last = values(params)
+    opt.eval()
+    shown = values(params)
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 holds the average .* another optimizer"):
+        other.eval()
+    assert same(params, shown) and "param_iterate" not in other.state[params[0]]
+    opt.train()
+    assert same(params, last)
+    other.eval()
+    other.train()
+    assert same(params, last)
+    opt.eval()
+    del opt  # which can no longer take it back
+    gc.collect()
+    other.eval()
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_a_state_that_somebody_holds_does_not_change_with_the_exchange(shown: bool) -> None:
+    params, opt = make()
+    step_with(opt, params, 0)
+    if shown:
+        opt.eval()
+    state = opt.state_dict()
+    expected = copy.deepcopy(state)
+    opt.train() if shown else opt.eval()
+    torch.testing.assert_close(state["state"], expected["state"], rtol=0, atol=0)
+    assert state["param_groups"] == expected["param_groups"]
+    FlatOpt(make_params("network")).load_state_dict(state)
+
+
+def test_a_state_that_lies_about_what_the_parameters_hold_is_refused() -> None:
+    params, opt = make()
+    step_with(opt, params, 0)
+    opt.eval()
+    state = opt.state_dict()
+    state["param_groups"][0]["shows_averages"] = 0
+    with pytest.raises(ValueError, match="changed by optimizer.eval"):
+        opt.load_state_dict(state)
+
+
+@pytest.mark.parametrize("call", ["eval", "train"])
+def test_a_parameter_that_changed_its_shape_is_refused_before_anything_moves(call: str) -> None:
+    params, opt = make()
+    step_with(opt, params, 0)
+    if call == "train":
+        opt.eval()
+    params[-1].data = torch.zeros(7, 7)
+    before = values(params)
+    with pytest.raises(ValueError, match=r"has shape .* but the parameter needs \[7, 7\]"):
+        getattr(opt, call)()
+    assert same(params, before)
+    assert all(("param_iterate" in state) == (call == "train") for state in opt.state.values())
+
+
+def test_a_closure_that_shows_averages_is_refused() -> None:
+    params, opt = make()
+    step_with(opt, params, 0)
+    last = values(params)
+    with pytest.raises(RuntimeError, match="call optimizer.train"):
+        opt.step(opt.eval)
+    opt.train()
+    assert same(params, last)

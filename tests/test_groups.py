@@ -16,6 +16,7 @@ from helpers import learned, make_params, set_grads, step_with
 from torch import nn
 
 from flatopt import FlatOpt, LearnedRule
+from flatopt._watch import SMALL_LR_STEPS
 from flatopt.rules import Adam
 
 BAD_OPTIONS = [
@@ -312,17 +313,56 @@ def test_a_decaying_schedule_on_top_of_a_known_length_is_told_once(
         for seed in range(6):
             step_with(opt, params, seed)
             scheduler.step()
-    told = [warning for warning in caught if "a scheduler lowers lr" in str(warning.message)]
+    told = [warning for warning in caught if "lr falls although num_steps" in str(warning.message)]
     assert len(told) == (is_told and num_steps is not None)
     assert len(caught) == len(told)
 
 
-def test_a_rate_lowered_by_hand_is_not_told(toy: LearnedRule) -> None:
+@pytest.mark.parametrize(("num_steps", "is_told"), [(10, True), (None, False)])
+def test_a_rate_lowered_by_hand_is_told_like_that_of_a_scheduler(
+    num_steps: int | None, is_told: bool, toy: LearnedRule
+) -> None:
     params = make_params("network")
-    opt = FlatOpt(params, pretrained=toy, num_steps=10)
-    for seed in range(2):
-        step_with(opt, params, seed)  # warnings are errors
-        opt.param_groups[0]["lr"] /= 2
+    opt = FlatOpt(params, pretrained=toy, num_steps=num_steps)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(3):
+            step_with(opt, params, seed)
+            opt.param_groups[0]["lr"] /= 2  # as ReduceLROnPlateau does, which leaves no other trace
+    assert [str(warning.message)[:27] for warning in caught] == ["lr falls although num_steps"] * is_told
+
+
+def write_lr_by_hand(opt: FlatOpt) -> Any:
+    def write() -> None:
+        opt.param_groups[0]["lr"] = 6e-4
+
+    write()
+    return write
+
+
+@pytest.mark.parametrize(
+    ("make", "is_told"),
+    [
+        (lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=1e-3, total_steps=200).step, True),
+        (lambda opt: torch.optim.lr_scheduler.CyclicLR(opt, base_lr=1e-4, max_lr=1e-3).step, True),
+        (write_lr_by_hand, True),
+        (lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda step: step / 50_000).step, False),
+        (lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=1.0, total_steps=20_000).step, False),
+    ],
+    ids=["one cycle", "cyclic", "by hand", "long warm-up", "one cycle to 1"],
+)
+def test_a_schedule_written_for_adam_is_told_once_no_warm_up_explains_it(
+    make: Any, is_told: bool, toy: LearnedRule
+) -> None:
+    params = make_params("network")
+    opt = FlatOpt(params, pretrained=toy)
+    schedule = make(opt)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(SMALL_LR_STEPS + 2):
+            step_with(opt, params, seed)
+            schedule()
+    assert ["a learning rate of Adam's" in str(warning.message) for warning in caught] == [True] * is_told
 
 
 def test_an_empty_state_of_another_optimizer_is_told(toy: LearnedRule) -> None:

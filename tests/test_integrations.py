@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.metadata
 import importlib.util
@@ -323,15 +324,23 @@ def test_lightning_validates_and_saves_averages(package: str, tmp_path: Path) ->
         def configure_optimizers(self) -> FlatOpt:
             return FlatOpt(self.parameters())
 
-        def on_validation_start(self) -> None:
+        def show_averages(self) -> None:
             for optimizer in self.trainer.optimizers:
                 optimizer.eval()
 
-        def on_validation_end(self) -> None:
+        def go_on(self) -> None:
             for optimizer in self.trainer.optimizers:
                 optimizer.train()
 
-        on_train_start, on_train_end = on_validation_end, on_validation_start
+        def on_validation_start(self) -> None:
+            if self.trainer.state.fn == "fit":
+                self.show_averages()
+
+        def on_validation_end(self) -> None:
+            if self.trainer.state.fn == "fit":
+                self.go_on()
+
+        on_train_start, on_train_end = go_on, show_averages
 
         def validation_step(self, x: Tensor, index: int) -> None:
             states = self.trainer.optimizers[0].state.values()
@@ -340,17 +349,25 @@ def test_lightning_validates_and_saves_averages(package: str, tmp_path: Path) ->
 
     def fit(epochs: int, **options: Any) -> tuple[Endless, Any]:
         module = Endless()
-        checkpoints = pl.callbacks.ModelCheckpoint(tmp_path / "saved", save_top_k=-1, monitor="loss")
+        options_of_saving = {"save_top_k": -1, "monitor": "loss", "save_on_train_epoch_end": False}
+        checkpoints = pl.callbacks.ModelCheckpoint(tmp_path / "saved", **options_of_saving)
         options_of_run = {"max_epochs": epochs, "num_sanity_val_steps": 0, "callbacks": [checkpoints]}
         trainer = lightning_trainer(pl, tmp_path, **options_of_run)
         loader = torch.utils.data.DataLoader([batch(step) for step in range(4)], batch_size=None)
         trainer.fit(module, loader, loader, **options)
+        last = copy.deepcopy(module.model)
+        trainer.validate(module, loader, verbose=False)
+        assert compare(module.model, last) == "equal bit for bit"
         return module, trainer.checkpoint_callback.best_model_path
 
     half, saved = fit(1)
+    holds = torch.load(saved, weights_only=True)
+    states = holds["optimizer_states"][0]["state"].values()
+    for param, state in zip(holds["state_dict"].values(), states, strict=True):
+        assert torch.equal(param, state["param_average"]) and not torch.equal(param, state["param_iterate"])
     whole, _ = fit(2)
     resumed, _ = fit(2, ckpt_path=saved)
-    assert half.seen == [True] * 4 and whole.seen == [True] * 8
+    assert half.seen == [True] * 8 and whole.seen == [True] * 12  # four of validate()
     assert compare(whole.model, plain_loop(None, 8, period=4, shows_averages=True)) == "equal bit for bit"
     assert compare(whole.model, resumed.model) == "equal bit for bit"
 

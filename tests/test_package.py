@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "_state": {"_abstract", "_dtensor", "_groups", "pretrained", "rules"},
     "_slots": {"_abstract", "_dtensor", "_state", "_torch", "rules"},
     "_applied": {"_compile", "_dtensor", "_graphs", "_slots", "_torch", "pretrained", "rules"},
-    "_averages": {"_dtensor", "_slots", "_state", "_torch", "rules"},
+    "_averages": {"_dtensor", "_groups", "_slots", "_state", "_torch", "rules"},
     "optimizer": {
         *{"_abstract", "_applied", "_averages", "_groups", "_slots", "_state", "_torch", "_warn", "_watch"},
         "pretrained",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
 from collections.abc import Sequence
@@ -409,3 +410,14 @@ def test_a_distributed_checkpoint_without_a_record_loads_in_part(tmp_path: Path,
         dcp.load(loaded, checkpoint_id=tmp_path, planner=planner)
         set_optimizer_state_dict(model, opts[1], loaded["opt"], options=options)
     assert_same_state(*opts)
+
+
+@pytest.mark.parametrize("step", [math.nan, math.inf, -1.0])
+def test_a_state_with_a_damaged_step_is_refused(step: float) -> None:
+    params = make_params("network")
+    opt = FlatOpt(params)
+    step_with(opt, params, 0)
+    state = copy.deepcopy(opt.state_dict())
+    state["state"][0]["step"].fill_(step)
+    with pytest.raises(ValueError, match="steps: it is damaged"):
+        opt.load_state_dict(state)

@@ -32,12 +32,12 @@ def describe(value: Any) -> Any:
     return getattr(value, "__qualname__", value)
 
 
-def code_hash(value: Callable[..., Any], room: str = "flatopt.evaluate") -> str:
+def code_hash(value: Callable[..., Any], room: str | tuple[str, ...] = "flatopt.evaluate") -> str:
     """Return a hash of the source of a function or class, and of whatever in ``room`` it refers to.
 
     Args:
         value: function, class, or a partial of one.
-        room: package whose functions, classes and constants are followed.
+        room: package, or several, whose functions, classes and constants are followed.
     """
     while isinstance(value, partial):
         parts = [value.func, *value.args, *value.keywords.values()]
@@ -46,7 +46,7 @@ def code_hash(value: Callable[..., Any], room: str = "flatopt.evaluate") -> str:
 
 
 @cache
-def _sources(root: Any, room: str) -> dict[str, str]:
+def _sources(root: Any, room: str | tuple[str, ...]) -> dict[str, str]:
     """Return the sources by qualified name, found from one function or class."""
     found: dict[str, str] = {}
     waiting = [root]

@@ -22,6 +22,9 @@ from flatopt.pretrained import LearnedRule, load_pretrained, weights_sha256
 from ._code import code_hash, describe
 from .baselines import SAM, MuonWithAdamW
 
+STEP = ("flatopt.optimizer", "flatopt._applied", "flatopt._averages", "flatopt.rules")
+"""Where the code stands that computes a step of FlatOpt.  What it asks for checks, warnings and files is not here."""
+
 
 class Setting(NamedTuple):
     """What is tuned of a family."""
@@ -77,6 +80,7 @@ class Contestant:
             "rule": repr(self.learned.rule),
             "weights": weights_sha256(self.learned.weights),
             "code": code_hash(type(self.learned.rule), room="flatopt.rules"),
+            "step": code_hash(FlatOpt, room=STEP),
         }
 
 

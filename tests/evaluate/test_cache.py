@@ -9,6 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from flatopt.evaluate import _code, models
 from flatopt.evaluate._cache import NotComputed, RunCache
 from flatopt.evaluate._code import code_hash, describe
 from flatopt.evaluate._training import results
+from flatopt.evaluate.contestants import default_rule, learned_contestant
 
 
 def test_cache_computes_once_and_survives_a_new_process(tmp_path: Path) -> None:
@@ -108,6 +110,21 @@ def test_a_hash_follows_what_the_code_computes_and_not_its_prose(
     assert old in SOURCE
     first, second = (hash_of(source, tmp_path, monkeypatch) for source in (SOURCE, SOURCE.replace(old, new)))
     assert (first == second) is same
+
+
+def test_the_key_of_a_learned_optimizer_follows_the_code_of_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    contestant = learned_contestant("FlatOpt", default_rule(), horizon_known=True)
+    before = contestant.identity()
+    sources = _code._sources
+    changed = "flatopt.rules._driver.apply_rule", "flatopt._averages.advance_averages", "flatopt.optimizer.FlatOpt"
+    for name in changed:
+
+        def with_change(root: Any, room: Any, name: str = name) -> dict[str, str]:
+            found = sources(root, room)
+            return found | {name: found[name] + "changed"} if name in found else found
+
+        monkeypatch.setattr(_code, "_sources", with_change)
+        assert contestant.identity() != before
 
 
 def test_a_hash_does_not_depend_on_the_version_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
