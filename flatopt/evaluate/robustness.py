@@ -138,7 +138,13 @@ def _stress_table(records: Sequence[Record], names: Sequence[str]) -> Table:
 
 
 def _ratio(record: Record) -> float:
-    return max(min(one["final"] / one["initial"] for one in tried) for tried in record["outcomes"])
+    """Return the final loss over the initial one, infinite where either is not finite."""
+    return max(min(map(_growth, tried)) for tried in record["outcomes"])
+
+
+def _growth(outcome: Record) -> float:
+    ratio = float(outcome["final"] / outcome["initial"])
+    return math.inf if math.isnan(ratio) else ratio
 
 
 def _stress_outcome(stress: Stress, contestant: Contestant, lr: float, seed: int, *, cache: RunCache) -> Record:

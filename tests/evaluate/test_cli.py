@@ -105,6 +105,14 @@ def test_divergence_is_a_final_loss_above_the_initial_one(initial: float, final:
 
 def test_quality_runs_the_optimizers_that_are_named(pretrained: str, tmp_path: Path) -> None:
     arguments = ["quality", "--fast", "--seeds", "1", "--pretrained", pretrained, "--out", str(tmp_path)]
+@pytest.mark.parametrize("outcomes", [[float("nan"), 0.5], [0.5, float("nan")]])
+def test_a_run_without_an_initial_loss_is_drawn_as_diverged(outcomes: list[float]) -> None:
+    """Of two seeds, in any order, the worst one counts."""
+    tried = [[{"initial": initial, "final": 0.1 if initial == 0.5 else float("inf")}] for initial in outcomes]
+    assert robustness._ratio({"outcomes": tried}) == float("inf")
+    assert robustness._ratio({"outcomes": [sum(tried, [])]}) == 0.2  # of two learning rates the best
+
+
     main([*arguments, "--tasks", "digits CNN", "--optimizers", "untrained core", "SGD"])
     found = [(record["task"], record["optimizer"]) for record in outputs(tmp_path)]
     names = ["untrained core", "untrained core, length unknown", "SGD momentum"]
