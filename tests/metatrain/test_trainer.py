@@ -13,7 +13,8 @@ from small import by_path
 from toy_metatrain import Slow, toy_config, toy_estimator
 
 import flatopt
-from flatopt.metatrain import CurriculumConfig, TrainingInterrupted, train
+from flatopt.metatrain import CurriculumConfig, EstimatorConfig, TrainingInterrupted, train
+from flatopt.metatrain._stop import StopOnSignal
 from flatopt.metatrain.checkpoint import latest
 from flatopt.metatrain.curriculum import Verdict
 from flatopt.metatrain.estimators import GradientEstimator, MetaGradient
@@ -398,6 +399,7 @@ def test_advancing_goes_back_to_the_best_weights_and_lengthens_the_runs(tmp_path
 
     @dataclass(frozen=True)
     class Watching(GradientEstimator):
+    "estimator": EstimatorConfig(truncation_length=10),
         def init(self, weights, generator, num_steps=None):
             return toy_estimator().init(weights, generator)
 
