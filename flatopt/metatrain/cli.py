@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._device import check_device
 from .._extensions import extend
 from .._extras import check_extra, how_to_install
 from .._version import __version__
@@ -33,7 +34,7 @@ from .export import export_rule
 from .families import FAMILIES, check_families
 from .import_weights import FORMATS, import_weights
 from .recipes import RECIPES
-from .trainer import ADJUSTABLE, check_device, check_unused, describe_run, load_run, train
+from .trainer import ADJUSTABLE, check_unused, describe_run, load_run, train
 
 REGISTRIES: dict[str, dict[str, Any]] = {
     "RULES": RULES,

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._device import check_device
 from ..rules import Weights
 from ._log import Log, NoLog, check_tensorboard, track
 from ._ranks import LostProcessError, Ranks, job, joined, own_device
@@ -340,15 +341,3 @@ def _norm(gradient: Weights) -> Tensor:
 
 def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in tensors.items()}
-
-
-def check_device(device: str | torch.device) -> torch.device:
-    """Return the device; ``ValueError`` if it cannot be used."""
-    try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
-    if device.type == "meta":
-        raise ValueError("device 'meta' cannot be used: it computes no values")
-    return device
