@@ -79,8 +79,7 @@ def train(
         estimator: replaces the one that ``config.estimator`` names.
         resume: go on from the last whole checkpoint in ``out``.
         validate: loss of weights, called every ``config.validate_every`` updates with their moving average, or the
-            weights where none is kept; it must not depend on when it is called.  Replaces the one that ``config``
-            describes.
+            weights where none is kept; it must not depend on when it is called.  Replaces that of ``config``.
         command: how the run was started, for the record.
 
     Returns:
@@ -104,6 +103,8 @@ def train(
         is_new = not state.sessions
         if ranks.is_main:
             print(describe_run(state, device, out, ranks.size), file=sys.stderr)
+        if state.is_done:
+            return state.shipped_weights
         with StopOnSignal() as stop:
             show = track if ranks.is_main else untracked
             estimator = estimator or build_estimator(config, config.build_rule(), device, show, ranks)
@@ -329,6 +330,8 @@ def describe_run(state: RunState, device: torch.device, out: Path, num_processes
     updates = (
         f"{state.update} of {config.num_updates} updates done" if state.update else f"{config.num_updates} updates"
     )
+    if state.progress.finished:
+        updates += ", ended by validation"
     where = str(device) if num_processes == 1 else f"{num_processes} processes, {device.type}"
     return f"{config.recipe}: {num_weights:,} weights of {config.rule}, {updates}, {where}, in {out}; tasks: {families}"
 

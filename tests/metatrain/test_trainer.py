@@ -220,6 +220,13 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     assert read_metrics(tmp_path) == metrics
 
 
+def test_resuming_a_finished_run_prepares_nothing(tmp_path, capsys):
+    train(toy_config(), tmp_path, estimator=toy_estimator())
+    capsys.readouterr()
+    train(toy_config(), tmp_path, estimator=Interrupting(where="prepare", log=[]), resume=True)
+    assert "30 of 30 updates done" in capsys.readouterr().err
+
+
 def test_sessions_and_seconds_add_up(tmp_path):
     with pytest.raises(ArithmeticError):
         train(toy_config(), tmp_path, estimator=Crashing(calls=15, log=[]), command="first")
@@ -389,7 +396,7 @@ CURRICULUM = {
 }
 
 
-def test_advancing_goes_back_to_the_best_weights_and_lengthens_the_runs(tmp_path):
+def test_advancing_goes_back_to_the_best_weights_and_lengthens_the_runs(tmp_path, capsys):
     seen, stages, given = [], [], []
     losses = iter([5.0, 6.0, 9.0, 8.0, 8.5, 20.0, 30.0, 30.0])  # the third and the sixth: the best at another length
 
@@ -435,6 +442,7 @@ def test_a_curriculum_resumes_bit_for_bit(tmp_path):
     train(config, tmp_path / "whole", estimator=estimator, validate=scripted_validation(losses, log))
     whole = latest(tmp_path / "whole" / "checkpoints")
     assert whole.progress.stage == 2
+    assert "18 of 60 updates done, ended by validation" in capsys.readouterr().err
     for calls in (5, 6, 7, 13):
         out = tmp_path / str(calls)
         with pytest.raises(ArithmeticError):
