@@ -328,6 +328,16 @@ def test_a_signal_during_validation_takes_the_update_back(tmp_path):
     )
 
 
+def test_a_handler_that_could_not_be_put_back_is_left_alone(monkeypatch):
+    """As under a program that embeds Python: its handlers are ``None`` here."""
+    installed = []
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: installed.append(handler))
+    with StopOnSignal():
+        pass
+    assert installed == []
+
+
 def test_the_first_line_and_the_first_checkpoint_come_before_the_preparation(tmp_path, capsys):
     seen = []
 
@@ -389,6 +399,7 @@ def test_validation_sees_the_average_and_the_best_weights_are_returned(tmp_path,
 
 
 CURRICULUM = {
+    "estimator": EstimatorConfig(truncation_length=10),
     "curriculum": CurriculumConfig(stages=(10, 20, 50), min_num_eval=2),
     "validate_every": 3,
     "num_updates": 60,
@@ -406,7 +417,6 @@ def test_advancing_goes_back_to_the_best_weights_and_lengthens_the_runs(tmp_path
 
     @dataclass(frozen=True)
     class Watching(GradientEstimator):
-    "estimator": EstimatorConfig(truncation_length=10),
         def init(self, weights, generator, num_steps=None):
             return toy_estimator().init(weights, generator)
 
@@ -432,6 +442,7 @@ def test_advancing_goes_back_to_the_best_weights_and_lengthens_the_runs(tmp_path
     assert_equal(
         train(toy_config(**CURRICULUM), tmp_path, estimator=Watching(), resume=True, validate=validate), weights
     )
+    assert "18 of 60 updates done, ended by validation" in capsys.readouterr().err
 
 
 def test_a_curriculum_resumes_bit_for_bit(tmp_path):
@@ -442,7 +453,6 @@ def test_a_curriculum_resumes_bit_for_bit(tmp_path):
     train(config, tmp_path / "whole", estimator=estimator, validate=scripted_validation(losses, log))
     whole = latest(tmp_path / "whole" / "checkpoints")
     assert whole.progress.stage == 2
-    assert "18 of 60 updates done, ended by validation" in capsys.readouterr().err
     for calls in (5, 6, 7, 13):
         out = tmp_path / str(calls)
         with pytest.raises(ArithmeticError):
