@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,39 +145,62 @@ def upload(
 
 def _download(repo_id: str, revision: str | None, files: list[str], access: Access) -> Path:
     """Return the cache folder of one commit, holding ``files``; the first is required, the others may not exist."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_download, snapshot_download
 
-    def fetch(local_files_only: bool) -> Path:
-        return Path(
-            snapshot_download(
+    cached = None
+    if revision is not None and _COMMIT.fullmatch(revision):
+        # A commit never changes: if all of it is in the cache there is nothing to ask.
+        cached, unknown = _in_cache(repo_id, revision, files, access.cache_dir)
+        if cached is not None and not unknown:
+            return cached
+    try:
+        with _explained(repo_id, revision):
+            path = snapshot_download(
                 repo_id,
                 revision=revision,
                 cache_dir=access.cache_dir,
                 token=access.token,
-                local_files_only=local_files_only,
+                local_files_only=access.local_files_only,
                 allow_patterns=files,
                 library_name="flatopt",
                 tqdm_class=_silent_progress(),
             )
-        )
-
-    if revision is not None and _COMMIT.fullmatch(revision):
-        # A commit never changes: if it is in the cache there is nothing to ask.
-        try:
-            snapshot = fetch(local_files_only=True)
-            if (snapshot / files[0]).is_file():
-                return snapshot
-        except LocalEntryNotFoundError:
-            pass
-    with _explained(repo_id, revision):
-        snapshot = fetch(access.local_files_only)
+    except OSError:
+        if cached is None:
+            raise
+        return cached  # what a download that broke off has left out can be done without
+    snapshot = Path(path)
     if not (snapshot / files[0]).is_file():
         raise FileNotFoundError(
             f"{_describe(repo_id, revision)}: {files[0]} is not in commit {snapshot.name}, or not in the cache while "
             "the Hub cannot be asked"
         )
+    for file in _in_cache(repo_id, snapshot.name, files, access.cache_dir)[1]:
+        with suppress(OSError), _explained(repo_id, revision):  # the cache keeps the answer that there is none
+            hf_hub_download(
+                repo_id,
+                file,
+                revision=snapshot.name,
+                cache_dir=access.cache_dir,
+                token=access.token,
+                local_files_only=access.local_files_only,
+                library_name="flatopt",
+            )
     return snapshot
+
+
+def _in_cache(repo_id: str, commit: str, files: list[str], cache_dir: str | None) -> tuple[Path | None, list[str]]:
+    """Return the cache folder of a commit, and the files that are not in it although the commit may have them.
+
+    There is no folder where the first file is missing.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    cache = None if cache_dir is None else Path(cache_dir).expanduser()
+    found = {file: try_to_load_from_cache(repo_id, file, cache_dir=cache, revision=commit) for file in files}
+    first = found[files[0]]
+    folder = Path(first).parent if isinstance(first, str) else None
+    return folder, [file for file, path in found.items() if path is None]
 
 
 def _silent_progress() -> Any:

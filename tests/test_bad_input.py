@@ -220,6 +220,8 @@ EVALUATE = [
     ("reproduction --data cifar", "invalid choice: 'cifar'"),
     ("reproduction --split train", "invalid choice: 'train'"),
     ("reproduction --fast --out new --sets run", "flatopt-train export run --to FOLDER"),
+    ("step-time --fast --out new --device nowhere", "device 'nowhere' cannot be used"),
+    ("step-time --fast --out new --device meta", "device 'meta' cannot be used"),
     ("step-time --models nope", "unrecognized arguments: --models nope"),
     ("compare :make --out new", "module:function, not ':make'"),
     ("compare problems: --out new", "module:function, not 'problems:'"),

@@ -155,6 +155,34 @@ def test_a_module_that_is_not_there_or_takes_a_name_is_one_line(here, registries
         assert message in capsys.readouterr().err
 
 
+OTHER = """
+from dataclasses import dataclass, replace
+from flatopt.metatrain import MetaTrainConfig, TaskConfig
+from flatopt.metatrain.families import FAMILIES as GIVEN
+from flatopt.tasks import Tabular
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements(Tabular):
+    pass
+
+def mine():
+    tasks = (TaskConfig(name="measurements"), TaskConfig(name="regresion"), TaskConfig(name="regression"))
+    return MetaTrainConfig(recipe="mine", rule="l2o-dm", tasks=tasks, num_updates=1)
+
+FAMILIES = {"measurements": replace(GIVEN["tabular"], data=Measurements(num_features=20, num_classes=5, seed=1))}
+RECIPES = {"mine": mine}
+"""
+
+
+def test_list_says_which_data_are_ones_own_and_which_family_is_unknown(here, registries, capsys):
+    (here / "my_module.py").write_text(OTHER)
+    assert main(["--import", "my_module", "list"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mine ")]
+    assert line.endswith("  Measurements, unknown family 'regresion', generated tables")
+    assert main(["--import", "my_module", "run", "mine", "--out", "run"]) == 2
+    assert "unknown task 'regresion'" in capsys.readouterr().err
+
+
 def test_a_module_may_hold_the_registries_themselves(here, registries):
     (here / "my_module.py").write_text("from flatopt.rules import RULES\n")
     before = dict(RULES)

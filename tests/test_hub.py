@@ -232,6 +232,25 @@ def test_cached_commit_needs_no_request(server, client, published, tmp_path):
     assert server.log == []
 
 
+def test_what_a_download_that_broke_off_left_out_is_fetched_later(
+    server, client, offline_client, stranded_client, published, tmp_path
+):
+    _, learned, commit = published
+    cache = tmp_path / "cache"
+    pinned = f"load('org/flat', revision={commit!r}, cache_dir={str(cache)!r}%s)"
+    whole = client.value(pinned % "")
+    (card,) = cache.rglob("README.md")
+    card.unlink()
+    for listing in cache.rglob("trees"):  # which older clients do not keep
+        shutil.rmtree(listing)
+    for process, argument, _ in without_network(client, offline_client, stranded_client):
+        assert process.value(pinned % argument) == [*whole[:3], ""]
+    assert client.value(pinned % "") == whole
+    server.log.clear()
+    assert client.value(pinned % "") == whole
+    assert server.log == []
+
+
 def test_files_come_from_one_commit_while_the_branch_moves(server, client, published, tmp_path):
     repo, learned, commit = published
     newer = files_of(make_learned(2), tmp_path / "newer")

@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "_dataclass_json": set(),
     "_extensions": set(),
     "_extras": set(),
+    "_device": set(),
     "_version": set(),
     "_folder": {"_dataclass_json", "_extensions", "rules"},
     "_cards": {"_folder", "_version", "rules"},
@@ -49,10 +50,13 @@ ALLOWED: dict[str, set[str]] = {
         "pretrained",
     },
     "metatrain": {
-        *{"_cards", "_dataclass_json", "_extensions", "_extras", "_folder", "_graphs", "_torch", "_version"},
-        *{"pretrained", "rules", "tasks", "flatness"},
+        *{"_cards", "_dataclass_json", "_device", "_extensions", "_extras", "_folder", "_graphs", "_torch"},
+        *{"_version", "pretrained", "rules", "tasks", "flatness"},
     },
-    "evaluate": {"_extensions", "_extras", "optimizer", "pretrained", "tasks", "flatness"},
+    "evaluate": {
+        *{"_device", "_extensions", "_extras", "_version", "optimizer", "pretrained"},
+        *{"tasks", "flatness"},
+    },
     "__init__": {"_version", "optimizer", "pretrained"},
     "__main__": {"_version", "pretrained"},
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from statistics import fmean
 
@@ -23,6 +25,9 @@ Work = tuple[Benchmark, Contestant]
 
 Compute = Callable[[Benchmark, Contestant, RunCache], Record]
 """Makes one cell; it goes to other processes, so it is a function of a module or a partial of one."""
+
+Task = tuple[Benchmark, Contestant, Compute, Path]
+"""What goes to a process: a cell, what makes it, and the file of the cache."""
 
 
 def num_tuning_seeds(benchmark: Benchmark, num_seeds: int) -> int:
@@ -85,6 +90,7 @@ def compute_cells(work: Sequence[Work], compute: Compute, cache: RunCache, jobs:
 
     Raises:
         ValueError: that is none.
+        ChildProcessError: one of the processes died.
     """
     if cache.cached_only:
         found = [record for one in work if (record := _cached(one, compute, cache)) is not None]
@@ -99,11 +105,27 @@ def compute_cells(work: Sequence[Work], compute: Compute, cache: RunCache, jobs:
             return [_compute(task) for task in progress(tasks, _name)]
         finally:
             torch.set_num_threads(threads)
-    with multiprocessing.get_context("spawn").Pool(jobs, _prepare_worker) as pool:
-        return list(progress(pool.imap(_compute, tasks), "cells", total=len(tasks)))
+    return _side_by_side(tasks, cache, jobs)
 
 
-def _name(task: tuple[Benchmark, Contestant, Compute, Path]) -> str:
+def _side_by_side(tasks: Sequence[Task], cache: RunCache, jobs: int) -> list[Record]:
+    others = multiprocessing.active_children()
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _prepare_worker) as pool:
+        try:
+            return list(progress(pool.map(_compute, tasks), "cells", total=len(tasks)))
+        except BaseException as error:  # Ctrl-C too
+            for worker in multiprocessing.active_children():
+                if worker not in others:
+                    worker.terminate()  # else the pool waits for what has begun
+            if isinstance(error, BrokenProcessPool):
+                raise ChildProcessError(
+                    f"one of {jobs} processes died, as happens where memory runs out: the same command, perhaps with "
+                    f"fewer --jobs, goes on from the finished runs in {cache.path}"
+                ) from None
+            raise
+
+
+def _name(task: Task) -> str:
     return f"{task[0].name}, {task[1].name}"
 
 
@@ -114,7 +136,7 @@ def _cached(one: Work, compute: Compute, cache: RunCache) -> Record | None:
         return None
 
 
-def _compute(task: tuple[Benchmark, Contestant, Compute, Path]) -> Record:
+def _compute(task: Task) -> Record:
     benchmark, contestant, compute, path = task
     return compute(benchmark, contestant, RunCache(path))
 

@@ -111,11 +111,20 @@ class Ablation(Evaluation):
         )
 
     def rows(self) -> dict[str, list[LearnedRule]]:
-        """Return the sets of each row by its label, the untrained cores first."""
+        """Return the sets of each row by its label, the untrained cores first.
+
+        Raises:
+            ValueError: two rows have one label, or one has that of a core.
+        """
         asked: dict[str, list[str]] = {}
         for text in self.sets or (default_name(),):
             label, _, folders = text.rpartition("=")
-            asked[label or folders] = folders.split(",")
+            label = label or folders
+            if label in (*asked, CORE, ADAM_CORE):
+                raise ValueError(
+                    f"--sets: there is a row called {label!r} already: give it another label, LABEL=FOLDER"
+                )
+            asked[label] = folders.split(",")
         every = load_sets([name for names in asked.values() for name in names])
         core = untrained(next(iter(every.values())))
         adam = adam_core(core)

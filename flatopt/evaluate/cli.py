@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
+from .._version import __version__
 from ._cache import RunCache
 from ._evaluation import Evaluation, add_options, one_line, read_options
 from ._report import write_report
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="flatopt-eval", description=DESCRIPTION)
-    parser.add_argument("--version", action="version", version=f"flatopt {version('flatopt')}")
+    parser.add_argument("--version", action="version", version=f"flatopt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, evaluation in EVALUATIONS.items():
         command = commands.add_parser(name, help=evaluation.summary, description=evaluation.summary)

@@ -13,8 +13,9 @@
         return model, train, test, loss_fn
 
 ``loss_fn`` may return ``(loss, metrics)`` with a dictionary of further numbers, such as the accuracy: they stand in the
-table beside the loss.  Adam is run at each of ``--lrs`` with a cosine schedule; the best one is chosen *by the loss on
-the test data themselves*, which favours Adam.  FlatOpt knows the number of steps, and nothing is tuned.
+table beside the loss.  ``optimizer``, ``losses``, ``seconds`` and ``test_loss`` are names of the table itself.  Adam is
+run at each of ``--lrs`` with a cosine schedule; the best one is chosen *by the loss on the test data themselves*, which
+favours Adam.  FlatOpt knows the number of steps, and nothing is tuned.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FAST_STEPS = 10
+
+OWN_COLUMNS = ("optimizer", "losses", "seconds", "test_loss")
+"""What the table measures itself: no names of metrics."""
 
 
 class Problem(NamedTuple):
@@ -88,7 +92,7 @@ class Compare(Evaluation):
             for optimizer, own in runs.items()
         ]
         best = min(records[:-1], key=lambda record: _order(fmean(record["test_loss"])))["optimizer"]
-        metrics = [key for key in records[0] if key not in ("optimizer", "losses", "seconds", "test_loss")]
+        metrics = [key for key in records[0] if key not in OWN_COLUMNS]
         return Report(
             title=f"FlatOpt and Adam on {self.make}",
             header=["optimizer", "test loss", *metrics, "last training loss", "seconds"],
@@ -182,11 +186,15 @@ def _loss_and_metrics(problem: Problem, batch: Any) -> tuple[Tensor, dict[str, f
         raise ValueError(f"loss_fn failed: {where(error)}") from error
     try:
         loss, metrics = returned if isinstance(returned, tuple) else (returned, {})
-        if isinstance(loss, Tensor) and loss.dim() == 0:
-            return loss, {str(key): float(value) for key, value in metrics.items()}
+        numbers = {str(key): float(value) for key, value in metrics.items()}
     except (AttributeError, TypeError, ValueError, RuntimeError):  # not two, no dictionary, not numbers
-        pass
-    raise ValueError("loss_fn must return a 0-D tensor, or (0-D tensor, dictionary of numbers)")
+        loss, numbers = None, {}
+    if not isinstance(loss, Tensor) or loss.dim() > 0:
+        raise ValueError("loss_fn must return a 0-D tensor, or (0-D tensor, dictionary of numbers)")
+    for key in OWN_COLUMNS:
+        if key in numbers:
+            raise ValueError(f"loss_fn: no metric may be called {key!r}, which is a column of the table itself")
+    return loss, numbers
 
 
 def _endless(batches: Iterable[Any]) -> Iterator[Any]:

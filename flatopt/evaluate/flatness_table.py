@@ -45,7 +45,7 @@ TEXT_EXAMPLES = 100
 """A stretch of text is a sequence of examples."""
 
 MIN_DRAWN = 1e-3
-"""Smaller eigenvalues are drawn here: what is flat to rounding need not spread the axis."""
+"""Smaller eigenvalues are drawn here, negative ones too: what is flat to rounding need not spread the axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +160,10 @@ def _draw(figure: Figure, records: Sequence[Record]) -> None:
         row = tasks.index(record["task"]) + 0.2 * (index - (len(optimizers) - 1) / 2)
         style: dict[str, Any] = {"color": f"C{index % 10}", "marker": "os^"[index // 10], "linestyle": "none"}
         gains = [value - reference.get(record["task"], 0.0) for value in record["score"]]
-        for axes, values in (
-            (curvature, [max(MIN_DRAWN, value) for value in record["top_eigenvalue"]]),
-            (score, gains),
-        ):
+        eigenvalues = [
+            max(value, MIN_DRAWN) if math.isfinite(value) else math.nan for value in record["top_eigenvalue"]
+        ]
+        for axes, values in ((curvature, eigenvalues), (score, gains)):  # what is not a number is not drawn
             axes.plot(values, [row] * len(values), markersize=3, alpha=0.4, **style)
             axes.plot([fmean(values)], [row], markersize=6, **style)
     for index, name in enumerate(optimizers):
@@ -177,7 +177,9 @@ def _draw(figure: Figure, records: Sequence[Record]) -> None:
     curvature.set_ylim(len(tasks) - 0.5, -0.5)
     curvature.set_xscale("log")
     curvature.grid(axis="x", alpha=0.25)
-    curvature.set_xlabel("top Hessian eigenvalue (left: flatter)")
+    missing = sum(not math.isfinite(value) for record in records for value in record["top_eigenvalue"])
+    left_out = f"; without {missing} runs that have none" if missing else ""
+    curvature.set_xlabel(f"top Hessian eigenvalue (left: flatter{left_out})")
     score.axvline(0, color="0.5", linewidth=1)
     point_scale(score)
     score.set_xlabel(f"score less the mean of {optimizers[0]}, points")

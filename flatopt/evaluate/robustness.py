@@ -138,11 +138,17 @@ def _stress_table(records: Sequence[Record], names: Sequence[str]) -> Table:
 
 
 def _ratio(record: Record) -> float:
-    return max(min(one["final"] / one["initial"] for one in tried) for tried in record["outcomes"])
+    """Return the final loss over the initial one, infinite where either is not finite."""
+    return max(min(map(_growth, tried)) for tried in record["outcomes"])
+
+
+def _growth(outcome: Record) -> float:
+    ratio = float(outcome["final"] / outcome["initial"])
+    return math.inf if math.isnan(ratio) else ratio
 
 
 def _stress_outcome(stress: Stress, contestant: Contestant, lr: float, seed: int, *, cache: RunCache) -> Record:
-    """Return the mean training loss over the first and over the last steps of one hard run."""
+    """Return the training loss of the first step, and its mean over the last ones, of one hard run."""
     setting = Setting(lr, cosine=contestant.cosines[0])
 
     def compute() -> Record:
@@ -201,7 +207,7 @@ def _pairs(cell: Cell) -> set[tuple[tuple[str, object], ...]]:
 
 
 def _outcome(cell: Cell, contestant: Contestant, lr: float, seed: int, *, fast: bool, cache: RunCache) -> Record:
-    """Return the mean training loss over the first and over the last steps of one run."""
+    """Return the training loss of the first step, and its mean over the last ones, of one run."""
     steps = 10 if fast else max(MIN_STEPS, min(NUM_STEPS, int(SECONDS_PER_RUN / seconds_per_step(cell))))
     benchmark = Benchmark(
         name=f"robustness {_describe(cell)}",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.profiler import ProfilerActivity, profile
 
+from flatopt._device import check_device
 from flatopt.optimizer import FlatOpt
 
 from . import models
@@ -60,13 +61,17 @@ class StepTime(Evaluation):
     device: str = option("cpu", "where to measure, for example cuda (default: cpu)")
 
     def report(self, cache: RunCache) -> Report:
-        """Measure the step of FlatOpt, eager and with ``compile=True``, against ``torch.optim.AdamW``."""
+        """Measure the step of FlatOpt, eager and with ``compile=True``, against ``torch.optim.AdamW``.
+
+        Raises:
+            ValueError: the device cannot be used.
+        """
         pretrained = self.pretrained or default_name()
         kinds: dict[str, Callable[[Iterator[nn.Parameter]], Optimizer]] = {
             "AdamW": partial(AdamW, lr=1e-4),
             "FlatOpt": partial(FlatOpt, pretrained=pretrained, compile=False),
         }
-        device = torch.device(self.device)
+        device = check_device(self.device)
         on_gpu = device.type == "cuda"
         if on_gpu or (not self.fast and shutil.which("g++")):
             kinds["compiled"] = partial(FlatOpt, pretrained=pretrained, compile=True)

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 from ..pretrained import list_pretrained, load_pretrained
-from ..tasks import Images, Text
+from ..tasks import Images, Tabular, Text
 from .config import MetaTrainConfig
 from .families import FAMILIES
 
@@ -51,11 +51,14 @@ def _data(config: MetaTrainConfig) -> list[str]:
     """Return what the problems of a configuration are about, each once."""
     found: dict[str, None] = {}
     for task in config.tasks:
-        data = FAMILIES[task.name].data
+        data = FAMILIES[task.name].data if task.name in FAMILIES else None
         if isinstance(data, Images):
             found.update(dict.fromkeys(name for name, _ in data.sources))
+        elif data is None:
+            found[f"unknown family {task.name!r}"] = None
         else:
-            found["Python source" if isinstance(data, Text) else "generated tables"] = None
+            names = {Text: "Python source", Tabular: "generated tables"}
+            found[names.get(type(data), type(data).__name__)] = None
     return list(found)
 
 

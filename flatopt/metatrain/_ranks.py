@@ -106,7 +106,12 @@ class Ranks:
         return result
 
     def share(self, make: Callable[[], T]) -> T:
-        """Return what the first process makes; where it refuses with ``ValueError`` or ``OSError``, all do."""
+        """Return what the first process makes; where it refuses with ``ValueError`` or ``OSError``, all do.
+
+        Raises:
+            RefusedByFirstError: in the others, where the first refuses.
+            LostProcessError: in the others, where the first fails in any other way.
+        """
         if self.size == 1:
             return make()
         made: list[Any] = [None]
@@ -116,10 +121,13 @@ class Ranks:
         except (ValueError, OSError) as error:
             made = [RefusedByFirstError(str(error))]
             raise
+        except BaseException as error:
+            made = [LostProcessError(f"the first process of this run failed ({type(error).__name__})")]
+            raise
         finally:
             with _together():
                 dist.broadcast_object_list(made)
-        if isinstance(made[0], RefusedByFirstError):
+        if isinstance(made[0], RefusedByFirstError | LostProcessError):
             raise made[0]
         shared: T = made[0]
         return shared

@@ -27,7 +27,8 @@ class Stopped(BaseException):
 class StopOnSignal(AbstractContextManager["StopOnSignal"]):
     """Remembers the first SIGINT or SIGTERM, and leaves the second to the system.
 
-    Handlers exist in the main thread only; elsewhere nothing is caught.
+    Handlers exist in the main thread only; elsewhere nothing is caught, nor where a program that embeds Python has a
+    handler of its own, which could not be put back.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,8 @@ class StopOnSignal(AbstractContextManager["StopOnSignal"]):
         """Install the handlers."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._remember)
+                if signal.getsignal(number) is not None:
+                    self._previous[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(

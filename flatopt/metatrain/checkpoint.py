@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from .runs import Runs, map_tree
 FORMAT_VERSION = 5
 WRITING = ".writing-"
 """Prefix of what is not finished; may be removed by anyone who knows that no run is writing."""
+
+_NAME = re.compile("update-[0-9]{8}")
 
 NAMED_TUPLES: dict[str, Any] = {kind.__name__: kind for kind in (Runs, Problems)}
 """The named tuples that a state may contain."""
@@ -152,7 +155,7 @@ def save(state: RunState, folder: Path, *, keep: int = 2) -> Path:
     writing.rename(final)
     sync_folder(folder)
 
-    paths = list(_newest_first(folder))
+    paths = checkpoints(folder)
     # Those of later updates are damaged, else the run would have gone on from them.
     later = paths[: paths.index(final)]
     for path in later + paths[len(later) + keep :]:
@@ -199,7 +202,7 @@ def latest(folder: Path) -> RunState | None:
     Raises:
         UnknownConfigurationError: if the configuration of that checkpoint cannot be used here.
     """
-    for path in _newest_first(folder):
+    for path in checkpoints(folder):
         try:
             return load(path)
         except UnknownConfigurationError:
@@ -207,6 +210,12 @@ def latest(folder: Path) -> RunState | None:
         except ValueError as error:
             _LOGGER.warning("passed over a checkpoint that is not whole: %s", error)
     return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in ``folder``, whole or not, the newest first; what has another name is the user's own."""
+    found = [path for path in folder.glob("update-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, reverse=True)
 
 
 def _serialize(state: RunState) -> dict[str, bytes]:
@@ -261,10 +270,6 @@ def _restore(form: Any, path: str, tensors: Mapping[str, Tensor]) -> Any:
         kind, fields = form
         return NAMED_TUPLES[kind](**_restore(fields, path, tensors))
     return {name: _restore(part, f"{path}/{name}" if path else name, tensors) for name, part in form.items()}
-
-
-def _newest_first(folder: Path) -> Iterator[Path]:
-    return iter(sorted(folder.glob("update-*"), reverse=True))
 
 
 def _read(path: Path) -> bytes:

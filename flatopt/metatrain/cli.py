@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._device import check_device
 from .._extensions import extend
 from .._extras import check_extra, how_to_install
 from .._version import __version__
@@ -27,13 +28,13 @@ from ._describe import columns, recipe_table, settings
 from ._log import check_tensorboard
 from ._ranks import LostProcessError, RefusedByFirstError, is_main_process
 from ._stop import TrainingInterrupted
-from .checkpoint import RunState
+from .checkpoint import RunState, checkpoints
 from .config import MetaTrainConfig
 from .export import export_rule
 from .families import FAMILIES, check_families
 from .import_weights import FORMATS, import_weights
 from .recipes import RECIPES
-from .trainer import ADJUSTABLE, check_device, check_unused, describe_run, load_run, train
+from .trainer import ADJUSTABLE, check_unused, describe_run, load_run, train
 
 REGISTRIES: dict[str, dict[str, Any]] = {
     "RULES": RULES,
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _refuse(error: Exception, reason: str, arguments: argparse.Namespace) -> int:
     """Say in one line why a request cannot be carried out, and how to go on with a run that has begun."""
     line = " ".join(reason.split()).rstrip(".")
-    begun = arguments.command in (_run, _resume) and any((arguments.out / "checkpoints").glob("update-*"))
+    begun = arguments.command in (_run, _resume) and bool(checkpoints(arguments.out / "checkpoints"))
     if begun and isinstance(error, OSError | ImportError):
         line += f"; then {_go_on(arguments.out)}"
     print(f"flatopt-train: {line}", file=sys.stderr)

@@ -60,7 +60,8 @@ class TaskConfig:
     num_tasks: Count = 32
     """Inner problems run side by side; an evolution strategy runs each twice, at antithetic weights."""
     min_steps: Count = 150
-    """Shortest horizon; horizons are log-uniform between both ends."""
+    """Shortest horizon; horizons are log-uniform between both ends, rounded to truncations, of which there is one at
+    least."""
     max_steps: Count = 1500
     """Longest horizon."""
     truncation_length: Count | None = None
@@ -171,8 +172,9 @@ class CurriculumConfig:
     """Ever longer runs: a stage ends when validation no longer improves; see :mod:`flatopt.metatrain.curriculum`."""
 
     stages: tuple[Count, ...] = ()
-    """Steps of the training runs of each stage, in place of the horizons of the tasks; no curriculum if empty.
-    Validation runs have the length of the next stage, in the last one that of the stage itself."""
+    """Steps of the training runs of each stage, multiples of the truncation length of every family, in place of the
+    horizons of the tasks; no curriculum if empty.  Validation runs have the length of the next stage, in the last one
+    that of the stage itself."""
     min_num_eval: Count = 3
     """Validations that a stage has at least."""
 
@@ -208,7 +210,8 @@ class ValidationConfig:
     num_tasks: Count = 4
     """Runs of each family."""
     num_steps: Count | None = None
-    """Their steps where there is no curriculum; the longest horizon of each family if ``None``."""
+    """Their steps, rounded to truncations, where there is no curriculum; the longest horizon of each family if
+    ``None``."""
     seed: Seed = 1_000
     """Seed of their problems and batches."""
     patience: Count | None = None
@@ -295,8 +298,8 @@ class MetaTrainConfig:
         families = self.estimator.families_per_update
         if families is not None and families > len(names):
             raise ValueError(f"estimator.families_per_update must be at most the number of tasks, not {families}")
-        if self.curriculum.stages and not self.validate_every:
-            raise ValueError("validate_every must be at least 1 with a curriculum, not 0")
+        if self.curriculum.stages:
+            self._check_curriculum()
         compiles = self.estimator.name in EVOLUTION_STRATEGIES or (self.validate_every and self.validation.compile)
         if self.compile and not compiles:
             raise ValueError(f"{self.estimator.name} compiles nothing but validations: set validation.compile too")
@@ -306,6 +309,22 @@ class MetaTrainConfig:
                 f"objective.flatness.name {self.objective.flatness.name!r} has a gradient but no meaningful value, and "
                 f"{self.estimator.name} only evaluates: use 'perturbation-gap', or estimator.name=truncated-backprop"
             )
+
+    def _check_curriculum(self) -> None:
+        """Raise ``ValueError`` for stages that would be rounded, and for what has no use beside them."""
+        if not self.validate_every:
+            raise ValueError("validate_every must be at least 1 with a curriculum, not 0")
+        for task in self.tasks:
+            length = task.truncation_length or self.estimator.truncation_length
+            if any(steps % length for steps in self.curriculum.stages):
+                raise ValueError(
+                    f"curriculum.stages must be multiples of {length}, {task.name}'s truncation, not "
+                    f"{list(self.curriculum.stages)}"
+                )
+        unused = ("patience", "num_steps", "num_lengths")
+        given = [f"validation.{name}" for name in unused if getattr(self.validation, name) is not None]
+        if given:
+            raise ValueError(f"a curriculum has no use for {', '.join(given)}: leave none")
 
     def build_rule(self) -> UpdateRule:
         """Return the rule with its options; ``ValueError`` names the valid ones."""

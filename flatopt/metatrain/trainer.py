@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._device import check_device
 from ..rules import Weights
 from ._log import Log, NoLog, check_tensorboard, track
 from ._ranks import LostProcessError, Ranks, job, joined, own_device
@@ -78,8 +79,7 @@ def train(
         estimator: replaces the one that ``config.estimator`` names.
         resume: go on from the last whole checkpoint in ``out``.
         validate: loss of weights, called every ``config.validate_every`` updates with their moving average, or the
-            weights where none is kept; it must not depend on when it is called.  Replaces the one that ``config``
-            describes.
+            weights where none is kept; it must not depend on when it is called.  Replaces that of ``config``.
         command: how the run was started, for the record.
 
     Returns:
@@ -103,6 +103,8 @@ def train(
         is_new = not state.sessions
         if ranks.is_main:
             print(describe_run(state, device, out, ranks.size), file=sys.stderr)
+        if state.is_done:
+            return state.shipped_weights
         with StopOnSignal() as stop:
             show = track if ranks.is_main else untracked
             estimator = estimator or build_estimator(config, config.build_rule(), device, show, ranks)
@@ -328,6 +330,8 @@ def describe_run(state: RunState, device: torch.device, out: Path, num_processes
     updates = (
         f"{state.update} of {config.num_updates} updates done" if state.update else f"{config.num_updates} updates"
     )
+    if state.progress.finished:
+        updates += ", ended by validation"
     where = str(device) if num_processes == 1 else f"{num_processes} processes, {device.type}"
     return f"{config.recipe}: {num_weights:,} weights of {config.rule}, {updates}, {where}, in {out}; tasks: {families}"
 
@@ -340,15 +344,3 @@ def _norm(gradient: Weights) -> Tensor:
 
 def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in tensors.items()}
-
-
-def check_device(device: str | torch.device) -> torch.device:
-    """Return the device; ``ValueError`` if it cannot be used."""
-    try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
-    if device.type == "meta":
-        raise ValueError("device 'meta' cannot be used: it computes no values")
-    return device

@@ -4,6 +4,8 @@ Fresh problems are trained by the rule, and judged by the loss :math:`F` on the 
 truncation of each run.  Problems and batches come from a seed of their own and are the same at every call, so that two
 losses differ by the weights alone.
 
+Lengths of runs are rounded to truncations: those of training, or of at most 20 steps where validation is relative.
+
 The validation loss is the mean of :math:`F` over families by their weights or, with ``validation.relative``, that of
 
 .. math::
@@ -29,7 +31,7 @@ from torch import Tensor
 
 from ..rules import UpdateRule, Weights
 from ._ranks import Ranks
-from .config import FlatnessConfig, MetaTrainConfig, ObjectiveConfig
+from .config import CurriculumConfig, FlatnessConfig, MetaTrainConfig, ObjectiveConfig
 from .curriculum import Verdict
 from .inner_training import Families
 from .runs import Runs, share_weights
@@ -149,7 +151,7 @@ def build_validation(
             replace(task, truncation_length=min(WINDOW, length)) for task, length in zip(tasks, lengths, strict=True)
         )
     objective = _objective(config.objective, as_in_training=compiled)
-    held_out = replace(config, objective=objective, tasks=tasks, compile=compiled)
+    held_out = replace(config, objective=objective, tasks=tasks, curriculum=CurriculumConfig(), compile=compiled)
     return Validation(
         families=Families.from_config(held_out, rule, device),
         num_steps=validation.num_steps,

@@ -81,6 +81,14 @@ def test_command_compares_rows_of_several_sets_with_both_cores(sets: list[str], 
     assert f"| {mean:+.3f} " in next(line for line in table.splitlines() if line.startswith("| both"))
 
 
+@pytest.mark.parametrize("labels", [("mine", "mine"), ("core",), ("adam core",)])
+def test_a_label_stands_for_one_row(labels: tuple[str, ...], sets: list[str]) -> None:
+    with pytest.raises(ValueError, match=f"there is a row called {labels[-1]!r} already"):
+        Ablation(sets=tuple(f"{label}={sets[0]}" for label in labels)).rows()
+    with pytest.raises(ValueError, match="already"):
+        Ablation(sets=(sets[0], sets[0])).rows()
+
+
 def test_an_unknown_row_to_compare_with_is_named(sets: list[str]) -> None:
     with pytest.raises(ValueError, match="no row is called 'nothing': there are adam core, core, one"):
         Ablation(sets=(f"one={sets[0]}",), against="nothing").report(None)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flatopt._version import __version__
 from flatopt.evaluate import demo, robustness, step_time
 from flatopt.evaluate._evaluation import read_options
 from flatopt.evaluate.cli import EVALUATIONS, build_parser, main
@@ -101,6 +103,14 @@ def test_cells_of_the_robustness_grid_cover_every_pair_of_values() -> None:
 )
 def test_divergence_is_a_final_loss_above_the_initial_one(initial: float, final: float, diverged: bool) -> None:
     assert robustness._diverged({"initial": initial, "final": final}) is diverged
+
+
+@pytest.mark.parametrize("outcomes", [[float("nan"), 0.5], [0.5, float("nan")]])
+def test_a_run_without_an_initial_loss_is_drawn_as_diverged(outcomes: list[float]) -> None:
+    """Of two seeds, in any order, the worst one counts."""
+    tried = [[{"initial": initial, "final": 0.1 if initial == 0.5 else float("inf")}] for initial in outcomes]
+    assert robustness._ratio({"outcomes": tried}) == float("inf")
+    assert robustness._ratio({"outcomes": [sum(tried, [])]}) == 0.2  # of two learning rates the best
 
 
 def test_quality_runs_the_optimizers_that_are_named(pretrained: str, tmp_path: Path) -> None:
@@ -207,7 +217,13 @@ def test_a_file_that_is_no_cache_is_one_line(tmp_path: Path, capsys: pytest.Capt
     assert stopped.value.code == 2 and "runs.sqlite3" in printed and printed.count("\n") == 1
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_that_of_the_package_also_where_it_is_not_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", absent)
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])
-    assert stopped.value.code == 0 and capsys.readouterr().out.startswith("flatopt ")
+    assert (stopped.value.code, capsys.readouterr().out) == (0, f"flatopt {__version__}\n")

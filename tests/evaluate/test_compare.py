@@ -33,6 +33,14 @@ def bad(seed):
     model, train, test, loss_fn = make(seed)
     return model, train, test, lambda model, batch: model(batch[0])
 
+def named(key):
+    def make_named(seed):
+        model, train, test, loss_fn = make(seed)
+        return model, train, test, lambda model, batch: (loss_fn(model, batch)[0], {key: 123.0})
+    return make_named
+
+optimizer, losses, seconds, test_loss = map(named, ("optimizer", "losses", "seconds", "test_loss"))
+
 def empty(seed):
     model, train, test, loss_fn = make(seed)
     return model, [], test, loss_fn
@@ -86,6 +94,10 @@ def test_the_row_of_flatopt_is_a_plain_training_loop(folder: Path) -> None:
         ("my_problem:value", "no function 'value'"),
         ("my_problem:bad", "0-D tensor"),
         ("my_problem:empty", "hold no batch"),
+        ("my_problem:optimizer", "no metric may be called 'optimizer'"),
+        ("my_problem:losses", "no metric may be called 'losses'"),
+        ("my_problem:seconds", "no metric may be called 'seconds'"),
+        ("my_problem:test_loss", "no metric may be called 'test_loss'"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import math
 from functools import partial
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import scipy.stats
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from flatopt.evaluate import models
@@ -14,7 +16,7 @@ from flatopt.evaluate._cache import RunCache
 from flatopt.evaluate._training import Benchmark, build_model, load_splits, train_benchmark
 from flatopt.evaluate.contestants import Setting, baselines
 from flatopt.evaluate.curvature import Curvature, twice_differentiable
-from flatopt.evaluate.flatness_table import flatness_cell, flatter_than, rank_correlations
+from flatopt.evaluate.flatness_table import MIN_DRAWN, _draw, flatness_cell, flatter_than, rank_correlations
 
 pytest.importorskip("sklearn")
 
@@ -82,6 +84,19 @@ def test_flatter_is_a_smaller_eigenvalue_and_a_larger_entropy() -> None:
     }
     assert flatter_than(cells, "one", "two", "top_eigenvalue") == (1, 2)
     assert flatter_than(cells, "one", "two", "local_entropy") == (1, 2)
+
+
+def test_a_run_without_an_eigenvalue_is_not_drawn_as_a_flat_one() -> None:
+    figure = Figure()
+    eigenvalues = {"one": [5.0, 7.0], "two": [math.nan, 4.0], "three": [-2.0, -1.0]}
+    _draw(figure, [record("x", name, values, [90.0, math.nan]) for name, values in eigenvalues.items()])
+    curvature, _ = figure.axes
+    drawn = [list(line.get_xdata()) for line in curvature.lines]
+    assert drawn[:2] == [[5.0, 7.0], [6.0]]
+    assert math.isnan(drawn[2][0]) and drawn[2][1] == 4.0 and math.isnan(drawn[3][0])
+    assert drawn[4] == [MIN_DRAWN, MIN_DRAWN]  # as flat as can be drawn
+    assert "without 1 runs that have none" in curvature.get_xlabel()
+    figure.savefig(io.BytesIO())
 
 
 def test_rank_correlations_are_spearmans_over_all_runs_of_a_task() -> None:

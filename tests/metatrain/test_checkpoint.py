@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,17 @@ def test_latest_is_the_newest_and_two_are_kept(tmp_path):
         save(make_state(update), tmp_path)
     assert latest(tmp_path).update == 100
     assert sorted(path.name for path in tmp_path.iterdir()) == ["update-00000010", "update-00000100"]
+
+
+def test_what_a_user_keeps_beside_the_checkpoints_stays_and_is_not_taken_for_one(tmp_path):
+    shutil.copytree(save(make_state(10), tmp_path), tmp_path / "update-00000010-before-change")
+    (tmp_path / "update-00000050.zip").touch()
+    (tmp_path / "update-00000060").touch()
+    for update in (20, 30, 40):
+        save(make_state(update), tmp_path)
+    kept = ["update-00000010-before-change", "update-00000030", "update-00000040"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*kept, "update-00000050.zip", "update-00000060"]
+    assert latest(tmp_path).update == 40
 
 
 @pytest.mark.parametrize("name", FILES)

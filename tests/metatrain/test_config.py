@@ -6,6 +6,7 @@ import pytest
 
 from flatopt.flatness import MEASURES
 from flatopt.metatrain import RECIPES, EstimatorConfig, FlatnessConfig, MetaTrainConfig, ObjectiveConfig, TaskConfig
+from flatopt.pretrained import list_pretrained, load_pretrained
 from flatopt.rules import RULES, Adam
 
 
@@ -198,6 +199,31 @@ def test_backpropagation_compiles_nothing_but_validation():
     with pytest.raises(ValueError, match="truncated-backprop compiles nothing but validations"):
         backprop.override(["compile=true", "validation.compile=true"])
     assert backprop.override(["compile=true", "validation.compile=true", "validate_every=5"]).compile
+
+
+STAGED = ["validate_every=5", "estimator.truncation_length=20", "curriculum.stages=[40, 60]"]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("curriculum.stages=[40, 50]", r"stages must be multiples of 20, mlp's truncation, not \[40, 50\]"),
+        ("tasks.cnn.truncation_length=15", r"multiples of 15, cnn's truncation, not \[40, 60\]"),
+        ("validation.patience=1", "a curriculum has no use for validation.patience: leave none"),
+        ("validation.num_steps=7", "no use for validation.num_steps"),
+        ("validation.num_lengths=3", "no use for validation.num_lengths"),
+    ],
+)
+def test_a_curriculum_refuses_what_it_would_round_or_ignore(assignment, message):
+    assert make_config().override(STAGED).curriculum.stages == (40, 60)
+    with pytest.raises(ValueError, match=message):
+        make_config().override([*STAGED, assignment])
+
+
+@pytest.mark.parametrize("name", list_pretrained())
+def test_configurations_of_shipped_weights_are_valid(name):
+    config = MetaTrainConfig.from_json(json.dumps(load_pretrained(name).training))
+    assert config.rule == load_pretrained(name).rule.name
 
 
 def test_a_configuration_from_before_an_option_is_one_without_it():

@@ -57,7 +57,7 @@ def test_the_last_stage_is_followed_by_itself():
 
 
 def test_min_num_eval_is_counted_per_stage():
-    config = toy_config(curriculum=CurriculumConfig(stages=(1, 2), min_num_eval=1), validate_every=1)
+    config = toy_config(curriculum=CurriculumConfig(stages=(20, 40), min_num_eval=1), validate_every=1)
     assert [decision for decision, _ in replay(config, [1, 2, 3])[0]] == ["keep", "advance", "stop"]
 
 

@@ -129,6 +129,20 @@ def test_what_the_first_process_refuses_all_do_and_it_alone_says_why(monkeypatch
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("kind", [KeyError, KeyboardInterrupt])
+def test_where_the_first_process_fails_in_another_way_all_do(kind, monkeypatch):
+    def fail():
+        raise kind("x")
+
+    said: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", said.append)
+    with pytest.raises(kind):
+        Ranks(rank=0, size=2).share(fail)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda objects: objects.__setitem__(0, said[0][0]))
+    with pytest.raises(_ranks.LostProcessError, match=f"the first process of this run failed .{kind.__name__}"):
+        Ranks(rank=1, size=2).share(lambda: pytest.fail("made here"))
+
+
 def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
     assert own_device("cuda") == "cuda"
     monkeypatch.setenv("WORLD_SIZE", "16")

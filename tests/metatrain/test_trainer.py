@@ -13,7 +13,8 @@ from small import by_path
 from toy_metatrain import Slow, toy_config, toy_estimator
 
 import flatopt
-from flatopt.metatrain import CurriculumConfig, TrainingInterrupted, train
+from flatopt.metatrain import CurriculumConfig, EstimatorConfig, TrainingInterrupted, train
+from flatopt.metatrain._stop import StopOnSignal
 from flatopt.metatrain.checkpoint import latest
 from flatopt.metatrain.curriculum import Verdict
 from flatopt.metatrain.estimators import GradientEstimator, MetaGradient
@@ -219,6 +220,13 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     assert read_metrics(tmp_path) == metrics
 
 
+def test_resuming_a_finished_run_prepares_nothing(tmp_path, capsys):
+    train(toy_config(), tmp_path, estimator=toy_estimator())
+    capsys.readouterr()
+    train(toy_config(), tmp_path, estimator=Interrupting(where="prepare", log=[]), resume=True)
+    assert "30 of 30 updates done" in capsys.readouterr().err
+
+
 def test_sessions_and_seconds_add_up(tmp_path):
     with pytest.raises(ArithmeticError):
         train(toy_config(), tmp_path, estimator=Crashing(calls=15, log=[]), command="first")
@@ -320,6 +328,16 @@ def test_a_signal_during_validation_takes_the_update_back(tmp_path):
     )
 
 
+def test_a_handler_that_could_not_be_put_back_is_left_alone(monkeypatch):
+    """As under a program that embeds Python: its handlers are ``None`` here."""
+    installed = []
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: installed.append(handler))
+    with StopOnSignal():
+        pass
+    assert installed == []
+
+
 def test_the_first_line_and_the_first_checkpoint_come_before_the_preparation(tmp_path, capsys):
     seen = []
 
@@ -381,6 +399,7 @@ def test_validation_sees_the_average_and_the_best_weights_are_returned(tmp_path,
 
 
 CURRICULUM = {
+    "estimator": EstimatorConfig(truncation_length=10),
     "curriculum": CurriculumConfig(stages=(10, 20, 50), min_num_eval=2),
     "validate_every": 3,
     "num_updates": 60,
@@ -388,7 +407,7 @@ CURRICULUM = {
 }
 
 
-def test_advancing_goes_back_to_the_best_weights_and_lengthens_the_runs(tmp_path):
+def test_advancing_goes_back_to_the_best_weights_and_lengthens_the_runs(tmp_path, capsys):
     seen, stages, given = [], [], []
     losses = iter([5.0, 6.0, 9.0, 8.0, 8.5, 20.0, 30.0, 30.0])  # the third and the sixth: the best at another length
 
@@ -423,6 +442,7 @@ def test_advancing_goes_back_to_the_best_weights_and_lengthens_the_runs(tmp_path
     assert_equal(
         train(toy_config(**CURRICULUM), tmp_path, estimator=Watching(), resume=True, validate=validate), weights
     )
+    assert "18 of 60 updates done, ended by validation" in capsys.readouterr().err
 
 
 def test_a_curriculum_resumes_bit_for_bit(tmp_path):
