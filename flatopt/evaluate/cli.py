@@ -13,7 +13,6 @@ from ._report import write_report
 from .ablation import Ablation
 from .compare import Compare
 from .flatness_table import Flatness
-from .meta_speed import MetaSpeed
 from .quality import Quality
 from .reproduction import Reproduction
 from .robustness import Robustness
@@ -27,7 +26,6 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
     "ablation": Ablation,
     "compare": Compare,
     "step-time": StepTime,
-    "meta-speed": MetaSpeed,
     "reproduction": Reproduction,
     "robustness": Robustness,
 }
