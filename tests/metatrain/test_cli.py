@@ -17,7 +17,8 @@ import flatopt
 from flatopt._version import __version__
 from flatopt.metatrain import RECIPES, checkpoint, speed, train, trainer
 from flatopt.metatrain._describe import settings
-from flatopt.metatrain._plot import draw_run, read_metrics
+from flatopt.metatrain._log import read_metrics
+from flatopt.metatrain._plot import draw_run
 from flatopt.metatrain.checkpoint import latest
 from flatopt.metatrain.cli import main
 from flatopt.pretrained import load_folder, load_pretrained
