@@ -180,7 +180,7 @@ class _Run:
         self.estimator, self._validate = estimator, validate
         self.generator = torch.Generator()
         self.generator.set_state(state.generator)
-        self.optimizer = build_meta_optimizer(self.config.meta_optimizer, state.weights, state.optimizer)
+        self.optimizer = build_meta_optimizer(state.weights, state.optimizer)
         state.optimizer = optimizer_state(self.optimizer, state.weights)
         self._started = time.monotonic() - state.seconds
 
