@@ -68,7 +68,3 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--cache", type=Path, help="folder of finished runs, if not --out (to share tuning)")
         add_options(command, evaluation)
     return parser
-
-
-if __name__ == "__main__":
-    main()

@@ -258,7 +258,3 @@ def _push(arguments: argparse.Namespace) -> None:
         create_pr=arguments.pr,
     )
     print(f"{result.url}\nuse it with: {result.usage}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

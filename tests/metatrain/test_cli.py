@@ -49,7 +49,7 @@ def export(out, folder):
 
 def start(*arguments):
     environment = {**os.environ, "PYTHONPATH": str(Path(flatopt.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "flatopt.metatrain.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "flatopt", "train", *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
