@@ -104,18 +104,6 @@ class Log(AbstractContextManager["Log"]):
         return summary
 
 
-class NoLog(AbstractContextManager["NoLog"]):
-    """What the other processes of a run tell: nothing."""
-
-    def write(self, metrics: dict[str, Any]) -> None:
-        """Do nothing."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Do nothing."""
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a log but one that is half written; none where there is no file."""
     lines = []
