@@ -132,47 +132,25 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 def _read_text(path: Path) -> str:
-    """Read a text file of bounded size."""
-    return _decode(read_bounded(path, MAX_TEXT_BYTES), path)
-
-
-def _decode(content: bytes, path: Path) -> str:
-    """Decode UTF-8, naming the file when that fails."""
+    """Read a text file of bounded size, naming it when it is not UTF-8."""
     try:
-        return content.decode()
+        return read_bounded(path, MAX_TEXT_BYTES).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error}") from error
 
 
 def _read_weights(path: Path, rule: UpdateRule, sha256: str) -> Weights:
-    """Read the tensors of a rule; the header is checked before any tensor is made."""
+    """Read the tensors of a rule; names, dtypes and shapes are checked before any tensor is made."""
     content = read_bounded(path, MAX_WEIGHTS_BYTES)
-    length = int.from_bytes(content[:_HEADER_LENGTH_BYTES], "little")
-    if len(content) < _HEADER_LENGTH_BYTES or length > min(MAX_TEXT_BYTES, len(content) - _HEADER_LENGTH_BYTES):
-        raise ValueError(f"{path}: header: truncated, or longer than {MAX_TEXT_BYTES} bytes")
-    header = _decode(content[_HEADER_LENGTH_BYTES : _HEADER_LENGTH_BYTES + length], path)
-    _check_layout(rule, _parse_layout(header, path), str(path))
     try:
+        entries = dict(safetensors.deserialize(content))
+        _check_layout(rule, {key: (entry["dtype"], entry["shape"]) for key, entry in entries.items()}, str(path))
         weights = safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: header: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     if weights_sha256(weights) != sha256:
         raise ValueError(f"{path}: the tensors do not have the 'weights_sha256' of {CONFIG_FILE}: one of them changed")
     return weights
-
-
-def _parse_layout(header: str, path: Path) -> dict[str, tuple[Any, Any]]:
-    """Return dtype and shape of every tensor that a safetensors header declares."""
-    entries = parse_json(header, f"{path}: header")
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path}: header: not a JSON object")
-    entries.pop("__metadata__", None)
-    layout = {}
-    for key, entry in entries.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
-            raise ValueError(f"{path}: header: {shorten(key)} does not describe a tensor")
-        layout[key] = (entry.get("dtype"), entry["shape"])
-    return layout
 
 
 # --- checks shared by reading and making ---------------------------------------------------------------------------

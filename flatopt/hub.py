@@ -103,16 +103,7 @@ def upload(
     commit_message: str,
     create_pr: bool = False,
 ) -> PushResult:
-    """Publish the files of a folder in one commit; arguments as in :func:`flatopt.push_to_hub`.
-
-    Raises:
-        ValueError: if ``repo_id`` is not of the form ``org/name``, ``revision`` or ``tag`` cannot be a name or is
-            given with ``create_pr``, or the repository is there and public although ``private`` was asked for.
-        FileExistsError: if the tag is there already; nothing is published then.
-        FileNotFoundError: if the repository cannot be found with this token.
-        PermissionError: if the token may not write there.
-        ConnectionError: if the Hub does not answer.
-    """
+    """Publish the files of a folder in one commit; arguments and errors as in :func:`flatopt.push_to_hub`."""
     if not is_repo_id(repo_id):
         raise ValueError(f"repo_id must be 'org/name', got {repo_id!r}")
     for name, value in (("revision", revision), ("tag", tag)):

@@ -128,8 +128,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_one_way(path: Path) -> None:
     room = room_of(path)
-    measured = {"metatrain"} if path == PACKAGE / "evaluate" / "meta_speed.py" else set()  # its very subject
-    assert imported_rooms(path) - {room} <= ALLOWED[room] | measured
+    assert imported_rooms(path) - {room} <= ALLOWED[room]
 
 
 def test_import_reader_sees_every_form_of_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 
 ROOT = Path(__file__).parents[2]
-MODULES = {"flatopt-train": "flatopt.metatrain", "flatopt-eval": "flatopt.evaluate.cli"}
+COMMANDS = {"flatopt-train": "train", "flatopt-eval": "eval"}
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def run(line: str) -> str:
     name, *arguments = shlex.split(line)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", MODULES[name], *arguments]
+        command = [sys.executable, "-m", "flatopt", COMMANDS[name], *arguments]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode != 0:
         logger.warning("%s exits with %d: %s", line, done.returncode, done.stderr[-500:])

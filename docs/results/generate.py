@@ -132,10 +132,6 @@ FIGURES = {
     ),
     "step-time.png": ("flatopt-eval step-time", "Time of a step on one CPU core, next to AdamW."),
     "step-time-gpu.png": ("flatopt-eval step-time --device cuda", "Time of a step on an H200, next to AdamW."),
-    "meta-speed.png": (
-        "flatopt-eval meta-speed",
-        "Inner steps of meta-training per second: plain, recorded, and compiled.",
-    ),
     "robustness.png": (
         "flatopt-eval robustness",
         "How far the training loss comes down over widths, depths and batch sizes, and where it does not.",

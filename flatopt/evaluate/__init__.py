@@ -1,4 +1,4 @@
-"""Measured comparisons with baselines: the command ``flatopt-eval`` and ``python -m flatopt.evaluate.demo``."""
+"""Measured comparisons with baselines: the command ``flatopt-eval`` and ``python -m flatopt demo``."""
 
 from ._cache import RunCache as RunCache
 from ._evaluation import Evaluation as Evaluation

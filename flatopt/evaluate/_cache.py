@@ -32,13 +32,10 @@ class RunCache:
         self.path, self.cached_only = path, cached_only
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._make()
+            with self._connect() as connection:
+                connection.execute("create table if not exists runs (key text primary key, result text) without rowid")
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{path} cannot be used as a cache of runs: {error}") from error
-
-    def _make(self) -> None:
-        with self._connect() as connection:
-            connection.execute("create table if not exists runs (key text primary key, result text) without rowid")
 
     def get(self, key: Record, compute: Callable[[], Record]) -> Record:
         """Return the stored result of ``key``; compute and store it the first time.
@@ -57,10 +54,6 @@ class RunCache:
                 connection.execute("insert or ignore into runs values (?, ?)", (name, text))
         result: Record = json.loads(text)
         return result
-
-    def readable(self, cached_only: bool) -> RunCache:
-        """Return the same cache, as one that computes nothing when that is asked for."""
-        return RunCache(self.path, cached_only=cached_only)
 
     def items(self) -> list[tuple[Record, Record]]:
         """Return all keys with their results."""

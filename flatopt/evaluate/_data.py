@@ -73,22 +73,22 @@ def breast_cancer(size: int) -> Splits:
 
 
 @lru_cache(maxsize=4)
-def friedman(size: int, *, num_train: int = 400, noise: float = 2.0) -> Splits:
+def friedman(size: int) -> Splits:
     """Return Friedman's first regression problem, noise of standard deviation 2 on targets of 5, in all splits."""
     from sklearn.datasets import make_friedman1
 
-    sizes = [num_train, 500, 2000]
-    inputs, targets = make_friedman1(sum(sizes), size, noise=noise, random_state=0)
+    sizes = [400, 500, 2000]
+    inputs, targets = make_friedman1(sum(sizes), size, noise=2.0, random_state=0)
     return _table(torch.from_numpy(inputs), torch.from_numpy(targets), sizes)
 
 
 @lru_cache(maxsize=4)
-def linear(size: int, *, num_train: int = 200) -> Splits:
+def linear(size: int) -> Splits:
     """Return generated linear regression, a third of the ``size`` features informative, half of the variance noise."""
     import numpy as np
     from sklearn.datasets import make_regression
 
-    sizes = [num_train, 500, 2000]
+    sizes = [200, 500, 2000]
     inputs, targets = make_regression(sum(sizes), size, n_informative=size // 3, random_state=0)
     targets += targets.std() * np.random.default_rng(0).standard_normal(len(targets))
     return _table(torch.from_numpy(inputs), torch.from_numpy(targets), sizes)

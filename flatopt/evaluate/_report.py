@@ -65,12 +65,12 @@ class Interval(NamedTuple):
         return mean if math.isnan(self.low) else f"{mean} [{low}, {high}]"
 
 
-def confidence_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Return the mean of independent normal values and its Student t interval; NaN where there is none.
+def confidence_interval(values: Sequence[float]) -> Interval:
+    """Return the mean of independent normal values and its 95 % Student t interval; NaN where there is none.
 
         mean +- t std / sqrt(n)
 
-    with ``t`` the quantile ``(1 + level) / 2`` of Student's distribution with ``n - 1`` degrees of freedom.
+    with ``t`` the quantile 0.975 of Student's distribution with ``n - 1`` degrees of freedom.
     Of differences between two treatments of the same subjects it is the paired interval.
 
     Example:
@@ -82,7 +82,7 @@ def confidence_interval(values: Sequence[float], level: float = 0.95) -> Interva
         return Interval(mean, math.nan, math.nan)
     from scipy.special import stdtrit
 
-    half = float(stdtrit(len(values) - 1, (1 + level) / 2)) * std / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, 0.975)) * std / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -92,7 +92,7 @@ class Ablation(Evaluation):
         curvature = CURVATURE if self.flatness else None
         work = [(one, entrant) for entrant in self.entrants(rows) for one in benchmarks]
         compute = partial(ablation_cell, num_seeds=self.seeds, split=self.split, curvature=curvature)
-        records = compute_cells(work, compute, cache.readable(self.cached_only), self.jobs)
+        records = compute_cells(work, compute, RunCache(cache.path, cached_only=self.cached_only), self.jobs)
         tables = []
         for suffix in self.suffixes():
             values = {key: gather(records, rows, suffix, key) for key in keys}
@@ -160,7 +160,7 @@ def ablation_cell(
         NotComputed: a run is missing from a cache that computes nothing.
     """
     if curvature is not None and benchmark.source == "text":
-        curvature = Curvature(**{**vars(curvature), "num_examples": TEXT_EXAMPLES})
+        curvature = replace(curvature, num_examples=TEXT_EXAMPLES)
     setting = contestant.settings()[0]
     runs = [run(benchmark, contestant, setting, seed, cache, curvature) for seed in range(num_seeds)]
     keys = [key for key in MEASURES if curvature is not None or key not in FLATNESS]

@@ -13,7 +13,6 @@ from ._report import write_report
 from .ablation import Ablation
 from .compare import Compare
 from .flatness_table import Flatness
-from .meta_speed import MetaSpeed
 from .quality import Quality
 from .reproduction import Reproduction
 from .robustness import Robustness
@@ -27,7 +26,6 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
     "ablation": Ablation,
     "compare": Compare,
     "step-time": StepTime,
-    "meta-speed": MetaSpeed,
     "reproduction": Reproduction,
     "robustness": Robustness,
 }
@@ -70,7 +68,3 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--cache", type=Path, help="folder of finished runs, if not --out (to share tuning)")
         add_options(command, evaluation)
     return parser
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """A CNN on handwritten digits, trained with Adam and with FlatOpt from the same seeds: ``make demo``.
 
-Run as ``python -m flatopt.evaluate.demo --out demo-output``; writes ``table.md``, ``results.json`` and ``figure.png``.
+Run as ``python -m flatopt demo --out demo-output``; writes ``table.md``, ``results.json`` and ``figure.png``.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: command line, ``sys.argv[1:]`` by default.
     """
-    parser = argparse.ArgumentParser(prog="python -m flatopt.evaluate.demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m flatopt demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of table and figure")
     parser.add_argument("--seeds", type=number(1), default=5, help="runs per optimizer (default: 5)")
     parser.add_argument("--steps", type=number(1), default=600, help="steps per run (default: 600)")
     parser.add_argument("--pretrained", default=default_name(), help="weights of FlatOpt: name, folder or Hub id")
     chosen = parser.parse_args(arguments)
-    with one_line("flatopt.evaluate.demo", "nothing was written"):
+    with one_line("flatopt demo", "nothing was written"):
         learned = load_pretrained(chosen.pretrained)
         chosen.out.mkdir(parents=True, exist_ok=True)  # what cannot be done is said before anything trains
         optimizers: dict[str, Build] = {
@@ -160,7 +160,3 @@ def _draw(figure: Figure, records: Sequence[Record]) -> None:
 
 def _smooth(losses: Sequence[float], window: int = 10) -> list[float]:
     return [fmean(losses[max(0, end - window) : end]) for end in range(1, len(losses) + 1)]
-
-
-if __name__ == "__main__":
-    main()

@@ -62,7 +62,7 @@ class Quality(Evaluation):
         """Return the cells task by task; they are computed optimizer by optimizer."""
         benchmarks = self.benchmarks()
         work = [(benchmark, contestant) for contestant in self.contestants() for benchmark in benchmarks]
-        records = compute_cells(work, compute, cache.readable(self.cached_only), self.jobs)
+        records = compute_cells(work, compute, RunCache(cache.path, cached_only=self.cached_only), self.jobs)
         order = [benchmark.name for benchmark in benchmarks]
         return sorted(records, key=lambda record: order.index(record["task"]))
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from flatopt.pretrained import LearnedRule, list_pretrained, load_pretrained
 
+from . import _standings
 from ._cache import Record, RunCache
 from ._evaluation import Evaluation, matching, option, progress
 from ._report import Interval, Report, Table, confidence_interval, mean_and_std, mean_pm_std, panels
@@ -211,13 +212,7 @@ def compare_pairs(records: Sequence[Record], pairs: Sequence[Pair]) -> list[Reco
     for pair in pairs:
         for key in COMPARED:
             differences = {
-                name: [
-                    regularized - plain
-                    for regularized, plain in zip(
-                        cells[name, pair.regularized][key], cells[name, pair.plain][key], strict=True
-                    )
-                ]
-                for name in names
+                name: _standings.differences(cells, name, pair.regularized, pair.plain, key) for name in names
             }
             differences[MEAN] = [fmean(of_seed) for of_seed in zip(*differences.values(), strict=True)]
             for name, values in differences.items():

@@ -145,11 +145,11 @@ def _train(model: nn.Module, optimizer: Optimizer, inputs: Tensor, targets: Tens
     optimizer.step()
 
 
-def _milliseconds(call: Callable[[], object], device: torch.device, min_seconds: float = 0.05) -> float:
-    """Return the time of one call, averaged over as many as fill ``min_seconds``."""
+def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    """Return the time of one call, averaged over as many as fill 50 ms."""
     _wait(device)
     count, start = 0, time.perf_counter()
-    while not count or time.perf_counter() - start < min_seconds:
+    while not count or time.perf_counter() - start < 0.05:
         call()
         count += 1
     _wait(device)

@@ -65,7 +65,7 @@ class Log(AbstractContextManager["Log"]):
                         self._board.add_scalar(key, value, update)
         if self._bar is not None:
             self._bar.update(1)
-            self._bar.set_postfix_str(f"meta-loss {_number(metrics['smoothed_loss'])}", refresh=False)
+            self._bar.set_postfix_str(f"meta-loss {loss_text(metrics['smoothed_loss'])}", refresh=False)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
             self._print_line(metrics)
@@ -74,7 +74,7 @@ class Log(AbstractContextManager["Log"]):
         update, total = metrics["update"], self._config.num_updates
         rate = (update - self._first_update) / max(1e-9, time.monotonic() - self._started)
         left = timedelta(seconds=round((total - update) / rate))
-        loss = _number(metrics["smoothed_loss"])
+        loss = loss_text(metrics["smoothed_loss"])
         print(f"update {update}/{total}  meta-loss {loss}  {rate:.2f} updates/s  ETA {left}", file=sys.stderr)
 
     def __exit__(
@@ -92,12 +92,11 @@ class Log(AbstractContextManager["Log"]):
         """Return the last line of a run: how long it took, where the meta-loss began and where it ended."""
         state = self._state
         summary = f"{state.update} of {self._config.num_updates} updates in {timedelta(seconds=round(state.seconds))}"
-        rows = map(json.loads, self._path.read_text().splitlines())
-        losses = [row["loss"] for row in rows if row["loss"] is not None]
+        losses = [row["loss"] for row in read_metrics(self._path) if row["loss"] is not None]
         if losses:
             quarter = math.ceil(len(losses) / 4)  # single updates are noisy
-            summary += f", meta-loss {_number(fmean(losses[:quarter]))} in the first quarter, "
-            summary += f"{_number(fmean(losses[-quarter:]))} in the last (mean of the objective: lower is better)"
+            summary += f", meta-loss {loss_text(fmean(losses[:quarter]))} in the first quarter, "
+            summary += f"{loss_text(fmean(losses[-quarter:]))} in the last (mean of the objective: lower is better)"
         if state.progress.finished:
             summary += ", ended by validation"
         if state.num_dropped:
@@ -105,29 +104,22 @@ class Log(AbstractContextManager["Log"]):
         return summary
 
 
-class NoLog(AbstractContextManager["NoLog"]):
-    """What the other processes of a run tell: nothing."""
-
-    def write(self, metrics: dict[str, Any]) -> None:
-        """Do nothing."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Do nothing."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log but one that is half written; none where there is no file."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
 
 
 def _open_metrics(path: Path, update: int) -> Any:
     """Open the metrics for appending, without what was logged after the checkpoint or half written."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["update"] <= update:
-                kept.append(line + "\n")
-        except ValueError:
-            break
+    kept = [line for line in read_metrics(path) if line["update"] <= update]
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text("".join(kept))
+    aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
     aside.replace(path)
     return path.open("a")
 
@@ -145,11 +137,8 @@ def _open_tensorboard(out: Path, update: int) -> Any:
 
 
 def _open_bar(total: int, initial: int, unit: str, doing: str | None = None) -> Any:
-    """Return a tqdm bar, ``None`` where tqdm is not installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
+    from tqdm import tqdm
+
     return tqdm(total=total, initial=initial, unit=unit, desc=doing, dynamic_ncols=True, smoothing=0.05)
 
 
@@ -158,5 +147,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _number(value: float | None) -> str:
+def loss_text(value: float | None) -> str:
+    """Return a meta-loss for people."""
     return "none" if value is None else f"{value:.4f}"

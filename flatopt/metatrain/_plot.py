@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib import colormaps
@@ -16,23 +14,6 @@ Metrics = list[dict[str, Any]]
 
 NUM_AVERAGED = 20
 """Lines of the log that a moving mean is over: a single update of an evolution strategy is mostly noise."""
-
-
-def read_metrics(path: Path) -> Metrics:
-    """Return the lines of a log.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    lines: Metrics = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:  # the last line, half written
-            break
-    if not lines:
-        raise ValueError(f"{path} has no line yet: nothing to draw")
-    return lines
 
 
 def draw_run(metrics: Metrics) -> Figure:

@@ -28,7 +28,7 @@ from .._folder import sync_folder, write_durably
 from ..rules import Weights
 from ..tasks import Problems
 from .config import MetaTrainConfig
-from .curriculum import Progress, train_steps
+from .curriculum import Progress
 from .runs import Runs, map_tree
 
 FORMAT_VERSION = 5
@@ -108,7 +108,8 @@ class RunState:
     @property
     def num_steps(self) -> int | None:
         """Steps of the inner runs in this stage of a curriculum, ``None`` without one."""
-        return train_steps(self.config.curriculum, self.progress.stage) if self.config.curriculum.stages else None
+        stages = self.config.curriculum.stages
+        return stages[self.progress.stage] if stages else None
 
     def to(self, device: torch.device) -> RunState:
         """Return a copy on a device; the generator's stays on the CPU, the meta-optimizer moves its own."""
@@ -123,13 +124,12 @@ class RunState:
         return replace(self, weights=weights, average=average, optimizer=optimizer)
 
 
-def save(state: RunState, folder: Path, *, keep: int = 2) -> Path:
-    """Write a checkpoint into ``folder``, atomically, and remove the old ones.
+def save(state: RunState, folder: Path) -> Path:
+    """Write a checkpoint into ``folder``, atomically, and remove all others but the one before it.
 
     Args:
         state: what to write; its tensors may be on any device.
         folder: the folder of the run's checkpoints, created where missing.
-        keep: number of checkpoints left afterwards, this one included.
 
     Returns:
         The path of the new checkpoint.
@@ -158,7 +158,7 @@ def save(state: RunState, folder: Path, *, keep: int = 2) -> Path:
     paths = checkpoints(folder)
     # Those of later updates are damaged, else the run would have gone on from them.
     later = paths[: paths.index(final)]
-    for path in later + paths[len(later) + keep :]:
+    for path in later + paths[len(later) + 2 :]:
         shutil.rmtree(path)
     return final
 

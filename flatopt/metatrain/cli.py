@@ -25,7 +25,7 @@ from ..pretrained import list_pretrained, push_to_hub
 from ..rules import RULES
 from . import speed
 from ._describe import columns, recipe_table, settings
-from ._log import check_tensorboard
+from ._log import check_tensorboard, read_metrics
 from ._ranks import LostProcessError, RefusedByFirstError, is_main_process
 from ._stop import TrainingInterrupted
 from .checkpoint import RunState, checkpoints
@@ -214,12 +214,16 @@ def _resume(arguments: argparse.Namespace) -> None:
 
 def _plot(arguments: argparse.Namespace) -> None:
     # Imported here: matplotlib is not needed to train.
-    from ._plot import draw_run, read_metrics
+    from ._plot import draw_run
 
     path = arguments.to or arguments.out / "metrics.png"
     if path.is_dir() or not path.suffix:
         raise ValueError(f"--to must name a figure, such as {path / 'metrics.png'}, not {path}")
-    draw_run(read_metrics(arguments.out / "metrics.jsonl")).savefig(path, dpi=150)
+    log = arguments.out / "metrics.jsonl"
+    metrics = read_metrics(log)
+    if not metrics:
+        raise ValueError(f"{log} has no line yet: nothing to draw")
+    draw_run(metrics).savefig(path, dpi=150)
     print(f"drawn in {path}")
 
 
@@ -255,7 +259,3 @@ def _push(arguments: argparse.Namespace) -> None:
         create_pr=arguments.pr,
     )
     print(f"{result.url}\nuse it with: {result.usage}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

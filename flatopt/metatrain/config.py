@@ -254,8 +254,7 @@ class MetaTrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     num_updates: Count
     """Meta-updates of the whole run, unless validation ends it earlier."""
-    meta_optimizer: Literal["adam", "rmsprop-tf"] = "adam"
-    """``adam``, or ``rmsprop-tf`` for the RMSProp of TensorFlow 1."""
+    meta_optimizer: Literal["adam"] = "adam"  # which the training.json of every set says
     meta_lr: Positive = 4e-4
     """Peak learning rate of the meta-optimizer."""
     meta_lr_final_fraction: Probability = 0.0

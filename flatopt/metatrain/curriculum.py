@@ -48,11 +48,6 @@ class Progress(NamedTuple):
     """Whether validation has ended meta-training."""
 
 
-def train_steps(config: CurriculumConfig, stage: int) -> int:
-    """Return the length of the training runs of a stage."""
-    return config.stages[stage]
-
-
 def validation_steps(config: CurriculumConfig, stage: int) -> int | None:
     """Return the length of the validation runs of a stage; ``None``, the configured one, without a curriculum.
 

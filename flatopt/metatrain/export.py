@@ -10,6 +10,7 @@ from typing import Any
 from .._cards import curve, rule_facts, without_paths, write_card
 from .._version import __version__
 from ..pretrained import LearnedRule
+from ._log import loss_text, read_metrics
 from .checkpoint import RunState
 from .config import MetaTrainConfig
 
@@ -23,9 +24,11 @@ def export_rule(state: RunState, metrics: Path | None = None) -> LearnedRule:
     """
     rule, weights = state.config.build_rule(), state.shipped_weights
     facts = {**rule_facts(rule, weights), **_facts(state)}
-    losses = _read_losses(metrics, state.update) if metrics is not None else []
+    lines = read_metrics(metrics) if metrics is not None else []
+    smoothed = [line.get("smoothed_loss") for line in lines if line["update"] <= state.update]
+    losses = [loss for loss in smoothed if loss is not None]
     if losses:
-        facts["Meta-loss, smoothed"] = f"{_number(losses[0])} `{curve(losses)}` {_number(state.smoothed_loss)}"
+        facts["Meta-loss, smoothed"] = f"{loss_text(losses[0])} `{curve(losses)}` {loss_text(state.smoothed_loss)}"
     card = write_card(
         state.config.recipe,
         purpose=_purpose(state.config),
@@ -78,12 +81,12 @@ def _facts(state: RunState) -> dict[str, object]:
         "Recipe": f"`{config.recipe}`, seed {config.seed}",
         "Meta-updates": f"{state.update} of {config.num_updates}",
         "Time": f"{timedelta(seconds=round(state.seconds))} (h:mm:ss)",
-        "Meta-loss, smoothed": _number(state.smoothed_loss),
+        "Meta-loss, smoothed": loss_text(state.smoothed_loss),
         "Meta-gradients dropped (not finite)": state.num_dropped,
     }
     if best is not None:
         length = f", runs of {best['num_steps']} steps" if "num_steps" in best else ""
-        facts["Lowest validation loss"] = f"{_number(best['loss'])} at update {best['update']}{length}"
+        facts["Lowest validation loss"] = f"{loss_text(best['loss'])} at update {best['update']}{length}"
     commit = state.sessions[-1]["commit"] if state.sessions else None
     return {**facts, "Code": f"flatopt {__version__}, commit {commit or 'unknown (not a checkout)'}"}
 
@@ -97,20 +100,3 @@ def _describe_sessions(sessions: list[dict[str, Any]]) -> list[str]:
         lines += [f"  commit {session['commit'] or 'unknown (not a checkout)'}"]
         lines += [f"  Python {session['python']}, torch {session['torch']}"]
     return lines
-
-
-def _read_losses(metrics: Path, update: int) -> list[float]:
-    """Return the smoothed losses that were logged up to an update; none where nothing can be read."""
-    losses = []
-    for line in metrics.read_text().splitlines() if metrics.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:  # half written
-            break
-        if record["update"] <= update and record.get("smoothed_loss") is not None:
-            losses.append(record["smoothed_loss"])
-    return losses
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"

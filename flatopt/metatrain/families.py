@@ -91,9 +91,6 @@ FAMILIES: dict[str, TaskDistribution] = {
     "mlp-sigmoid": _images(model=MLP(sizes=(64, 48, 10), activation="sigmoid")),
     "mlp-tanh": _images(model=MLP(sizes=(64, 64, 64, 10), activation="tanh"), batch_size=256),
     "mlp-layernorm": _images(model=MLP(sizes=(64, *[48] * 4, 10), norm="layer")),
-    "mlp-residual": TaskDistribution(
-        model=MLP(sizes=(64, 24, 24, 24, 10), norm="layer", residual=True, activation="gelu")
-    ),
     "mlp-preln": _images(model=ResidualMLP(num_inputs=64, width=48, num_blocks=3)),
     "autoencoder": _images(
         model=MLP(sizes=(64, 64, 12, 64, 64), activation="gelu"),

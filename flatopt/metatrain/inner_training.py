@@ -156,5 +156,5 @@ def _distribution(task: TaskConfig) -> TaskDistribution:
         distribution = replace(distribution, num_train_range=(task.num_train, task.num_train))
     if task.random_scaling > 0:
         bounds = (math.exp(-task.random_scaling), math.exp(task.random_scaling))
-        distribution = replace(distribution, reparametrization_range=bounds, reparametrization="coordinate")
+        distribution = replace(distribution, reparametrization_range=bounds)
     return distribution

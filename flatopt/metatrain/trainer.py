@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from .._device import check_device
 from ..rules import Weights
-from ._log import Log, NoLog, check_tensorboard, track
+from ._log import Log, check_tensorboard, track
 from ._ranks import LostProcessError, Ranks, job, joined, own_device
 from ._session import describe_session
 from ._stop import StopOnSignal, Stopped
@@ -114,7 +115,7 @@ def train(
             if is_new:
                 run.save(state, out)
             _prepare(run, stop)
-            with Log(config, out, run.state) if ranks.is_main else NoLog() as log:
+            with Log(config, out, run.state) if ranks.is_main else nullcontext() as log:
                 _loop(out, run, log, stop)
         return {name: weight.cpu() for name, weight in run.state.shipped_weights.items()}
 
@@ -182,7 +183,7 @@ class _Run:
         self.estimator, self._validate = estimator, validate
         self.generator = torch.Generator()
         self.generator.set_state(state.generator)
-        self.optimizer = build_meta_optimizer(self.config.meta_optimizer, state.weights, state.optimizer)
+        self.optimizer = build_meta_optimizer(state.weights, state.optimizer)
         state.optimizer = optimizer_state(self.optimizer, state.weights)
         self._started = time.monotonic() - state.seconds
 
@@ -288,7 +289,7 @@ def _prepare(run: _Run, stop: StopOnSignal) -> None:
         raise stop.interruption(run.state.update) from None
 
 
-def _loop(out: Path, run: _Run, log: Log | NoLog, stop: StopOnSignal) -> None:
+def _loop(out: Path, run: _Run, log: Log | None, stop: StopOnSignal) -> None:
     """Update until the end or a signal, which takes an update back that it meets; the last one done is always saved."""
     state, config = run.state, run.config
     saved_update, saved_time = state.update, time.monotonic()
@@ -303,7 +304,8 @@ def _loop(out: Path, run: _Run, log: Log | NoLog, stop: StopOnSignal) -> None:
             if before.update != saved_update:
                 run.save(before, out)
             raise stop.interruption(before.update) from None
-        log.write(metrics)
+        if log is not None:
+            log.write(metrics)
         due = config.checkpoint_every and state.update % config.checkpoint_every == 0
         if due or time.monotonic() - saved_time >= config.checkpoint_every_seconds:
             run.save(state, out)

@@ -18,9 +18,9 @@ from .images import Images as Images
 from .images import ImageSplits as ImageSplits
 from .images import load_images as load_images
 from .mlp import MLP as MLP
+from .mlp import ResidualMLP as ResidualMLP
 from .recurrent import RecurrentLanguageModel as RecurrentLanguageModel
 from .recurrent import RecurrentNet as RecurrentNet
-from .residual_mlp import ResidualMLP as ResidualMLP
 from .tabular import Tabular as Tabular
 from .text import Text as Text
 from .text import TextSplits as TextSplits

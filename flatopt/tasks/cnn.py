@@ -13,35 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._layers import (
-    ACTIVATIONS,
-    Activation,
-    Init,
-    batch_norm,
-    check_choice,
-    group_norm,
-    init_affine,
-    init_norm,
-    linear,
-    matmul,
-)
+from ._layers import batch_norm, check_choice, group_norm, init_affine, init_norm, linear, matmul
 from ._optimizee import Optimizee, Params
 
 
 @dataclass(frozen=True, kw_only=True)
 class CNN(Optimizee):
-    """3x3 convolutions (``conv, norm, activation``), each halving the image, then one linear layer on all features.
+    """3x3 convolutions (``conv, norm, ReLU``), each halving the image, then one linear layer on all features.
 
     Args:
         channels: output channels of each convolution.
         image_size: height and width of the input.
-        in_channels: channels of the input.
         num_classes: number of outputs.
-        downsample: ``"stride"`` for stride 2, or ``"pool"`` for stride 1 and 2x2 max pooling.
         norm: ``"group"`` or ``"batch"`` for GroupNorm or BatchNorm after each convolution, or ``None``.
         num_groups: groups of GroupNorm; divides every entry of ``channels``.
-        activation: ``"relu"``, ``"tanh"``, ``"sigmoid"`` or ``"gelu"``.
-        initialization: ``"torch"`` (the default of ``nn.Conv2d``) or ``"he"``.
 
     Example:
         >>> model = CNN(channels=(8, 16), image_size=8)
@@ -52,70 +37,49 @@ class CNN(Optimizee):
 
     channels: tuple[int, ...]
     image_size: int
-    in_channels: int = 1
     num_classes: int = 10
-    downsample: Literal["stride", "pool"] = "stride"
     norm: Literal["group", "batch"] | None = None
     num_groups: int = 4
-    activation: Activation = "relu"
-    initialization: Init = "torch"
 
     def __post_init__(self) -> None:
-        check_choice("activation", self.activation, tuple(ACTIVATIONS))
-        check_choice("downsample", self.downsample, ("stride", "pool"))
         check_choice("norm", self.norm, (None, "group", "batch"))
-        check_choice("initialization", self.initialization, ("torch", "he"))
         if self.norm == "group" and any(width % self.num_groups for width in self.channels):
             raise ValueError(f"num_groups={self.num_groups} must divide all of channels={self.channels}")
 
     def init(self, generator: torch.Generator) -> Params:
         """Return ``convs.i.{weight,bias}``, ``norms.i.{weight,bias}`` with ``norm``, and ``head.{weight,bias}``."""
         params: Params = {}
-        size, fan_in = self.image_size, self.in_channels
+        size, fan_in = self.image_size, 1
         for index, width in enumerate(self.channels):
-            init_affine(params, f"convs.{index}", (width, fan_in, 3, 3), generator, self.initialization)
+            init_affine(params, f"convs.{index}", (width, fan_in, 3, 3), generator, "torch")
             if self.norm is not None:
                 init_norm(params, f"norms.{index}", width, generator)
-            size, fan_in = (size + 1) // 2 if self.downsample == "stride" else size // 2, width
-        init_affine(params, "head", (self.num_classes, size * size * fan_in), generator, self.initialization)
+            size, fan_in = (size + 1) // 2, width
+        init_affine(params, "head", (self.num_classes, size * size * fan_in), generator, "torch")
         return params
 
     def predict(self, params: Params, inputs: Tensor) -> Tensor:
-        """Return ``[B, num_classes]`` for inputs that reshape to ``[B, in_channels, image_size, image_size]``."""
-        images = inputs.reshape(inputs.shape[0], self.in_channels, self.image_size, self.image_size)
-        hidden = images.permute(0, 2, 3, 1)
+        """Return ``[B, num_classes]`` for inputs that reshape to ``[B, image_size, image_size]``."""
+        hidden = inputs.reshape(inputs.shape[0], self.image_size, self.image_size, 1)
         for index in range(len(self.channels)):
-            stride = 2 if self.downsample == "stride" else 1
-            hidden = conv3x3(hidden, params[f"convs.{index}.weight"], stride) + params[f"convs.{index}.bias"]
+            hidden = conv3x3(hidden, params[f"convs.{index}.weight"]) + params[f"convs.{index}.bias"]
             if self.norm == "batch":
                 hidden = batch_norm(params, f"norms.{index}", hidden)
             elif self.norm == "group":
                 hidden = group_norm(params, f"norms.{index}", hidden, self.num_groups)
-            hidden = ACTIVATIONS[self.activation](hidden)
-            if self.downsample == "pool":
-                hidden = max_pool2x2(hidden)
+            hidden = torch.relu(hidden)
         return linear(params, "head", hidden.reshape(hidden.shape[0], -1))
 
 
-def conv3x3(inputs: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """Convolve ``[B, H, W, in]`` with ``[out, in, 3, 3]``, padding 1: ``[B, ceil(H / stride), ceil(W / stride), out]``.
+def conv3x3(inputs: Tensor, weight: Tensor) -> Tensor:
+    """Convolve ``[B, H, W, in]`` with ``[out, in, 3, 3]``, stride 2, padding 1: ``[B, ceil(H / 2), ceil(W / 2), out]``.
 
-    Equal to ``F.conv2d(..., stride=stride, padding=1)`` up to the position of the channel axis.
+    Equal to ``F.conv2d(..., stride=2, padding=1)`` up to the position of the channel axis.
     """
     _, height, width, _ = inputs.shape
     padded = F.pad(inputs, (0, 0, 1, 1, 1, 1))
     shifted = [
-        padded[:, row : row + height : stride, column : column + width : stride]
-        for row in range(3)
-        for column in range(3)
+        padded[:, row : row + height : 2, column : column + width : 2] for row in range(3) for column in range(3)
     ]
     kernel = weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])
     return matmul(torch.cat(shifted, -1), kernel)
-
-
-def max_pool2x2(inputs: Tensor) -> Tensor:
-    """Return the maximum of each 2x2 block of ``[B, H, W, C]``; an odd last row or column is dropped."""
-    even = inputs[:, : inputs.shape[1] // 2 * 2, : inputs.shape[2] // 2 * 2]
-    # Two pairwise maxima: the backward pass of a reduction over two axes compares and counts, which is slower.
-    rows = torch.maximum(even[:, 0::2], even[:, 1::2])
-    return torch.maximum(rows[:, :, 0::2], rows[:, :, 1::2])

@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._data import Data, Table
-from ._layers import check_choice
 from ._optimizee import SPLITS, Batch, Optimizee, Params, Split, accuracy, cross_entropy, mean_squared_error
 from .images import Images
 
@@ -30,8 +29,7 @@ class Problems(NamedTuple):
     params: Params
     """Initial parameters, ``[N, ...]`` each, as the optimizee holds them (already divided by ``param_scales``)."""
     param_scales: Params
-    """What the loss multiplies each parameter by, ``[N]`` each, or ``[N, ...]`` for a factor per coordinate; empty
-    without reparametrisation."""
+    """What the loss multiplies each parameter by, ``[N, ...]`` each; empty without reparametrisation."""
     source: Tensor
     """Index of the data source, int64 ``[N]``."""
     num_train: Tensor
@@ -72,10 +70,9 @@ class TaskDistribution:
         label_noise_range: bounds of the fraction of their training examples with a wrong label, the same at every
             visit.
         label_permutation: rename the classes at random, where there are any.
-        reparametrization_range: bounds of a log-uniform ``c`` per tensor: the optimizee holds ``params / c`` and its
-            loss uses ``c * params``, which changes the units of the parameters and not the function.
-        reparametrization: a ``c`` for each ``"tensor"``, or for each ``"coordinate"``: the random scaling of Lv et al.,
-            2017, https://arxiv.org/abs/1703.03633.
+        reparametrization_range: bounds of a log-uniform ``c`` per coordinate: the optimizee holds ``params / c`` and
+            its loss uses ``c * params``, which changes the units of the parameters and not the function.  It is the
+            random scaling of Lv et al., 2017, https://arxiv.org/abs/1703.03633.
 
     Example:
         >>> from flatopt.tasks import MLP, Images
@@ -102,10 +99,8 @@ class TaskDistribution:
     label_noise_range: tuple[float, float] = (0.1, 0.2)
     label_permutation: bool = True
     reparametrization_range: tuple[float, float] = (1.0, 1.0)
-    reparametrization: Literal["tensor", "coordinate"] = "tensor"
 
     def __post_init__(self) -> None:
-        check_choice("reparametrization", self.reparametrization, ("tensor", "coordinate"))
         for name in ("num_train_range", "input_scale_range", "init_scale_range", "reparametrization_range"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
@@ -147,18 +142,12 @@ class TaskDistribution:
         params = {name: torch.stack([one[name] for one in drawn]) for name in drawn[0]}
         for name, value in params.items():
             if value.dim() > 2 and "embedding" not in name:
-                value.mul_(_like_rows(init_scale, value))
+                value.mul_(init_scale.view(-1, *(1,) * (value.dim() - 1)))
         param_scales: Params = {}
         if self.reparametrization_range != (1.0, 1.0):
-            param_scales = {
-                name: _log_uniform(
-                    shape if self.reparametrization == "tensor" else value.shape,
-                    self.reparametrization_range,
-                    generator,
-                )
-                for name, value in params.items()
-            }
-            params = {name: value / _like_rows(param_scales[name], value) for name, value in params.items()}
+            for name, value in params.items():
+                param_scales[name] = _log_uniform(value.shape, self.reparametrization_range, generator)
+            params = {name: value / param_scales[name] for name, value in params.items()}
 
         # Drawn last, and only if asked for: what is drawn without does not change.
         batch_size = torch.full(shape, self.batch_size)
@@ -269,8 +258,3 @@ def _log_uniform(shape: Sequence[int], bounds: tuple[float, float], generator: t
     """Draw values whose logarithm is uniform between those of the bounds."""
     low, high = math.log(bounds[0]), math.log(bounds[1])
     return torch.rand(*shape, generator=generator).mul_(high - low).add_(low).exp_()
-
-
-def _like_rows(scale: Tensor, value: Tensor) -> Tensor:
-    """View ``[N]`` so that it multiplies the rows of ``[N, ...]``; what has that shape already stays."""
-    return scale if scale.shape == value.shape else scale.view(-1, *(1,) * (value.dim() - 1))

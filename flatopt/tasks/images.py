@@ -53,14 +53,12 @@ class Images(Data):
         size: height and width.
         reconstruct: the targets are the images, for autoencoders.
         standardize: see :func:`load_images`.
-        root: see :func:`load_images`.
     """
 
     sources: tuple[tuple[str, float], ...] = (("fashion-mnist", 0.75), ("digits", 0.25))
     size: int = 8
     reconstruct: bool = False
     standardize: bool = False
-    root: str | None = None
 
     def __post_init__(self) -> None:
         for name, _ in self.sources:
@@ -82,7 +80,7 @@ class Images(Data):
         splits: list[Batch] = []
         for split in SPLITS:
             for name, _ in self.sources:
-                loaded = getattr(load_images(name, self.size, self.root, standardize=self.standardize), split)
+                loaded = getattr(load_images(name, self.size, standardize=self.standardize), split)
                 order = torch.randperm(len(loaded.targets), generator=generator)
                 splits.append(Batch(loaded.inputs.flatten(1)[order], loaded.targets[order]))
         table = stack_splits(splits, len(self.sources))
@@ -108,7 +106,7 @@ def load_images(name: str, size: int, root: str | None = None, *, standardize: b
     Raises:
         ValueError: unknown name or size, or a file that is not the IDX file it should be.
         FileNotFoundError: no files; the message says how to get them.
-        ImportError: digits without scikit-learn, or a Hub root without huggingface_hub.
+        ImportError: digits without scikit-learn.
     """
     check_choice("name", name, DATASETS)
     check_choice("size", size, (8, 14, 28))
@@ -211,9 +209,7 @@ def _find(dataset: str, root: str, name: str) -> Path:
 
 
 def _download(repository: str, name: str) -> Path:
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise ImportError("data on the Hub needs huggingface_hub: pip install huggingface-hub") from error
+    from huggingface_hub import hf_hub_download
+
     repo_id, _, revision = repository.partition("@")
     return Path(hf_hub_download(repo_id, name, repo_type="dataset", revision=revision or None))

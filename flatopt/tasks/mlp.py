@@ -1,4 +1,4 @@
-"""Multi-layer perceptrons, plain, normalised or residual."""
+"""Multi-layer perceptrons: a plain stack of layers, and blocks with normalised branches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ class MLP(Optimizee):
         sizes: input, hidden and output widths, such as ``(64, 32, 10)``.
         activation: ``"relu"``, ``"tanh"``, ``"sigmoid"`` or ``"gelu"``.
         norm: ``"layer"`` for LayerNorm before each activation, or ``None``.
-        residual: add the input of a hidden layer to its output where both have the same width.
         initialization: ``"torch"`` (the default of ``nn.Linear``), ``"he"`` or ``"small"`` (``N(0, 0.01^2)``).
 
     Example:
@@ -35,7 +34,6 @@ class MLP(Optimizee):
     sizes: tuple[int, ...]
     activation: Activation = "relu"
     norm: Literal["layer"] | None = None
-    residual: bool = False
     initialization: Init = "torch"
 
     def __post_init__(self) -> None:
@@ -57,10 +55,54 @@ class MLP(Optimizee):
         hidden = inputs.reshape(inputs.shape[0], self.sizes[0])
         last = len(self.sizes) - 2
         for index in range(last):
-            update = linear(params, f"layers.{index}", hidden)
+            hidden = linear(params, f"layers.{index}", hidden)
             if self.norm is not None:
-                update = layer_norm(params, f"norms.{index}", update)
-            update = ACTIVATIONS[self.activation](update)
-            skip = self.residual and self.sizes[index] == self.sizes[index + 1]
-            hidden = hidden + update if skip else update
+                hidden = layer_norm(params, f"norms.{index}", hidden)
+            hidden = ACTIVATIONS[self.activation](hidden)
         return linear(params, f"layers.{last}", hidden)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualMLP(Optimizee):
+    """``h <- W x``, blocks ``h <- h + W_2 gelu(W_1 norm(h))``, then ``W norm(h)``; LayerNorm.
+
+    A block is the feed-forward half of a transformer's, with ``2 * width`` hidden units.
+
+    Args:
+        num_inputs: features.
+        width: channels of ``h``.
+        num_blocks: blocks.
+        num_outputs: outputs.
+
+    Example:
+        >>> model = ResidualMLP(num_inputs=64, width=16, num_blocks=2)
+        >>> model.predict(model.init(torch.Generator().manual_seed(0)), torch.zeros(5, 64)).shape
+        torch.Size([5, 10])
+    """
+
+    num_inputs: int
+    width: int
+    num_blocks: int
+    num_outputs: int = 10
+
+    def init(self, generator: torch.Generator) -> Params:
+        """Return ``stem``, ``blocks.i.{norm,linear1,linear2}``, ``norm`` and ``head``, weight and bias each."""
+        params: Params = {}
+        init_affine(params, "stem", (self.width, self.num_inputs), generator, "torch")
+        for index in range(self.num_blocks):
+            name = f"blocks.{index}"
+            init_norm(params, f"{name}.norm", self.width, generator)
+            init_affine(params, f"{name}.linear1", (2 * self.width, self.width), generator, "torch")
+            init_affine(params, f"{name}.linear2", (self.width, 2 * self.width), generator, "torch")
+        init_norm(params, "norm", self.width, generator)
+        init_affine(params, "head", (self.num_outputs, self.width), generator, "torch")
+        return params
+
+    def predict(self, params: Params, inputs: Tensor) -> Tensor:
+        """Return ``[B, num_outputs]`` for inputs that flatten to ``[B, num_inputs]``."""
+        hidden = linear(params, "stem", inputs.reshape(inputs.shape[0], self.num_inputs))
+        for index in range(self.num_blocks):
+            name = f"blocks.{index}"
+            branch = linear(params, f"{name}.linear1", layer_norm(params, f"{name}.norm", hidden))
+            hidden = hidden + linear(params, f"{name}.linear2", ACTIVATIONS["gelu"](branch))
+        return linear(params, "head", layer_norm(params, "norm", hidden))

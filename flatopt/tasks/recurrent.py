@@ -15,9 +15,9 @@ from torch import Tensor
 from ._layers import check_choice, embed, init_affine, linear, matmul, normal, uniform
 from ._optimizee import Optimizee, Params
 
-Cell = Literal["lstm", "gru", "tanh"]
+Cell = Literal["lstm", "gru"]
 
-NUM_GATES = {"lstm": 4, "gru": 3, "tanh": 1}
+NUM_GATES = {"lstm": 4, "gru": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class RecurrentNet(Optimizee):
         num_rows: steps of the recurrence.
         row_size: inputs per step.
         num_classes: number of outputs.
-        cell: ``"lstm"`` (``nn.LSTM``), ``"gru"`` (``nn.GRU``) or ``"tanh"`` (``nn.RNN``).
+        cell: ``"lstm"`` (``nn.LSTM``) or ``"gru"`` (``nn.GRU``).
 
     Example:
         >>> model = RecurrentNet(width=16, num_rows=8, row_size=8)
@@ -61,13 +61,11 @@ class RecurrentNet(Optimizee):
 
 @dataclass(frozen=True, kw_only=True)
 class RecurrentLanguageModel(Optimizee):
-    """Token embeddings, one recurrent layer, a linear head.
+    """Token embeddings, one layer of ``nn.GRU``, a linear head.
 
     Args:
         vocab_size: number of tokens.
         width: hidden units, and channels of the embeddings.
-        cell: ``"lstm"``, ``"gru"`` or ``"tanh"``.
-        embedding_std: standard deviation of the initial embeddings; 1 as in ``nn.Embedding``.
 
     Example:
         >>> model = RecurrentLanguageModel(vocab_size=96, width=16)
@@ -78,22 +76,17 @@ class RecurrentLanguageModel(Optimizee):
 
     vocab_size: int
     width: int
-    cell: Cell = "gru"
-    embedding_std: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_choice("cell", self.cell, tuple(NUM_GATES))
 
     def init(self, generator: torch.Generator) -> Params:
         """Return ``token_embedding.weight``, ``rnn.{weight,bias}_{ih,hh}_l0`` and ``head.{weight,bias}``."""
-        params = {"token_embedding.weight": normal((self.vocab_size, self.width), self.embedding_std, generator)}
-        init_recurrence(params, self.width, self.width, self.cell, generator)
+        params = {"token_embedding.weight": normal((self.vocab_size, self.width), 1.0, generator)}  # as nn.Embedding
+        init_recurrence(params, self.width, self.width, "gru", generator)
         init_affine(params, "head", (self.vocab_size, self.width), generator, "torch")
         return params
 
     def predict(self, params: Params, inputs: Tensor) -> Tensor:
         """Return next-token logits ``[B, T, vocab_size]`` for int64 tokens ``[B, T]``."""
-        hidden = run_recurrence(params, embed(params, "token_embedding", inputs), self.cell)
+        hidden = run_recurrence(params, embed(params, "token_embedding", inputs), "gru")
         return linear(params, "head", torch.stack(hidden, 1))
 
 
@@ -121,8 +114,6 @@ def run_recurrence(params: Params, inputs: Tensor, cell: Cell) -> list[Tensor]:
 
 def _step(driven: Tensor, recurrent: Tensor, hidden: Tensor, memory: Tensor, cell: Cell) -> tuple[Tensor, Tensor]:
     """Advance hidden state and memory, given the parts of the gates ``[B, G]`` from input and past."""
-    if cell == "tanh":
-        return torch.tanh(driven + recurrent), memory
     if cell == "gru":
         reset_x, update_x, new_x = driven.chunk(3, -1)
         reset_h, update_h, new_h = recurrent.chunk(3, -1)

@@ -19,7 +19,7 @@ from ._optimizee import Optimizee, Params
 
 @dataclass(frozen=True, kw_only=True)
 class Transformer(Optimizee):
-    """Token and position embeddings, causal self-attention blocks with GELU, an untied linear head.
+    """Token and position embeddings, pre-LN blocks of causal attention and GELU, an untied linear head.
 
     Names and shapes of a block are those of ``nn.TransformerEncoderLayer``; its feed-forward width is ``4 * width``.
 
@@ -29,8 +29,6 @@ class Transformer(Optimizee):
         num_heads: attention heads.
         num_layers: blocks.
         context_length: longest sequence.
-        norm_first: normalise the input of each branch and once before the head, rather than after each residual sum.
-        embedding_std: standard deviation of the initial embeddings; 0.02 as in GPT-2, 1 as in ``nn.Embedding``.
 
     Example:
         >>> model = Transformer(vocab_size=96, width=16, num_heads=2, num_layers=1, context_length=8)
@@ -44,23 +42,20 @@ class Transformer(Optimizee):
     num_heads: int
     num_layers: int
     context_length: int
-    norm_first: bool = True
-    embedding_std: float = 0.02
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
             raise ValueError(f"width={self.width} must be a multiple of num_heads={self.num_heads}")
 
     def init(self, generator: torch.Generator) -> Params:
-        """Return embeddings, ``layers.i.*`` blocks, ``norm`` with ``norm_first``, and ``head``."""
+        """Return embeddings, of the scale of GPT-2's, ``layers.i.*`` blocks, ``norm`` and ``head``."""
         params = {
-            "token_embedding.weight": normal((self.vocab_size, self.width), self.embedding_std, generator),
-            "position_embedding.weight": normal((self.context_length, self.width), self.embedding_std, generator),
+            "token_embedding.weight": normal((self.vocab_size, self.width), 0.02, generator),
+            "position_embedding.weight": normal((self.context_length, self.width), 0.02, generator),
         }
         for index in range(self.num_layers):
             init_block(params, f"layers.{index}", self.width, generator)
-        if self.norm_first:
-            init_norm(params, "norm", self.width, generator)
+        init_norm(params, "norm", self.width, generator)
         init_affine(params, "head", (self.vocab_size, self.width), generator, "torch")
         return params
 
@@ -69,12 +64,8 @@ class Transformer(Optimizee):
         hidden = embed(params, "token_embedding", inputs)
         hidden = hidden + params["position_embedding.weight"][: inputs.shape[1]]
         for index in range(self.num_layers):
-            hidden = apply_block(
-                params, f"layers.{index}", hidden, self.num_heads, causal=True, norm_first=self.norm_first
-            )
-        if self.norm_first:
-            hidden = layer_norm(params, "norm", hidden)
-        return linear(params, "head", hidden)
+            hidden = apply_block(params, f"layers.{index}", hidden, self.num_heads, causal=True)
+        return linear(params, "head", layer_norm(params, "norm", hidden))
 
 
 def init_block(params: Params, name: str, width: int, generator: torch.Generator) -> None:
@@ -91,15 +82,12 @@ def init_block(params: Params, name: str, width: int, generator: torch.Generator
     init_norm(params, f"{name}.norm2", width, generator)
 
 
-def apply_block(params: Params, name: str, hidden: Tensor, num_heads: int, *, causal: bool, norm_first: bool) -> Tensor:
-    """Return what self-attention and feed-forward network, each with a residual sum, make of ``[B, T, width]``."""
-    if norm_first:
-        normalised = layer_norm(params, f"{name}.norm1", hidden)
-        hidden = hidden + self_attention(params, f"{name}.self_attn", normalised, num_heads, causal=causal)
-        return hidden + _feed_forward(params, name, layer_norm(params, f"{name}.norm2", hidden))
-    attended = self_attention(params, f"{name}.self_attn", hidden, num_heads, causal=causal)
-    hidden = layer_norm(params, f"{name}.norm1", hidden + attended)
-    return layer_norm(params, f"{name}.norm2", hidden + _feed_forward(params, name, hidden))
+def apply_block(params: Params, name: str, hidden: Tensor, num_heads: int, *, causal: bool) -> Tensor:
+    """Add self-attention, then a feed-forward network, each of normalised inputs, to ``[B, T, width]``."""
+    normalised = layer_norm(params, f"{name}.norm1", hidden)
+    hidden = hidden + self_attention(params, f"{name}.self_attn", normalised, num_heads, causal=causal)
+    expanded = linear(params, f"{name}.linear1", layer_norm(params, f"{name}.norm2", hidden))
+    return hidden + linear(params, f"{name}.linear2", ACTIVATIONS["gelu"](expanded))
 
 
 def self_attention(params: Params, name: str, hidden: Tensor, num_heads: int, *, causal: bool) -> Tensor:
@@ -118,7 +106,3 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Ten
         position = torch.arange(query.shape[-2], device=query.device)
         scores = scores.masked_fill(position.unsqueeze(1) < position, -torch.inf)
     return torch.softmax(scores, -1) @ value
-
-
-def _feed_forward(params: Params, name: str, hidden: Tensor) -> Tensor:
-    return linear(params, f"{name}.linear2", ACTIVATIONS["gelu"](linear(params, f"{name}.linear1", hidden)))

@@ -65,5 +65,5 @@ class VisionTransformer(Optimizee):
         hidden = linear(params, "stem", cut.reshape(inputs.shape[0], side**2, patch**2))
         hidden = hidden + params["position_embedding.weight"]
         for index in range(self.num_layers):
-            hidden = apply_block(params, f"layers.{index}", hidden, self.num_heads, causal=False, norm_first=True)
+            hidden = apply_block(params, f"layers.{index}", hidden, self.num_heads, causal=False)
         return linear(params, "head", layer_norm(params, "norm", hidden).mean(1))

@@ -43,7 +43,7 @@ INSTEAD: dict[str, str | None] = {
     ".venv/bin/pre-commit install": None,
     ".venv/bin/python -m pytest tests/rules": None,
     # The same in seconds.
-    "make demo": "python -m flatopt.evaluate.demo --out demo-output --seeds 1 --steps 5",
+    "make demo": "python -m flatopt demo --out demo-output --seeds 1 --steps 5",
     "flatopt-train run smoke --out runs/smoke": SMOKE.format("runs/smoke"),
     "flatopt-train run flat-v2 --out runs/flat-v2": SMOKE.format("runs/flat-v2"),
     "flatopt-train run flat-v2 --out runs/mine meta_lr=1e-3": SMOKE.format("runs/mine") + " meta_lr=1e-3",
@@ -147,10 +147,10 @@ def test_code_and_commands_of_a_page_run_in_their_order(page: Path, hub: str, tm
             importlib.import_module(package)
         except Exception as error:  # absent, or broken as it is installed here
             pytest.skip(f"{package} cannot be imported: {error}")
-    for name, module in {"flatopt-train": "flatopt.metatrain.cli", "flatopt-eval": "flatopt.evaluate.cli"}.items():
+    for name, command in {"flatopt-train": "train", "flatopt-eval": "eval"}.items():
         script = tmp_path / "bin" / name
         script.parent.mkdir(exist_ok=True)
-        script.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m {module} \"$@\"\n")
+        script.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m flatopt {command} \"$@\"\n")
         script.chmod(0o755)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | {
         "PATH": os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),

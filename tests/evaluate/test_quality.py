@@ -127,7 +127,7 @@ def test_what_learning_adds_is_the_paired_difference_to_the_untrained_rule() -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(jobs: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "flatopt.evaluate.cli", "quality", "--no-learned", "--tasks", "digits CNN"]
+    command = [sys.executable, "-m", "flatopt", "eval", "quality", "--no-learned", "--tasks", "digits CNN"]
     process = subprocess.Popen(
         [*command, "--jobs", jobs, "--out", str(tmp_path)],
         stderr=subprocess.PIPE,

@@ -59,8 +59,8 @@ def test_interval_is_students_by_hand_and_by_scipy() -> None:
     half = pytest.approx(2.7764 * math.sqrt(2.5 / 5), rel=1e-4)
     assert high - mean == half and mean - low == half
     values = [0.3, -1.2, 0.8, 2.5]
-    expected = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(0.9)
-    assert confidence_interval(values, 0.9)[1:] == pytest.approx((expected.low, expected.high))
+    expected = scipy.stats.ttest_1samp(values, 0.0).confidence_interval()
+    assert confidence_interval(values)[1:] == pytest.approx((expected.low, expected.high))
 
 
 def test_interval_covers_the_truth_as_often_as_it_says() -> None:

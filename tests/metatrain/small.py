@@ -20,7 +20,7 @@ MODELS: dict[str, Optimizee] = {
     "linear": MLP(sizes=(64, 10)),
     "mlp": MLP(sizes=(64, 3, 10), activation="tanh"),
     "norm": MLP(sizes=(64, 3, 3, 10), norm="layer"),
-    "cnn": CNN(channels=(2, 2), image_size=8, activation="tanh"),
+    "cnn": CNN(channels=(2, 2), image_size=8),
 }
 WITH_FLATNESS = ObjectiveConfig(
     train_weight=0.5, flatness=FlatnessConfig(name="perturbation-gap", coefficient=0.3, signed=True)

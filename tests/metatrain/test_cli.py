@@ -17,7 +17,8 @@ import flatopt
 from flatopt._version import __version__
 from flatopt.metatrain import RECIPES, checkpoint, speed, train, trainer
 from flatopt.metatrain._describe import settings
-from flatopt.metatrain._plot import draw_run, read_metrics
+from flatopt.metatrain._log import read_metrics
+from flatopt.metatrain._plot import draw_run
 from flatopt.metatrain.checkpoint import latest
 from flatopt.metatrain.cli import main
 from flatopt.pretrained import load_folder, load_pretrained
@@ -48,7 +49,7 @@ def export(out, folder):
 
 def start(*arguments):
     environment = {**os.environ, "PYTHONPATH": str(Path(flatopt.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "flatopt.metatrain.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "flatopt", "train", *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 

@@ -171,7 +171,7 @@ def test_overrides_are_checked_together():
             "imitation.probabilities=[2]",
             r"imitation.probabilities\[0\] must be a number of at least 0 and at most 1",
         ),
-        ("meta_optimizer=sgd", "meta_optimizer must be one of adam, rmsprop-tf, not 'sgd'"),
+        ("meta_optimizer=sgd", "meta_optimizer must be one of adam, not 'sgd'"),
         ("validation.patience=0", "validation.patience must be an integer of at least 1 or none, not 0"),
         ("num_updates", "'num_updates' is not of the form key=value"),
         ("estimator.second_derivatives=true", "persistent-es has no use for second_derivatives: leave second_deriv"),

@@ -4,7 +4,7 @@ import pytest
 from toy_metatrain import toy_config
 
 from flatopt.metatrain import CurriculumConfig, ValidationConfig
-from flatopt.metatrain.curriculum import Progress, decide, train_steps, validation_steps
+from flatopt.metatrain.curriculum import Progress, decide, validation_steps
 
 STAGES = CurriculumConfig(stages=(100, 200, 500))
 
@@ -20,7 +20,6 @@ def replay(config, losses):
 
 
 def test_validation_has_the_length_of_the_next_stage_and_the_last_stage_its_own():
-    assert [train_steps(STAGES, stage) for stage in range(3)] == [100, 200, 500]
     assert [validation_steps(STAGES, stage) for stage in range(3)] == [200, 500, 500]
     assert validation_steps(CurriculumConfig(stages=(100,)), 0) == 100
     assert validation_steps(CurriculumConfig(), 0) is None

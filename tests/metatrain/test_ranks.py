@@ -51,7 +51,7 @@ def launch(*arguments: str) -> subprocess.Popen[str]:
 
 
 def start(out: Path, *arguments: str, torchrun: Sequence[str] = ()) -> subprocess.Popen[str]:
-    return launch(*torchrun, "-m", "flatopt.metatrain", *arguments, "--out", str(out))
+    return launch(*torchrun, "-m", "flatopt", "train", *arguments, "--out", str(out))
 
 
 def test_parts_of_all_processes_add_up_to_a_run_of_one():
@@ -157,8 +157,8 @@ def test_the_documented_commands_are_those_of_torchrun_and_of_ours():
     assert len(lines) == 3
     for line in lines:
         launch = parse_args(shlex.split(line.replace('"$SLURM_NNODES"', "4")))
-        assert launch.module and launch.training_script == "flatopt.metatrain"
-        arguments = cli._parse(launch.training_script_args)
+        assert launch.module and launch.training_script == "flatopt" and launch.training_script_args[0] == "train"
+        arguments = cli._parse(launch.training_script_args[1:])
         assert arguments.device == "cuda" and arguments.out.name == "flat-v2"
         assert launch.standalone or (launch.rdzv_backend == "c10d" and launch.rdzv_id and launch.rdzv_endpoint)
 

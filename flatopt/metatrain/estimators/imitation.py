@@ -28,7 +28,7 @@ from ...tasks import Batch, Params
 from ..config import FlatnessConfig, MetaTrainConfig
 from ..inner import Inner, InnerState
 from ..inner_training import Families
-from ..runs import Draws, Runs, Terms, map_tree, share_weights
+from ..runs import Draws, Runs, Terms, choose_runs, share_weights
 from ..unroll import Unroll
 from ._estimator import EstimatorState, GradientEstimator, MetaGradient
 from .truncated_backprop import TruncatedBackprop
@@ -77,14 +77,10 @@ class TeacherForced(Inner):
     ) -> InnerState:
         """Start the runs anew that have reached their horizon, with a teacher that knows nothing of them."""
         runs = self.students.refresh(weights, state["runs"], generator, num_steps)
-        teachers = {}
-        for name, one in runs.items():
-            started = one.step > 0
-            teachers[name] = map_tree(
-                lambda new, old, started=started: torch.where(started.view(-1, *(1,) * (new.dim() - 1)), old, new),
-                self._fresh_teacher(one),
-                state["teachers"][name],
-            )
+        teachers = {
+            name: choose_runs(one.step > 0, state["teachers"][name], self._fresh_teacher(one))
+            for name, one in runs.items()
+        }
         return {"runs": runs, "teachers": teachers}
 
     def draw(self, state: InnerState, generator: torch.Generator) -> dict[str, Draws]:
@@ -132,7 +128,8 @@ class TeacherForced(Inner):
             return result.deltas, result.states
 
         with torch.no_grad():
-            deltas, states = vmap(learn)(_inputs(runs), [teacher[name] for name in names], batch)
+            seen = runs._replace(states={}, shared={})  # those of the student are not the teacher's
+            deltas, states = vmap(learn)(seen, [teacher[name] for name in names], batch)
         return dict(zip(names, deltas, strict=True)), dict(zip(names, states, strict=True))
 
     def _fresh_teacher(self, runs: Runs) -> dict[str, State]:
@@ -210,8 +207,3 @@ def with_imitation(
     stages: Sequence[int | None] = config.curriculum.stages or (None,)
     probabilities = {steps: shares[min(stage, len(shares) - 1)] for stage, steps in enumerate(stages)}
     return WithImitation(estimator=estimator, imitations=imitations, probabilities=probabilities)
-
-
-def _inputs(runs: Runs) -> Runs:
-    """Return the runs without the states of the student, which the teacher does not see."""
-    return runs._replace(states={}, shared={})
