@@ -32,7 +32,7 @@ class Evaluation(ABC):
     """Help of the subcommand, one line."""
 
     seeds: int = option(5, "runs per cell", at_least=1)
-    fast: bool = option(False, "toy sizes, in seconds: shows that it works, the numbers mean nothing")
+    fast: bool = option(False, "toy sizes: shows that it works, the numbers mean nothing")
 
     @abstractmethod
     def report(self, cache: RunCache) -> Report:

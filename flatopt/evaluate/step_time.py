@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import time
@@ -181,6 +182,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device | None = None) -
         call()
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's own log lines go to stderr
+    gc.collect()  # what it frees within the call would be taken off
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     held = peak = 0
