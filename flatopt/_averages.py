@@ -70,7 +70,11 @@ class Averaging(Optimizer):
 
     @torch.no_grad()
     def train(self) -> None:
-        """Put the parameters themselves back, to go on after :meth:`eval`; without effect otherwise."""
+        """Put the parameters themselves back, to go on after :meth:`eval`; without effect otherwise.
+
+        Raises:
+            ValueError: if a parameter has another shape than what is to be put back.
+        """
         exchanged = [(p, s) for p, s in self._checked_states(self.param_groups) if ITERATE in s]
         for param, state in exchanged:
             local_values(param).copy_(dtensor.local_view(state[ITERATE]))
@@ -110,7 +114,7 @@ def check_no_average(groups: Sequence[dict[str, Any]]) -> None:
 
 
 def check_iterates(state_dict: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` if a state knows only the averages that its parameters held, not what to go on from."""
+    """Raise ``ValueError`` if a state does not have, of what the averages stood for, just what its groups say."""
     for group in state_dict["param_groups"]:
         states = [state_dict["state"].get(param_id) or {} for param_id in group["params"]]
         if not group.get(SHOWS_AVERAGES) and any(ITERATE in state for state in states):

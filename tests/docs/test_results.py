@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from flatopt import load_pretrained
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
 REPRODUCTION = json.loads((RESULTS / "reproduction.json").read_text(encoding="utf-8"))
@@ -100,3 +102,12 @@ def test_a_run_of_flatopt_eval_is_taken_over(tmp_path: Path, monkeypatch: pytest
     assert content["tables"][0]["rows"] == [["1 ± 2", "x"]] and content["tables"][0]["note"] == "A note."
     assert (tmp_path / "quality.png").is_file()
     assert "### Two\n\n| c |\n| --- |\n| 3 |\n" in generate.plain("quality", content)["quality.md"]
+
+
+@pytest.mark.parametrize("folder", sorted((RESULTS / "ablation-sets").iterdir()), ids=lambda folder: folder.name)
+def test_sets_of_the_ablation_are_those_that_their_names_say(folder: Path) -> None:
+    config = json.loads((folder / "training.json").read_text("utf-8"))
+    term, _, seed = folder.name.partition("-")
+    assert (config["objective"]["flatness"]["name"] is None) == (term == "without")
+    assert config["seed"] == int(seed) and config["recipe"] == "flat-v2"
+    assert load_pretrained(folder).rule == load_pretrained("flat-v2").rule
