@@ -26,17 +26,17 @@ The step of a matrix :math:`x` is
 
 with :math:`\bar X` clipped to :math:`\pm 5`.  A vector has :math:`u_t` over its root mean square in its place.
 :math:`K` is the number of strips of a matrix: where they share directions, their steps add up.  The schedule
-:math:`s_t` is a warm-up over 30 steps (over a fifth of a shorter known run, but at least 15), times
-:math:`\cos(\pi (t - 1) / 2T)` where the length :math:`T` of the run is known, and times :math:`(1 + t/100)^{-0.5}`
-where it is not; that power stays below 1, so that no run ends by itself.  There step and decay have one more learned
-factor each.  :math:`\rho_t` is the root mean square of the gradient over its largest so far: it falls as training data
-are learned by heart.  :math:`\sigma_t` is 6 times the root mean square of the momentum over that of the gradient.  That
-ratio is the size of Adam's step: 1 for a gradient without noise, near 1/6 in most runs.  :math:`r_t` tells what is
-large, as gains and embeddings are: half the root mean square of the tensor times :math:`\sqrt{\text{inputs}}`, but at
-least 1.  Steps may shrink with noise and gradient; decay may grow with noise, with what is learned by heart, and late,
-and spare what is large.  The powers are ``gradient_power, noise_step, noise_decay, late_decay, gradient_decay,
-size_decay``; they see :math:`s_t \ge 0.05`, :math:`0.3 \le \sigma_t \le 120`, :math:`r_t \le 20` and, in the decay,
-:math:`\rho_t \ge 0.05`.
+:math:`s_t` is a warm-up over 30 steps (over a fifth of a shorter known run, but at least 15), times a power, 1 before
+learning, of :math:`\cos(\pi (t - 1) / 2T)` where the length :math:`T` of the run is known, and
+:math:`(1 + t/100)^{-0.5}` where it is not; that power stays below 1, so that no run ends by itself.  There step and
+decay have one more learned factor each.  :math:`\rho_t` is the root mean square of the gradient over its largest so
+far: it falls as training data are learned by heart.  :math:`\sigma_t` is 6 times the root mean square of the momentum
+over that of the gradient.  That ratio is the size of Adam's step: 1 for a gradient without noise, near 1/6 in most
+runs.  :math:`r_t` tells what is large, as gains and embeddings are: half the root mean square of the tensor times
+:math:`\sqrt{\text{inputs}}`, but at least 1.  Steps may shrink with noise and gradient; decay may grow with noise, with
+what is learned by heart, and late, and spare what is large.  The powers are ``gradient_power, noise_step, noise_decay,
+late_decay, gradient_decay, size_decay``; they see :math:`s_t \ge 0.05`, :math:`0.3 \le \sigma_t \le 120`,
+:math:`r_t \le 20` and, in the decay, :math:`\rho_t \ge 0.05`.
 
 The controller is linear: from what the tensor's own sums, its shape and the time tell
 (:meth:`OrthogonalizedMomentum.mix` lists it) it finds :math:`\lambda, \omega` and the :math:`\mu` of the next step,

@@ -62,7 +62,7 @@ def run_by_hand(
             size_ratio = max(1, math.sqrt(numpy.mean(x**2) * inputs) / 2)
             schedule = min(1, step / min(30, max(15, num_steps / 5)))
             if num_steps < INF:
-                schedule *= math.cos(math.pi / 2 * (step - 1) / num_steps)
+                schedule *= math.cos(math.pi / 2 * (step - 1) / num_steps) ** math.exp(power["cosine_power"])
             else:
                 odds = 0.5 * math.exp(power["anytime_power"])
                 schedule /= (1 + step / 100) ** (odds / (0.5 + odds))
@@ -80,6 +80,7 @@ def grad_at(shape: tuple[int, ...], step: int, index: int) -> Tensor:
 
 
 POWERS = (
+    "cosine_power",
     "anytime_power",
     "gradient_power",
     "noise_step",
