@@ -104,8 +104,10 @@ def test_a_run_of_flatopt_eval_is_taken_over(tmp_path: Path, monkeypatch: pytest
     assert "### Two\n\n| c |\n| --- |\n| 3 |\n" in generate.plain("quality", content)["quality.md"]
 
 
-@pytest.mark.parametrize("folder", sorted((RESULTS / "ablation-sets").iterdir()), ids=lambda folder: folder.name)
-def test_sets_of_the_ablation_are_those_that_their_names_say(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "folder", sorted(RESULTS.glob("*-sets/*")), ids=lambda folder: f"{folder.parent.name}/{folder.name}"
+)
+def test_sets_that_do_not_ship_are_those_that_their_names_say(folder: Path) -> None:
     config = json.loads((folder / "training.json").read_text("utf-8"))
     term, _, seed = folder.name.partition("-")
     assert (config["objective"]["flatness"]["name"] is None) == (term == "without")
