@@ -16,16 +16,16 @@ from dataclasses import replace
 from functools import partial
 from statistics import fmean
 
-from flatopt import LearnedRule
+from flatopt import LearnedRule, load_pretrained
 from flatopt.evaluate._training import Benchmark, train_benchmark
-from flatopt.evaluate.contestants import Contestant, Setting, baselines, default_rule, learned_contestant, untrained
+from flatopt.evaluate.contestants import Contestant, Setting, baselines, default_name, learned_contestant, untrained
 from flatopt.evaluate.robustness import ARCHITECTURES
 
 FAST = "--fast" in sys.argv
 WORDS = [word for word in sys.argv[1:] if not word.startswith("--")]
 NUM_STEPS = 20 if FAST else int(WORDS[0]) if WORDS else 120
 WIDTH = 16 if FAST else 512
-LEARNED = default_rule()
+LEARNED = load_pretrained(default_name())
 WHOLE = LearnedRule(replace(LEARNED.rule, strip_size=WIDTH), LEARNED.weights)  # type: ignore[call-arg]
 ADAM = baselines()[0]
 

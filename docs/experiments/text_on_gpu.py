@@ -23,10 +23,10 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from flatopt import FlatOpt
+from flatopt import FlatOpt, load_pretrained
 from flatopt.evaluate._training import build_model, cross_entropy
 from flatopt.evaluate.baselines import MuonWithAdamW
-from flatopt.evaluate.contestants import default_rule, untrained
+from flatopt.evaluate.contestants import default_name, untrained
 from flatopt.evaluate.models import decoder
 from flatopt.tasks.text import load_text
 
@@ -51,7 +51,8 @@ def build(name: str, params: list[torch.nn.Parameter], lr: float) -> Optimizer:
         return AdamW(params, lr, weight_decay=0.1)
     if name == "Muon":
         return MuonWithAdamW(params, lr)
-    rule = untrained(default_rule()) if name.startswith("untrained") else default_rule()
+    learned = load_pretrained(default_name())
+    rule = untrained(learned) if name.startswith("untrained") else learned
     return FlatOpt(params, pretrained=rule, num_steps=None if "not" in name else NUM_STEPS)
 
 

@@ -19,10 +19,10 @@ from dataclasses import replace
 from functools import partial
 from statistics import fmean, pstdev
 
-from flatopt import LearnedRule
+from flatopt import LearnedRule, load_pretrained
 from flatopt.evaluate import models
 from flatopt.evaluate._training import Benchmark, results
-from flatopt.evaluate.contestants import default_rule, learned_contestant
+from flatopt.evaluate.contestants import default_name, learned_contestant
 
 FAST = "--fast" in sys.argv
 WORDS = [word for word in sys.argv[1:] if not word.startswith("--")]
@@ -54,7 +54,7 @@ if FAST:
     tiny = replace(IMAGES, source="digits", size=8, num_train=200, build=partial(models.mlp, width=16), num_steps=5)
     NETWORKS = {"MLP": tiny}
 
-learned = default_rule()
+learned = load_pretrained(default_name())
 for rows in ROWS:
     one_size = replace(learned.rule, strip_size=rows, max_strip_size=rows) if rows else learned.rule  # type: ignore[call-arg]
     for name, network in NETWORKS.items():

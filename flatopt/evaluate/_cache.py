@@ -52,8 +52,7 @@ class RunCache:
         if found is None:
             with self._connect() as connection:
                 connection.execute("insert or ignore into runs values (?, ?)", (name, text))
-        result: Record = json.loads(text)
-        return result
+        return json.loads(text)
 
     def items(self) -> list[tuple[Record, Record]]:
         """Return all keys with their results."""

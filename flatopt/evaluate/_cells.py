@@ -24,7 +24,10 @@ SMALL_SPLIT, TUNING_SEEDS_OF_SMALL = 1000, 3
 Work = tuple[Benchmark, Contestant]
 
 Compute = Callable[[Benchmark, Contestant, RunCache], Record]
-"""Makes one cell; it goes to other processes, so it is a function of a module or a partial of one."""
+"""Makes one cell; it goes to other processes, so it is a function of a module or a partial of one.
+
+It raises ``NotComputed`` where a run is missing from a cache that computes nothing.
+"""
 
 Task = tuple[Benchmark, Contestant, Compute, Path]
 """What goes to a process: a cell, what makes it, and the file of the cache."""
@@ -37,11 +40,7 @@ def num_tuning_seeds(benchmark: Benchmark, num_seeds: int) -> int:
 
 
 def cell(benchmark: Benchmark, contestant: Contestant, cache: RunCache, *, num_seeds: int, split: str) -> Record:
-    """Return the results of one cell: scores in points (accuracy in %, or -100 MSE), one value per seed.
-
-    Raises:
-        NotComputed: a run is missing from a cache that computes nothing.
-    """
+    """Return the results of one cell: scores in points (accuracy in %, or -100 MSE), one value per seed."""
     num_tuning = num_tuning_seeds(benchmark, num_seeds)
     setting = tuned(benchmark, contestant, num_tuning, cache)
     runs = [run(benchmark, contestant, setting, seed, cache) for seed in range(num_seeds)]
@@ -65,7 +64,7 @@ def cell(benchmark: Benchmark, contestant: Contestant, cache: RunCache, *, num_s
         "train_loss": [one["train_loss"] for one in runs],
         "seconds": [one["seconds"] for one in runs],
         "num_diverged": sum(map(diverged, runs)),
-        "curve": _mean_curve([one["curve"] for one in runs]),
+        "curve": [fmean(values) for values in zip(*(one["curve"] for one in runs), strict=False)],
         "test_curve": [
             (points[0][0], 100 * fmean(point[1] for point in points))
             for points in zip(*(one["test_curve"] for one in runs), strict=False)
@@ -77,10 +76,6 @@ def cell(benchmark: Benchmark, contestant: Contestant, cache: RunCache, *, num_s
 def diverged(one: Record) -> bool:
     """Return whether a run ended with a training loss that is not finite or above the initial one."""
     return not one["train_loss"] <= one["initial_loss"]
-
-
-def _mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
-    return [fmean(values) for values in zip(*curves, strict=False)]
 
 
 def compute_cells(work: Sequence[Work], compute: Compute, cache: RunCache, jobs: int) -> list[Record]:
@@ -102,7 +97,7 @@ def compute_cells(work: Sequence[Work], compute: Compute, cache: RunCache, jobs:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return [_compute(task) for task in progress(tasks, _name)]
+            return [_compute(task) for task in progress(tasks, lambda task: f"{task[0].name}, {task[1].name}")]
         finally:
             torch.set_num_threads(threads)
     return _side_by_side(tasks, cache, jobs)
@@ -123,10 +118,6 @@ def _side_by_side(tasks: Sequence[Task], cache: RunCache, jobs: int) -> list[Rec
                     f"fewer --jobs, goes on from the finished runs in {cache.path}"
                 ) from None
             raise
-
-
-def _name(task: Task) -> str:
-    return f"{task[0].name}, {task[1].name}"
 
 
 def _cached(one: Work, compute: Compute, cache: RunCache) -> Record | None:

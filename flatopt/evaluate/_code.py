@@ -39,7 +39,7 @@ def code_hash(value: Callable[..., Any], room: str | tuple[str, ...] = "flatopt.
         value: function, class, or a partial of one.
         room: package, or several, whose functions, classes and constants are followed.
     """
-    while isinstance(value, partial):
+    if isinstance(value, partial):
         parts = [value.func, *value.args, *value.keywords.values()]
         return _hash(*(code_hash(part, room) for part in parts if callable(part)))
     return _hash(*(source for _, source in sorted(_sources(value, room).items())))

@@ -7,7 +7,7 @@ Nothing here depends on the seed of a run: which training examples are used is d
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ def classes(size: int, *, num_train: int = 800, num_classes: int = 5) -> Splits:
     """Return generated tabular classification, half of the ``size`` features informative, 5 % wrong labels."""
     from sklearn.datasets import make_classification
 
-    sizes = [num_train, 1000, 2000]
+    sizes = (num_train, 1000, 2000)
     inputs, targets = make_classification(
         sum(sizes),
         size,
@@ -64,12 +64,12 @@ def classes(size: int, *, num_train: int = 800, num_classes: int = 5) -> Splits:
 
 
 @lru_cache(maxsize=4)
-def breast_cancer(size: int) -> Splits:
-    """Return the Wisconsin data of scikit-learn: 569 rows, 30 features, two classes."""
-    from sklearn.datasets import load_breast_cancer
+def bundled(size: int, *, name: str, sizes: tuple[int, ...]) -> Splits:
+    """Return a table that comes with scikit-learn, cut into training, meta and test rows."""
+    from sklearn import datasets
 
-    inputs, targets = map(torch.from_numpy, load_breast_cancer(return_X_y=True))
-    return _table(inputs, targets, [250, 119, 200])
+    inputs, targets = map(torch.from_numpy, getattr(datasets, f"load_{name}")(return_X_y=True))
+    return _table(inputs, targets, sizes)
 
 
 @lru_cache(maxsize=4)
@@ -77,7 +77,7 @@ def friedman(size: int) -> Splits:
     """Return Friedman's first regression problem, noise of standard deviation 2 on targets of 5, in all splits."""
     from sklearn.datasets import make_friedman1
 
-    sizes = [400, 500, 2000]
+    sizes = (400, 500, 2000)
     inputs, targets = make_friedman1(sum(sizes), size, noise=2.0, random_state=0)
     return _table(torch.from_numpy(inputs), torch.from_numpy(targets), sizes)
 
@@ -88,19 +88,10 @@ def linear(size: int) -> Splits:
     import numpy as np
     from sklearn.datasets import make_regression
 
-    sizes = [200, 500, 2000]
+    sizes = (200, 500, 2000)
     inputs, targets = make_regression(sum(sizes), size, n_informative=size // 3, random_state=0)
     targets += targets.std() * np.random.default_rng(0).standard_normal(len(targets))
     return _table(torch.from_numpy(inputs), torch.from_numpy(targets), sizes)
-
-
-@lru_cache(maxsize=4)
-def diabetes(size: int) -> Splits:
-    """Return the diabetes data of scikit-learn: 442 rows, 10 features, a regression target."""
-    from sklearn.datasets import load_diabetes
-
-    inputs, targets = map(torch.from_numpy, load_diabetes(return_X_y=True))
-    return _table(inputs, targets, [200, 92, 150])
 
 
 SOURCES: dict[str, Callable[[int], Splits]] = {
@@ -115,10 +106,10 @@ SOURCES: dict[str, Callable[[int], Splits]] = {
     "classes": classes,
     "3 classes": partial(classes, num_train=400, num_classes=3),
     "8 classes": partial(classes, num_train=3000, num_classes=8),
-    "breast cancer": breast_cancer,
+    "breast cancer": partial(bundled, name="breast_cancer", sizes=(250, 119, 200)),
     "friedman": friedman,
     "linear": linear,
-    "diabetes": diabetes,
+    "diabetes": partial(bundled, name="diabetes", sizes=(200, 92, 150)),
 }
 """Loaders by name; they take the side of the images, the number of features or the length of the text."""
 
@@ -133,7 +124,7 @@ def data_hash(source: str, size: int) -> str:
     return digest.hexdigest()
 
 
-def _table(inputs: Tensor, targets: Tensor, sizes: list[int]) -> Splits:
+def _table(inputs: Tensor, targets: Tensor, sizes: Sequence[int]) -> Splits:
     """Shuffle and split rows; standardise features, and targets that are not labels, by the training rows."""
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
     inputs, targets = inputs[order], targets[order]

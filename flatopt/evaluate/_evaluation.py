@@ -20,8 +20,7 @@ T = TypeVar("T")
 
 def option(default: T, help_text: str, *, at_least: int | None = None) -> T:
     """Declare an option of a table: a dataclass field with the text that ``--help`` shows."""
-    value: T = field(default=default, metadata={"help": help_text, "at_least": at_least})
-    return value
+    return field(default=default, metadata={"help": help_text, "at_least": at_least})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from . import _standings
 from ._cache import Record
-from ._report import confidence_interval
+from ._report import Axes, Figure, confidence_interval
 from .contestants import REFERENCE
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 CURVE_TASKS = ("MLP 28x28", "CNN", "row LSTM", "text transformer")
 """Parts of the names of the tasks whose curves are drawn; the first ones of the table if none is there."""

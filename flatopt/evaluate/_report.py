@@ -17,6 +17,8 @@ from ._cache import Record
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+else:
+    Axes = Figure = Any
 
 
 class Table(NamedTuple):
@@ -130,19 +132,6 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in (header, *rows)]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def panels(figure: Figure, titles: Sequence[str], most: int, width: float, height: float) -> list[Axes]:
-    """Return axes for each title, at most so many in a row, of a size in inches."""
-    num_columns = min(most, len(titles))
-    num_rows = -(-len(titles) // num_columns)
-    figure.set_size_inches(width * num_columns, height * num_rows + 0.8)
-    every = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
-    for axes, title in zip(every, titles, strict=False):
-        axes.set_title(title, fontsize=9)
-    for axes in every[len(titles) :]:
-        axes.set_axis_off()
-    return list(every[: len(titles)])
 
 
 def write_report(report: Report, out: Path) -> str:

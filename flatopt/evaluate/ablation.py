@@ -16,24 +16,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from flatopt.pretrained import LearnedRule
 
+from . import _standings
 from ._cache import Record, RunCache
 from ._cells import compute_cells
 from ._evaluation import Evaluation, option
 from ._figures import point_scale
-from ._report import Interval, Report, Table, confidence_interval, mean_pm_std
+from ._report import Figure, Interval, Report, Table, confidence_interval, mean_pm_std
 from ._training import Benchmark, run
 from .benchmarks import choose_benchmarks
 from .contestants import UNKNOWN, Contestant, adam_core, default_name, learned_contestant, untrained
 from .curvature import Curvature
 from .flatness_table import CURVATURE, TEXT_EXAMPLES
 from .reproduction import load_sets
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 CORE, ADAM_CORE = "core", "adam core"
 
@@ -111,11 +109,7 @@ class Ablation(Evaluation):
         )
 
     def rows(self) -> dict[str, list[LearnedRule]]:
-        """Return the sets of each row by its label, the untrained cores first.
-
-        Raises:
-            ValueError: two rows have one label, or one has that of a core.
-        """
+        """Return the sets of each row by its label, which must be its own, the untrained cores first."""
         asked: dict[str, list[str]] = {}
         for text in self.sets or (default_name(),):
             label, _, folders = text.rpartition("=")
@@ -154,11 +148,7 @@ def ablation_cell(
     split: str,
     curvature: Curvature | None,
 ) -> Record:
-    """Return the measures of one set on one task, one value per seed.
-
-    Raises:
-        NotComputed: a run is missing from a cache that computes nothing.
-    """
+    """Return the measures of one set on one task, one value per seed."""
     if curvature is not None and benchmark.source == "text":
         curvature = replace(curvature, num_examples=TEXT_EXAMPLES)
     setting = contestant.settings()[0]
@@ -170,8 +160,7 @@ def ablation_cell(
 
 def gather(records: Sequence[Record], rows: Mapping[str, Sequence[LearnedRule]], suffix: str, key: str) -> Values:
     """Return the values of a measure by row and task, where all sets of the row are finished."""
-    cells = {(record["task"], record["optimizer"]): record for record in records}
-    tasks = dict.fromkeys(record["task"] for record in records)
+    cells, tasks = _standings.by_cell(records), _standings.names(records, "task")
     found = {}
     for label, sets in rows.items():
         for task in tasks:
@@ -184,8 +173,7 @@ def gather(records: Sequence[Record], rows: Mapping[str, Sequence[LearnedRule]],
 def paired(values: Values, tasks: Sequence[str], row: str, other: str) -> list[list[list[float]]]:
     """Return the differences ``[tasks, sets, seeds]``; a row of one set is compared with each set of the other.
 
-    Raises:
-        ValueError: both rows have several sets, and not the same number.
+    Two rows of several sets need the same number of them: else ``ValueError``.
     """
     differences = []
     for task in tasks:

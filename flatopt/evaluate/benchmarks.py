@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -56,48 +57,31 @@ def _text(name: str, build: Callable[[int], nn.Module]) -> Benchmark:
     )
 
 
+def _table(
+    name: str, source: str, size: int, num_outputs: int, *, batch_size: int = 32, num_steps: int = 400, **shape: Any
+) -> Benchmark:
+    """Return a problem on a table of ``size`` features, a regression if there is one output."""
+    return Benchmark(
+        name=name,
+        source=source,
+        size=size,
+        num_train=None,
+        build=partial(models.dense, num_outputs=num_outputs, **shape),
+        batch_size=batch_size,
+        num_steps=num_steps,
+        kind="regression" if num_outputs == 1 else "classification",
+    )
+
+
 _META_TEXT = "text of meta-training"
 
 BENCHMARKS: tuple[Benchmark, ...] = (
     _digits("digits MLP", partial(models.mlp, width=100, depth=2)),
     _digits("digits CNN", models.cnn),
-    Benchmark(
-        name="tabular, 5 classes, 800 rows",
-        source="classes",
-        size=20,
-        num_train=None,
-        build=partial(models.dense, width=64, num_outputs=5),
-        num_steps=500,
-    ),
-    Benchmark(
-        name="tabular, breast cancer",
-        source="breast cancer",
-        size=30,
-        num_train=None,
-        build=partial(models.dense, width=48, num_outputs=2),
-        batch_size=32,
-        num_steps=400,
-    ),
-    Benchmark(
-        name="regression, friedman",
-        source="friedman",
-        size=10,
-        num_train=None,
-        build=partial(models.dense, width=64, num_outputs=1),
-        batch_size=32,
-        num_steps=600,
-        kind="regression",
-    ),
-    Benchmark(
-        name="regression, diabetes",
-        source="diabetes",
-        size=10,
-        num_train=None,
-        build=partial(models.dense, width=48, num_outputs=1),
-        batch_size=32,
-        num_steps=400,
-        kind="regression",
-    ),
+    _table("tabular, 5 classes, 800 rows", "classes", 20, 5, width=64, batch_size=64, num_steps=500),
+    _table("tabular, breast cancer", "breast cancer", 30, 2, width=48),
+    _table("regression, friedman", "friedman", 10, 1, width=64, num_steps=600),
+    _table("regression, diabetes", "diabetes", 10, 1, width=48),
     _images("MLP, 1k", partial(models.mlp, width=96), num_train=1000),
     _images("MLP 28x28, 10k", partial(models.mlp, width=128, depth=2), 28, num_train=10_000, num_steps=800),
     _images("deep MLP", partial(models.mlp, width=64, depth=6), 8, num_steps=800),
@@ -117,22 +101,6 @@ BENCHMARKS: tuple[Benchmark, ...] = (
 )
 
 
-def _table(
-    name: str, source: str, size: int, width: int, *, num_outputs: int, depth: int = 2, num_steps: int = 400
-) -> Benchmark:
-    """Return a problem on a generated table, a regression if there is one output."""
-    return Benchmark(
-        name=name,
-        source=source,
-        size=size,
-        num_train=None,
-        build=partial(models.dense, width=width, num_outputs=num_outputs, depth=depth),
-        batch_size=32,
-        num_steps=num_steps,
-        kind="regression" if num_outputs == 1 else "classification",
-    )
-
-
 META_BENCHMARKS: tuple[Benchmark, ...] = (
     _digits("digits MLP, GELU", partial(models.mlp, width=64, activation=nn.GELU)),
     _images("MLP, wide", partial(models.mlp, width=160, depth=2)),
@@ -146,10 +114,10 @@ META_BENCHMARKS: tuple[Benchmark, ...] = (
     _images("row transformer, one layer", partial(models.transformer, width=48, depth=1), num_steps=400),
     _images("ViT 28x28, one layer", partial(models.vit, width=64, depth=1), 28, num_steps=400),
     _images("row LSTM 8x8", partial(models.lstm, width=32), 8),
-    _table("tabular, 3 classes, 400 rows", "3 classes", 12, 48, num_outputs=3),
-    _table("tabular, 8 classes, 3,000 rows", "8 classes", 30, 128, num_outputs=8, num_steps=600),
-    _table("regression, linear", "linear", 15, 64, num_outputs=1),
-    _table("regression, friedman with 20 features", "friedman", 20, 96, num_outputs=1, depth=1, num_steps=600),
+    _table("tabular, 3 classes, 400 rows", "3 classes", 12, 3, width=48, depth=2),
+    _table("tabular, 8 classes, 3,000 rows", "8 classes", 30, 8, width=128, depth=2, num_steps=600),
+    _table("regression, linear", "linear", 15, 1, width=64, depth=2),
+    _table("regression, friedman with 20 features", "friedman", 20, 1, width=96, depth=1, num_steps=600),
     replace(
         _text("text transformer, one layer", partial(models.decoder, width=64, depth=1)), source=_META_TEXT, size=24
     ),
@@ -182,11 +150,7 @@ FAST_TASKS = ("digits MLP", "tabular, breast cancer", "regression, diabetes")
 
 
 def choose_benchmarks(tasks: Sequence[str], split: str, *, fast: bool) -> list[Benchmark]:
-    """Return the tasks of a split that have one of the texts in their names, all for none; toy sizes when ``fast``.
-
-    Raises:
-        ValueError: a text is in no name; lists the names.
-    """
+    """Return the tasks of a split that have one of the texts in their names, all for none; toy sizes when ``fast``."""
     every = META_BENCHMARKS if split == "meta" else BENCHMARKS
     parts = tasks or (FAST_TASKS if fast and split == "test" else ())
     chosen = matching([one.name for one in every], parts, "task")

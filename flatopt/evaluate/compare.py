@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +38,8 @@ from flatopt.optimizer import FlatOpt
 
 from ._cache import Record, RunCache
 from ._evaluation import Evaluation, option, progress
-from ._report import Report, mean_pm_std
+from ._report import Figure, Report, mean_pm_std
 from .contestants import default_name
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FAST_STEPS = 10
 
@@ -69,7 +66,7 @@ class Compare(Evaluation):
     seeds: int = option(3, "runs per optimizer", at_least=1)
     steps: int = option(500, "steps per run", at_least=1)
     lrs: tuple[str, ...] = option(("3e-4", "1e-3", "3e-3", "1e-2"), "learning rates of Adam")
-    pretrained: str = option("", "weights of FlatOpt: name, folder or Hub id (default: those of FlatOpt)")
+    pretrained: str = option(default_name(), "weights of FlatOpt: name, folder or Hub id (default: %(default)s)")
 
     def report(self, cache: RunCache) -> Report:
         """Train with every optimizer and seed; nothing is kept, since the code of the problem is not known here."""
@@ -78,8 +75,7 @@ class Compare(Evaluation):
         optimizers: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
             f"Adam, lr {lr:g}": partial(Adam, lr=lr) for lr in map(_learning_rate, self.lrs)
         }
-        name = self.pretrained or default_name()
-        optimizers["FlatOpt"] = partial(FlatOpt, pretrained=name, num_steps=num_steps)
+        optimizers["FlatOpt"] = partial(FlatOpt, pretrained=self.pretrained, num_steps=num_steps)
         work = [(optimizer, seed) for optimizer in optimizers for seed in range(self.seeds)]
         runs: dict[str, list[Record]] = {}
         for optimizer, seed in progress(work, lambda one: f"{one[0]}, seed {one[1]}"):
@@ -105,27 +101,18 @@ class Compare(Evaluation):
 
 
 def load_function(name: str) -> Callable[[int], Any]:
-    """Return the function that ``module:function`` names; modules of the current folder are found too.
-
-    Raises:
-        ValueError: not of this form, no such module, one that cannot be imported, or no such function.
-    """
+    """Return the function that ``module:function`` names, else ``ValueError``; the current folder has modules too."""
     module_name, _, function = name.partition(":")
     if not module_name or not function:
         raise ValueError(f"name the function as module:function, not {name!r}")
     made = getattr(import_here(module_name, name), function, None)
     if not callable(made):
         raise ValueError(f"{module_name} has no function {function!r}")
-    result: Callable[[int], Any] = made
-    return result
+    return made
 
 
 def make_problem(make: Callable[[int], Any], seed: int) -> Problem:
-    """Return what ``make`` returns.
-
-    Raises:
-        ValueError: if it fails, or returns something else than the four parts of a problem.
-    """
+    """Return what ``make`` returns; ``ValueError`` if it fails, or if that is no problem of four parts."""
     try:
         made = make(seed)
     except Exception as error:
@@ -175,11 +162,7 @@ def measure(problem: Problem) -> Record:
 
 
 def _loss_and_metrics(problem: Problem, batch: Any) -> tuple[Tensor, dict[str, float]]:
-    """Return the loss of a batch, with its graph, and the metrics as numbers.
-
-    Raises:
-        ValueError: if ``loss_fn`` fails, or returns something else.
-    """
+    """Return the loss of a batch, with its graph, and the metrics as numbers; ``ValueError`` for anything else."""
     try:
         returned = problem.loss_fn(problem.model, batch)
     except Exception as error:

@@ -170,14 +170,10 @@ def baselines() -> list[Contestant]:
 def learned_contestants(pretrained: str) -> list[Contestant]:
     """Return FlatOpt with the length of the run known, and unknown, and the same with the rule not trained.
 
-    The last one is FlatOpt with the length unknown, where nobody asks it for its averages.
-
-    An untrained rule with zero output layers is its hand-designed core: what the training of the weights is worth.
-
-    Args:
-        pretrained: shipped name, folder or Hub id, as for :class:`flatopt.FlatOpt`; the default weights when empty.
+    The last one is FlatOpt with the length unknown, where nobody asks it for its averages.  An untrained rule is its
+    hand-designed core: what the training of the weights is worth.
     """
-    learned = load_pretrained(pretrained) if pretrained else default_rule()
+    learned = load_pretrained(pretrained)
     found = [
         learned_contestant(name + ("" if horizon_known else UNKNOWN), rule, horizon_known=horizon_known)
         for name, rule in (("FlatOpt", learned), ("untrained core", untrained(learned)))
@@ -190,11 +186,6 @@ def learned_contestants(pretrained: str) -> list[Contestant]:
 UNKNOWN = ", length unknown"
 NO_AVERAGE = ", no eval()"
 """Marks the row that shows the last parameters where the averages are better."""
-
-
-def default_rule() -> LearnedRule:
-    """Return the weights that ``FlatOpt(params)`` has."""
-    return load_pretrained(default_name())
 
 
 def default_name() -> str:

@@ -9,7 +9,6 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +20,12 @@ from flatopt.optimizer import FlatOpt
 from flatopt.pretrained import load_pretrained
 from flatopt.tasks import Batch, ImageSplits, load_images
 
+from . import models
 from ._cache import Record
-from ._evaluation import number, one_line
-from ._report import Report, mean_pm_std, write_report
+from ._evaluation import number, one_line, progress
+from ._report import Figure, Report, mean_pm_std, write_report
 from ._training import build_model, draw_batches, measure, train
 from .contestants import default_name
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 BATCH_SIZE = 64
 
@@ -36,28 +33,15 @@ Build = Callable[[Iterable[Tensor]], Optimizer]
 """Makes the optimizer of a model's parameters."""
 
 
-class DigitsCNN(nn.Module):
-    """Two convolutions with pooling and one linear layer, for 8x8 images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
-        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
-        self.linear = nn.Linear(32 * 2 * 2, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits ``[batch, 10]`` of images ``[batch, 8, 8]``."""
-        hidden = F.max_pool2d(F.relu(self.conv1(images.unsqueeze(1))), 2)
-        hidden = F.max_pool2d(F.relu(self.conv2(hidden)), 2)
-        return cast(Tensor, self.linear(hidden.flatten(1)))
+def digits_cnn(size: int) -> nn.Sequential:
+    """Build two convolutions with pooling and one linear layer, for images ``[batch, size, size]``."""
+    first = [models.Channel(), nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    second = [nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    return nn.Sequential(*first, *second, nn.Linear(32 * (size // 4) ** 2, 10))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, print the table, and save table, results and figure.
-
-    Args:
-        arguments: command line, ``sys.argv[1:]`` by default.
-    """
+    """Train, print the table, and save table, results and figure."""
     parser = argparse.ArgumentParser(prog="python -m flatopt demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of table and figure")
     parser.add_argument("--seeds", type=number(1), default=5, help="runs per optimizer (default: 5)")
@@ -76,13 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def report(optimizers: dict[str, Build], num_seeds: int, num_steps: int) -> Report:
-    """Train with each optimizer and each seed, and measure the minima.
-
-    Args:
-        optimizers: makers of the optimizers by name.
-        num_seeds: runs per optimizer; a seed sets initial weights and batches.
-        num_steps: steps per run.
-    """
+    """Train with each optimizer and each seed, which sets initial weights and batches, and measure the minima."""
     data = load_images("digits", 8)
     records = []
     for name, build in optimizers.items():
@@ -101,16 +79,9 @@ def report(optimizers: dict[str, Build], num_seeds: int, num_steps: int) -> Repo
 
 def run(name: str, build: Build, data: ImageSplits, seed: int, steps: int) -> Record:
     """Train one model, with a progress bar, and return what the table and the figure need."""
-    from tqdm import tqdm
-
-    model = build_model(lambda _: DigitsCNN(), 8, seed)
-    with tqdm(total=steps, desc=f"{name}, seed {seed}", unit="step", disable=None) as progress:
-        trained = train(
-            model,
-            build(model.parameters()),
-            draw_batches(data.train, BATCH_SIZE, steps, torch.Generator().manual_seed(seed)),
-            after_step=lambda _: progress.update(),
-        )
+    model = build_model(digits_cnn, 8, seed)
+    batches = draw_batches(data.train, BATCH_SIZE, steps, torch.Generator().manual_seed(seed))
+    trained = train(model, build(model.parameters()), progress(batches, f"{name}, seed {seed}", steps))
     loss, accuracy = measure(model, data.test)
     return {
         "test_loss": loss,

@@ -7,21 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from . import _standings
 from ._cache import Record, RunCache
 from ._cells import num_tuning_seeds
 from ._evaluation import option
 from ._figures import plain_name, point_scale
-from ._report import Report, Table, confidence_interval
+from ._report import Figure, Report, Table, confidence_interval
 from ._training import Benchmark, run, tuned
 from .contestants import REFERENCE, Contestant
 from .curvature import Curvature
 from .quality import Quality
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 class Measure(NamedTuple):
@@ -86,11 +83,7 @@ class Flatness(Quality):
 def flatness_cell(
     benchmark: Benchmark, contestant: Contestant, cache: RunCache, *, num_seeds: int, split: str, curvature: Curvature
 ) -> Record:
-    """Return the measures of one cell, one value per seed.
-
-    Raises:
-        NotComputed: a run is missing from a cache that computes nothing.
-    """
+    """Return the measures of one cell, one value per seed."""
     if benchmark.source == "text":
         curvature = replace(curvature, num_examples=min(TEXT_EXAMPLES, curvature.num_examples))
     setting = tuned(benchmark, contestant, num_tuning_seeds(benchmark, num_seeds), cache)

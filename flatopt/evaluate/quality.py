@@ -16,7 +16,7 @@ from ._evaluation import Evaluation, matching, option
 from ._report import Report, Table, confidence_interval
 from ._training import Benchmark
 from .benchmarks import choose_benchmarks
-from .contestants import REFERENCE, UNKNOWN, Contestant, baselines, learned_contestants
+from .contestants import REFERENCE, UNKNOWN, Contestant, baselines, default_name, learned_contestants
 
 CLASSIFICATION, REGRESSION = ("classification",), ("regression", "reconstruction")
 
@@ -33,7 +33,7 @@ class Quality(Evaluation):
 
     tasks: tuple[str, ...] = option((), "parts of the names of the tasks to run (default: all)")
     optimizers: tuple[str, ...] = option((), "parts of the names of the optimizers to run (default: all)")
-    pretrained: str = option("", "weights of FlatOpt: name, folder or Hub id (default: those of FlatOpt)")
+    pretrained: str = option(default_name(), "weights of FlatOpt: name, folder or Hub id (default: %(default)s)")
     learned: bool = option(True, "run FlatOpt and its untrained core, or the baselines alone")
     split: Literal["test", "meta"] = option("test", "split of the tables; meta has tasks of its own")
     jobs: int = option(1, "processes side by side, of one thread each", at_least=1)

@@ -20,22 +20,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from flatopt.pretrained import LearnedRule, list_pretrained, load_pretrained
 
 from . import _standings
 from ._cache import Record, RunCache
 from ._evaluation import Evaluation, matching, option, progress
-from ._report import Interval, Report, Table, confidence_interval, mean_and_std, mean_pm_std, panels
+from ._report import Axes, Figure, Interval, Report, Table, confidence_interval, mean_and_std, mean_pm_std
 from ._training import Benchmark, run, tuned
 from .contestants import Contestant, baselines, learned_contestant
 from .curvature import Curvature
 from .published_tasks import optimizees, selection_optimizees
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 SETS = tuple(
     rule + regularizer for rule in ("l2o-dm", "rnnprop", "l2o-scale") for regularizer in ("", "-hessian", "-entropy")
@@ -144,14 +140,12 @@ class Reproduction(Evaluation):
 
         On the ``meta`` split the optimizees are others than those of the results, by which neither coefficients nor
         sets may be chosen.
-
-        Raises:
-            ValueError: if one of ``self.tasks`` is in the name of no optimizee.
         """
         benchmarks = optimizees(self.data) if self.split == "test" else selection_optimizees(self.data)
         names = matching([one.name for one in benchmarks], self.tasks, "optimizee")
         chosen = [one for one in benchmarks if one.name in names]
-        families = [] if self.learned_only else [with_cosine(one) for one in baselines() if one.name in BASELINE_NAMES]
+        baseline = [] if self.learned_only else [one for one in baselines() if one.name in BASELINE_NAMES]
+        families = [replace(one, cosines=(True,), extends=False) for one in baseline]  # with a cosine, on a fixed grid
         if self.fast:
             chosen = [replace(one, num_steps=one.num_steps // 10) for one in chosen]
             families = [replace(one, lrs=one.lrs[2:4]) for one in families]
@@ -166,11 +160,7 @@ MEAN = "mean"
 
 
 def load_sets(names: Sequence[str]) -> dict[str, LearnedRule]:
-    """Return learned weights by the names they were asked for: shipped names, folders or Hub ids.
-
-    Raises:
-        ValueError: if some are neither shipped nor a folder nor of the form of a Hub id; names all of them.
-    """
+    """Return learned weights by the names they were asked for; one error names all that cannot be meant."""
     missing = [name for name in names if name not in list_pretrained() and not Path(name).is_dir() and "/" not in name]
     if missing:
         raise ValueError(
@@ -186,11 +176,6 @@ def pairs_of(learned: dict[str, LearnedRule]) -> list[Pair]:
     for name, rule in learned.items():
         first.setdefault(rule.rule.name, name)
     return [Pair(first[rule.rule.name], name) for name, rule in learned.items() if first[rule.rule.name] != name]
-
-
-def with_cosine(contestant: Contestant) -> Contestant:
-    """Return a family whose only schedule is the cosine, on a grid that stays as it is."""
-    return replace(contestant, cosines=(True,), extends=False)
 
 
 def compare(
@@ -289,7 +274,10 @@ def _draw_minima(figure: Figure, records: Sequence[Record], variants: dict[str, 
         rule, variant = variants[optimizer]
         return {"color": f"C{rule % 10}", "marker": "os^vp<>hd"[variant % 9]}
 
-    every = panels(figure, names, 3, 4.0, 3.3)
+    num_columns = min(3, len(names))
+    num_rows = -(-len(names) // num_columns)
+    figure.set_size_inches(4.0 * num_columns, 3.3 * num_rows + 0.8)
+    every = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
     for axes, name in zip(every, names, strict=True):
         for record in (record for record in records if record["optimizee"] == name):
             (x, x_std), (y, y_std) = mean_and_std(record["log_top_eigenvalue"]), mean_and_std(record["accuracy"])

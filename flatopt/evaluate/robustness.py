@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations, product
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -21,13 +21,10 @@ from ._code import code_hash, describe
 from ._data import data_hash
 from ._evaluation import Evaluation, option, progress
 from ._figures import plain_name
-from ._report import Report, Table
+from ._report import Figure, Report, Table
 from ._training import Benchmark, run_key, train_benchmark
-from .contestants import Contestant, Setting, baselines, learned_contestants
+from .contestants import Contestant, Setting, baselines, default_name, learned_contestants
 from .stress import STRESSES, Stress, stress_losses
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "MLP": models.mlp,
@@ -71,7 +68,7 @@ class Robustness(Evaluation):
     summary = "divergence over widths, depths, batch sizes and architectures"
 
     seeds: int = option(1, "runs per cell", at_least=1)
-    pretrained: str = option("", "weights of FlatOpt: name, folder or Hub id (default: those of FlatOpt)")
+    pretrained: str = option(default_name(), "weights of FlatOpt: name, folder or Hub id (default: %(default)s)")
 
     def report(self, cache: RunCache) -> Report:
         """Count on how many cells each optimizer diverges."""
@@ -103,8 +100,9 @@ class Robustness(Evaluation):
     def _record(self, one: Cell | Stress, contestant: Contestant, is_adam: bool, cache: RunCache) -> Record:
         """Run one configuration with one optimizer: all of Adam's learning rates, all seeds."""
         lrs = ADAM_LRS if is_adam else contestant.lrs
-        outcome = partial(_stress_outcome, one) if isinstance(one, Stress) else partial(_outcome, one, fast=self.fast)
-        outcomes = [[outcome(contestant, lr, seed, cache=cache) for lr in lrs] for seed in range(self.seeds)]
+        outcome = partial(_stress_outcome, one) if isinstance(one, Stress) else partial(_outcome, one, self.fast)
+        settings = [Setting(lr, cosine=contestant.cosines[0]) for lr in lrs]
+        outcomes = [[outcome(contestant, each, seed, cache) for each in settings] for seed in range(self.seeds)]
         about: Record = {"stress": one.name} if isinstance(one, Stress) else one._asdict()
         diverged = any(all(map(_diverged, tried)) for tried in outcomes)
         return about | {
@@ -147,13 +145,8 @@ def _growth(outcome: Record) -> float:
     return math.inf if math.isnan(ratio) else ratio
 
 
-def _stress_outcome(stress: Stress, contestant: Contestant, lr: float, seed: int, *, cache: RunCache) -> Record:
+def _stress_outcome(stress: Stress, contestant: Contestant, setting: Setting, seed: int, cache: RunCache) -> Record:
     """Return the training loss of the first step, and its mean over the last ones, of one hard run."""
-    setting = Setting(lr, cosine=contestant.cosines[0])
-
-    def compute() -> Record:
-        return _ends(stress_losses(stress, contestant, setting, seed), stress.num_steps, stress.batch_size)
-
     fields = {name: value for name, value in asdict(stress).items() if name not in ("name", "build")}
     key: Record = {
         "stress": fields | {"build": describe(stress.build), "code": code_hash(stress.build)},
@@ -163,12 +156,13 @@ def _stress_outcome(stress: Stress, contestant: Contestant, lr: float, seed: int
         "seed": seed,
         "code": code_hash(stress_losses),
     }
-    return cache.get(key, compute)
+    return cache.get(key, lambda: _ends(stress_losses(stress, contestant, setting, seed), stress))
 
 
-def _ends(losses: Sequence[float], num_steps: int, batch_size: int) -> Record:
-    last = losses[-_window(batch_size) :]
-    finite = len(losses) == num_steps and all(map(math.isfinite, losses))
+def _ends(losses: Sequence[float], run: Benchmark | Stress) -> Record:
+    # Enough of the last batches that noise cannot look like divergence.
+    last = losses[-(20 if run.batch_size < 64 else 5) :]
+    finite = len(losses) == run.num_steps and all(map(math.isfinite, losses))
     return {"initial": losses[0], "final": sum(last) / len(last) if finite else math.inf}
 
 
@@ -206,7 +200,7 @@ def _pairs(cell: Cell) -> set[tuple[tuple[str, object], ...]]:
     return set(combinations(cell._asdict().items(), 2))
 
 
-def _outcome(cell: Cell, contestant: Contestant, lr: float, seed: int, *, fast: bool, cache: RunCache) -> Record:
+def _outcome(cell: Cell, fast: bool, contestant: Contestant, setting: Setting, seed: int, cache: RunCache) -> Record:
     """Return the training loss of the first step, and its mean over the last ones, of one run."""
     steps = 10 if fast else max(MIN_STEPS, min(NUM_STEPS, int(SECONDS_PER_RUN / seconds_per_step(cell))))
     benchmark = Benchmark(
@@ -218,18 +212,10 @@ def _outcome(cell: Cell, contestant: Contestant, lr: float, seed: int, *, fast: 
         batch_size=cell.batch_size,
         num_steps=steps,
     )
-
-    def compute() -> Record:
-        losses = train_benchmark(benchmark, contestant, setting, seed).trained.losses
-        return _ends(losses, steps, cell.batch_size)
-
-    setting = Setting(lr, cosine=contestant.cosines[0])
-    return cache.get({"robustness": True} | run_key(benchmark, contestant, setting, seed), compute)
-
-
-def _window(batch_size: int) -> int:
-    """Average the loss over enough of the last batches that noise cannot look like divergence."""
-    return 20 if batch_size < 64 else 5
+    key = {"robustness": True} | run_key(benchmark, contestant, setting, seed)
+    return cache.get(
+        key, lambda: _ends(train_benchmark(benchmark, contestant, setting, seed).trained.losses, benchmark)
+    )
 
 
 def _diverged(outcome: Record) -> bool:

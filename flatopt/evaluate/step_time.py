@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +23,9 @@ from flatopt.optimizer import FlatOpt
 from . import models
 from ._cache import Record, RunCache
 from ._evaluation import Evaluation, option, progress
-from ._report import Report
+from ._report import Figure, Report
 from ._training import build_model
 from .contestants import default_name
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MODELS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
     "MLP 64-32-10": (8, partial(models.mlp, width=32)),
@@ -58,25 +54,20 @@ class StepTime(Evaluation):
 
     summary = "time and memory of one step against AdamW"
 
-    pretrained: str = option("", "weights of FlatOpt: name, folder or Hub id (default: those of FlatOpt)")
+    pretrained: str = option(default_name(), "weights of FlatOpt: name, folder or Hub id (default: %(default)s)")
     device: str = option("cpu", "where to measure, for example cuda (default: cpu)")
 
     def report(self, cache: RunCache) -> Report:
-        """Measure the step of FlatOpt, eager and with ``compile=True``, against ``torch.optim.AdamW``.
-
-        Raises:
-            ValueError: the device cannot be used.
-        """
-        pretrained = self.pretrained or default_name()
+        """Measure the step of FlatOpt, eager and with ``compile=True``, against ``torch.optim.AdamW``."""
         kinds: dict[str, Callable[[Iterator[nn.Parameter]], Optimizer]] = {
             # Steps of no length: a batch learned by heart has gradients of zeros, which FlatOpt passes over.
             "AdamW": partial(AdamW, lr=0.0),
-            "FlatOpt": partial(FlatOpt, lr=0.0, pretrained=pretrained, compile=False),
+            "FlatOpt": partial(FlatOpt, lr=0.0, pretrained=self.pretrained, compile=False),
         }
         device = check_device(self.device)
         on_gpu = device.type == "cuda"
         if on_gpu or (not self.fast and shutil.which("g++")):
-            kinds["compiled"] = partial(FlatOpt, lr=0.0, pretrained=pretrained, compile=True)
+            kinds["compiled"] = partial(FlatOpt, lr=0.0, pretrained=self.pretrained, compile=True)
         chosen = MODELS | LARGE_MODELS if on_gpu else MODELS
         chosen = dict(list(chosen.items())[:1]) if self.fast else chosen
         num_rounds = 2 if self.fast else 3 * self.seeds

@@ -108,10 +108,7 @@ def batch_norm(params: Params, name: str, inputs: Tensor, eps: float = 1e-5) -> 
 def embed(params: Params, name: str, indices: Tensor) -> Tensor:
     """Return the rows of ``weight`` at int64 ``[...]``."""
     table = params[f"{name}.weight"]
-    # A product with one-hot vectors: the backward pass of an embedding lookup is a scatter, slow under vmap.
-    return matmul(one_hot(indices, table.shape[0], table.dtype), table)
-
-
-def one_hot(indices: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
-    """Return ``[..., K]`` with a one at each of the ``[...]`` indices; ``vmap`` accepts it, unlike ``F.one_hot``."""
-    return (indices.unsqueeze(-1) == torch.arange(num_classes, device=indices.device)).to(dtype)
+    # A product with one-hot vectors: the backward pass of an embedding lookup is a scatter, slow under vmap, which does
+    # not accept F.one_hot.
+    one_hot = indices.unsqueeze(-1) == torch.arange(table.shape[0], device=indices.device)
+    return matmul(one_hot.to(table.dtype), table)

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from flatopt import load_pretrained
 from flatopt.evaluate import _code, models
 from flatopt.evaluate._cache import NotComputed, RunCache
 from flatopt.evaluate._code import code_hash, describe
 from flatopt.evaluate._training import results
-from flatopt.evaluate.contestants import default_rule, learned_contestant
+from flatopt.evaluate.contestants import default_name, learned_contestant
 
 
 def test_cache_computes_once_and_survives_a_new_process(tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_a_hash_follows_what_the_code_computes_and_not_its_prose(
 
 
 def test_the_key_of_a_learned_optimizer_follows_the_code_of_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    contestant = learned_contestant("FlatOpt", default_rule(), horizon_known=True)
+    contestant = learned_contestant("FlatOpt", load_pretrained(default_name()), horizon_known=True)
     before = contestant.identity()
     sources = _code._sources
     changed = "flatopt.rules._driver.apply_rule", "flatopt._averages.advance_averages", "flatopt.optimizer.FlatOpt"

@@ -29,7 +29,15 @@ from flatopt.evaluate._training import (
     tuned,
 )
 from flatopt.evaluate.benchmarks import BENCHMARKS, META_BENCHMARKS
-from flatopt.evaluate.contestants import NO_AVERAGE, UNKNOWN, Contestant, Setting, learned_contestants, schedule_free
+from flatopt.evaluate.contestants import (
+    NO_AVERAGE,
+    UNKNOWN,
+    Contestant,
+    Setting,
+    default_name,
+    learned_contestants,
+    schedule_free,
+)
 from flatopt.tasks import Batch
 
 pytest.importorskip("sklearn")
@@ -156,7 +164,7 @@ def test_labels_are_wrong_in_training_alone_and_as_often_as_asked_for() -> None:
 
 def test_runs_of_unknown_length_are_measured_at_the_average_or_at_the_last_parameters() -> None:
     benchmark = replace(TOY, num_steps=60, batch_size=50)
-    contestants = {one.name: one for one in learned_contestants("")}
+    contestants = {one.name: one for one in learned_contestants(default_name())}
     assert {name for name, one in contestants.items() if one.averages} == {
         "FlatOpt" + UNKNOWN,
         "untrained core" + UNKNOWN,
