@@ -18,11 +18,7 @@ COMMANDS = {"train": "flatopt.metatrain.cli", "eval": "flatopt.evaluate.cli", "d
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Hand the line to a command, or say what there is, and return the exit code.
-
-    Args:
-        argv: arguments after the program's name, those of the process if ``None``.
-    """
+    """Hand a line, that of the process if ``None``, to a command, or say what there is; return the exit code."""
     command, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     if command in COMMANDS:
         return _run(command, rest)

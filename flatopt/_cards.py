@@ -71,13 +71,7 @@ def write_card(
 
 
 def model_card(rule: UpdateRule, weights: Weights, *, name: str | None = None) -> str:
-    """Return a card that says what can be read off the rule and its weights.
-
-    Args:
-        rule: the update rule.
-        weights: its weights.
-        name: heading, the rule's name if ``None``.
-    """
+    """Return a card, headed ``name`` or the rule's own, that says what can be read off the rule and its weights."""
     facts = {**rule_facts(rule, weights), "flatopt": __version__}
     facts |= {f"`{item.name}`": f"`{getattr(rule, item.name)}`" for item in dataclasses.fields(rule)}
     purpose = "Nothing was recorded about how it was trained."

@@ -208,7 +208,6 @@ def _read(value: Any, hint: Any, where: str, complete: bool) -> Any:
 
 
 def _build(data: dict[str, Any], cls: Any, where: str, complete: bool) -> Any:
-    """Build a dataclass from a dict, strictly."""
     hints, prefix = _hints(cls), f"{where}." if where else ""
     for name in data:
         if name not in hints:

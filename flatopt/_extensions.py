@@ -55,12 +55,8 @@ def extend(registries: Mapping[str, dict[str, Any]], modules: Iterable[str] = ()
 def import_here(name: str, asked: str) -> ModuleType:
     """Import a module of the user, from the current folder or anywhere that Python looks.
 
-    Args:
-        name: the module.
-        asked: what messages call the request.
-
     Raises:
-        ValueError: if it cannot be imported.
+        ValueError: if it cannot be imported; the message begins with ``asked``.
     """
     here = os.getcwd()
     if here not in sys.path:  # as `python -m` does; the folder of the command is of no use

@@ -64,11 +64,7 @@ class Config:
     metadata: dict[str, Any]
 
     def build_rule(self) -> UpdateRule:
-        """Return the rule with its hyper-parameters.
-
-        Raises:
-            ValueError: if the rule is unknown or a hyper-parameter is not one of it, or not of its type.
-        """
+        """Return the rule with its hyper-parameters; ``ValueError`` if it is unknown or one of them does not fit."""
         if self.rule not in RULES:
             extend({"RULES": RULES})
         if self.rule not in RULES:
@@ -102,12 +98,7 @@ def read_folder(folder: Path) -> Content:
 
 
 def read_config(path: Path) -> Config:
-    """Read and check a ``config.json``.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a field is missing, unknown, of the wrong type, or from a newer format.
-    """
+    """Read and check a ``config.json``; errors as in :func:`read_folder`."""
     data = parse_json(_read_text(path), path)
     if not isinstance(data, dict) or "format_version" not in data:
         raise ValueError(f"{path}: no 'format_version': this is not the configuration of a flatopt rule")
@@ -220,18 +211,10 @@ def weights_sha256(weights: Weights) -> str:
 
 
 def write_folder(folder: Path, content: Content, check: Callable[[Path], Any]) -> None:
-    """Write the folder that :func:`read_folder` reads, whole or not at all.
+    """Write the folder that :func:`read_folder` reads; see :meth:`flatopt.LearnedRule.save_pretrained`.
 
-    Everything is written and read back in a sibling folder, which then takes the place of ``folder``.
-
-    Args:
-        folder: where to write; parents are made.  An earlier folder of this format is replaced.
-        content: what to write; without card or training, those files are left out.
-        check: reads the sibling folder; what it refuses never replaces what is there.
-
-    Raises:
-        FileExistsError: if something else than a folder of this format is there.
-        ValueError: if the rule or the metadata cannot be represented in JSON.
+    Everything is written in a sibling folder, which takes the place of ``folder`` once ``check`` has read it.  Without
+    card or training, those files are left out.
     """
     target = folder.resolve()
     _check_replaceable(target)
@@ -250,7 +233,6 @@ def write_folder(folder: Path, content: Content, check: Callable[[Path], Any]) -
 
 
 def _serialize(content: Content) -> dict[str, bytes]:
-    """Return the content of every file of the folder."""
     config = Config(
         format_version=FORMAT_VERSION,
         rule=content.rule.name,

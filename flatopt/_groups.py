@@ -16,14 +16,6 @@ from ._abstract import is_abstract
 _FLATTENED = ("_fsdp_flattened", "_is_flat_param", "_param_infos", "ds_id")
 """Marks that wrappers leave on parameters whose shape they take: FSDP1 of torch and of fairscale, DeepSpeed ZeRO-3."""
 
-_NAMES = {
-    "lr": "learning rate",
-    "weight_decay": "weight_decay value",
-    "num_steps": "num_steps value",
-    "seed": "seed value",
-    "maximize": "maximize value",
-}
-
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (lambda value: 0.0 <= value < math.inf, "must be finite and >= 0"),
     "weight_decay": (lambda value: 0.0 <= value < math.inf, "must be finite and >= 0"),
@@ -58,14 +50,15 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
         if key not in options:
             continue
         value = options[key]
+        name = "learning rate" if key == "lr" else f"{key} value"
         if type(value) not in (float, int, bool):
             value = options[key] = _plain(key, value)
             if isinstance(value, Tensor) and (value.device.type != "cpu" or is_abstract(value)):
                 continue
             if not isinstance(value, Real | Tensor):
-                raise ValueError(f"Invalid {_NAMES[key]}: {value!r}{where}, {expected}")
+                raise ValueError(f"Invalid {name}: {value!r}{where}, {expected}")
         if not is_valid(value):
-            raise ValueError(f"Invalid {_NAMES[key]}: {value}{where}, {expected}")
+            raise ValueError(f"Invalid {name}: {value}{where}, {expected}")
 
 
 def _plain(key: str, value: Any) -> Any:

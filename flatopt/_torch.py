@@ -9,19 +9,8 @@ import sys
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes as without_modes
-
-__all__ = [
-    "compile_errors",
-    "disable_dynamo",
-    "foreach_copy_",
-    "foreach_lerp_",
-    "foreach_norm",
-    "is_fake",
-    "pytree",
-    "without_modes",
-]
+from torch.utils import _pytree as pytree  # noqa: F401
+from torch.utils._python_dispatch import _disable_current_modes as without_modes  # noqa: F401
 
 disable_dynamo = torch._disable_dynamo
 """Break the graph of a compiled caller; the public ``torch.compiler.disable`` would import the compiler."""

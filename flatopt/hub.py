@@ -69,23 +69,9 @@ def download(
 ) -> Path:
     """Return the cache folder of one commit with the files that were asked for; its name is the commit.
 
-    Without network (``local_files_only``, ``HF_HUB_OFFLINE=1``, or a Hub that does not answer) the commit last seen for
-    ``revision`` is used if all of its files are in the cache.
-
-    Args:
-        repo_id: ``"org/name"``.
-        revision: branch, tag or 40-digit commit; ``None`` for the default branch.
-        access: cache and token.
-        first: a file that must be there.
-        check: given the first file before the others are downloaded; raises if the repository is something else.
-        others: more files, which may not exist.
-
-    Raises:
-        FileNotFoundError: if the repository, the revision or the first file does not exist, or is not in the cache
-            while the network is off.
-        PermissionError: if the repository is gated or the token is refused.
-        ConnectionError: if the Hub does not answer and the files are not in the cache.
-        ValueError: from ``check``.
+    Revisions, what is done without network, and errors are as in :func:`flatopt.load_pretrained`.  The file ``first``
+    must be there.  It is given to ``check``, which raises if the repository is something else, before the ``others``,
+    which may not exist, are downloaded.
     """
     snapshot = _download(repo_id, revision, [first], access)
     check(snapshot / first)

@@ -236,18 +236,9 @@ class LearnedRule:
 
 
 def load_folder(folder: str | os.PathLike[str]) -> LearnedRule:
-    """Read a folder written by :meth:`LearnedRule.save_pretrained`.
+    """Read a folder written by :meth:`LearnedRule.save_pretrained`; errors as in :func:`load_pretrained`.
 
-    Args:
-        folder: holds ``model.safetensors``, ``config.json`` and, optionally, ``README.md`` and ``training.json``;
-            other files are ignored.
-
-    Returns:
-        The learned rule, with ``name`` set to the folder.
-
-    Raises:
-        FileNotFoundError: if the folder or one of its two required files does not exist.
-        ValueError: if anything in it is not exactly as it should be; the message names the file and the field.
+    Other files in it are ignored.  The learned rule has the folder as its ``name``.
     """
     path = Path(folder)
     if (path / "checkpoints").is_dir() and not (path / CONFIG_FILE).exists():
@@ -270,13 +261,7 @@ def list_pretrained() -> list[str]:
 
 
 def shipped_folder(name: str) -> Path:
-    """Return the folder of a learned rule that comes with the package.
-
-    Raises:
-        ValueError: if ``name`` is not one of :func:`list_pretrained`.
-    """
-    if name not in list_pretrained():
-        raise ValueError(f"no shipped weights are called {name!r}; there are: {', '.join(list_pretrained()) or 'none'}")
+    """Return the folder of a learned rule that comes with the package, one of :func:`list_pretrained`."""
     return _shipped_root() / name
 
 

@@ -36,7 +36,7 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def settings(config: MetaTrainConfig) -> list[str]:
     """Return every key that can be set, with its value, as the command line takes them."""
-    return [f"{key}={_text(value)}" for key, value in _leaves(asdict(config))]
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in _leaves(asdict(config))]
 
 
 def _measured(recipe: str) -> tuple[str, str]:
@@ -73,7 +73,3 @@ def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
                 )
         else:
             yield prefix + key, value
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
-from types import TracebackType
 from typing import Any
 
 from .checkpoint import RunState
@@ -46,7 +45,11 @@ class Log(AbstractContextManager["Log"]):
 
     def __init__(self, config: MetaTrainConfig, out: Path, state: RunState):
         self._config = config
-        self._board = _open_tensorboard(out, state.update) if config.tensorboard else None
+        self._board: Any = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=state.update + 1)
         self._path = out / "metrics.jsonl"
         self._file = _open_metrics(self._path, state.update)
         self._state = state
@@ -77,9 +80,7 @@ class Log(AbstractContextManager["Log"]):
         loss = loss_text(metrics["smoothed_loss"])
         print(f"update {update}/{total}  meta-loss {loss}  {rate:.2f} updates/s  ETA {left}", file=sys.stderr)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
@@ -128,12 +129,6 @@ def check_tensorboard() -> None:
     """Raise ``ValueError`` unless TensorBoard events can be written."""
     if importlib.util.find_spec("tensorboard") is None:
         raise ValueError("tensorboard=true needs the package: pip install tensorboard")
-
-
-def _open_tensorboard(out: Path, update: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(out / "tensorboard"), purge_step=update + 1)
 
 
 def _open_bar(total: int, initial: int, unit: str, doing: str | None = None) -> Any:

@@ -102,8 +102,7 @@ class Ranks:
                 dist.all_reduce(packed)
             for index, part in zip(chosen, packed.split([leaves[index].numel() for index in chosen]), strict=True):
                 summed[index] = part.view(leaves[index].shape)
-        result: T = pytree.tree_unflatten([summed[index] for index in range(len(leaves))], form)
-        return result
+        return pytree.tree_unflatten([summed[index] for index in range(len(leaves))], form)
 
     def share(self, make: Callable[[], T]) -> T:
         """Return what the first process makes; where it refuses with ``ValueError`` or ``OSError``, all do.
@@ -129,8 +128,7 @@ class Ranks:
                 dist.broadcast_object_list(made)
         if isinstance(made[0], RefusedByFirstError | LostProcessError):
             raise made[0]
-        shared: T = made[0]
-        return shared
+        return made[0]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 
@@ -37,17 +37,13 @@ class StopOnSignal(AbstractContextManager["StopOnSignal"]):
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
-        """Install the handlers."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) is not None:
                     self._previous[number] = signal.signal(number, self._remember)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Put the handlers back that were there before."""
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -63,7 +59,6 @@ class StopOnSignal(AbstractContextManager["StopOnSignal"]):
             self._at_once = False
 
     def requested(self) -> bool:
-        """Return whether a signal has come."""
         return self.signal_number is not None
 
     def interruption(self, update: int) -> TrainingInterrupted:

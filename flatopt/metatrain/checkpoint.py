@@ -125,14 +125,9 @@ class RunState:
 
 
 def save(state: RunState, folder: Path) -> Path:
-    """Write a checkpoint into ``folder``, atomically, and remove all others but the one before it.
+    """Write a checkpoint into ``folder``, atomically, and remove all others but the one before it; return its path.
 
-    Args:
-        state: what to write; its tensors may be on any device.
-        folder: the folder of the run's checkpoints, created where missing.
-
-    Returns:
-        The path of the new checkpoint.
+    The tensors of the state may be on any device.
     """
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,11 +192,7 @@ def load(path: Path) -> RunState:
 
 
 def latest(folder: Path) -> RunState | None:
-    """Return the newest whole checkpoint in ``folder``, ``None`` where there is none; damaged ones are reported.
-
-    Raises:
-        UnknownConfigurationError: if the configuration of that checkpoint cannot be used here.
-    """
+    """Return the newest whole checkpoint in ``folder``, ``None`` where there is none; damaged ones are reported."""
     for path in checkpoints(folder):
         try:
             return load(path)
@@ -219,7 +210,6 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _serialize(state: RunState) -> dict[str, bytes]:
-    """Return the contents of the files by name."""
     tensors: dict[str, Tensor] = {}
     form = _flatten({name: getattr(state, name) for name in _TREES}, "", tensors)
     record = {

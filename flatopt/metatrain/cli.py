@@ -46,11 +46,7 @@ REGISTRIES: dict[str, dict[str, Any]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code.
-
-    Args:
-        argv: arguments after the program's name, those of the process if ``None``.
-    """
+    """Run a command line, that of the process if ``None``, and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = _parse(argv)
     command: Callable[[argparse.Namespace], None] = arguments.command

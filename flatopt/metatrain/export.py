@@ -15,17 +15,11 @@ from .checkpoint import RunState
 from .config import MetaTrainConfig
 
 
-def export_rule(state: RunState, metrics: Path | None = None) -> LearnedRule:
-    """Return the learned rule of a checkpoint, with card, metadata and the whole configuration.
-
-    Args:
-        state: of a run of meta-training, at a checkpoint.
-        metrics: log of that run, for a curve of its loss.
-    """
+def export_rule(state: RunState, metrics: Path) -> LearnedRule:
+    """Return the learned rule of a checkpoint: card, with a curve of the log, metadata and the whole configuration."""
     rule, weights = state.config.build_rule(), state.shipped_weights
     facts = {**rule_facts(rule, weights), **_facts(state)}
-    lines = read_metrics(metrics) if metrics is not None else []
-    smoothed = [line.get("smoothed_loss") for line in lines if line["update"] <= state.update]
+    smoothed = [line.get("smoothed_loss") for line in read_metrics(metrics) if line["update"] <= state.update]
     losses = [loss for loss in smoothed if loss is not None]
     if losses:
         facts["Meta-loss, smoothed"] = f"{loss_text(losses[0])} `{curve(losses)}` {loss_text(state.smoothed_loss)}"

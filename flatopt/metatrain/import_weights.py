@@ -11,7 +11,9 @@ import hashlib
 import io
 import math
 import pickle
+import pickletools
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,12 +57,11 @@ def import_weights(file: Path, rule: str) -> LearnedRule:
 
 
 def read_arrays(content: bytes) -> dict[tuple[str, str], Tensor]:
-    """Return the arrays of a dill pickle of ``{module: {variable: float32 array}}``, executing nothing.
-
-    Raises:
-        ValueError: if the bytes are anything else.
-    """
+    """Read a dill pickle of ``{module: {variable: float32 array}}``, executing nothing; else ``ValueError``."""
     try:
+        for code, argument, _ in pickletools.genops(content):
+            if code.name.endswith("PUT") and int(argument or 0) > len(content):  # pickle makes room for so many
+                raise _RefusedError(f"numbers an object {argument}")
         tree = _Unpickler(io.BytesIO(content), encoding="latin1").load()
     except _RefusedError as error:
         raise ValueError(str(error)) from error
@@ -86,41 +87,24 @@ class _Unpickler(pickle.Unpickler):
     """Resolves every global name to one of the stand-ins below."""
 
     def find_class(self, module: str, name: str, /) -> Any:
-        known = {
-            ("collections", "defaultdict"): _Function(_make_mapping),
-            ("numpy", "ndarray"): _Name("numpy.ndarray"),
-            ("numpy", "dtype"): _Function(_make_dtype),
-        }
-        for home in _HOMES_OF_RECONSTRUCT:  # newer versions of dill name it like any other function
-            known[home, "_reconstruct"] = _Function(_reconstruct)
-        for dill in ("dill.dill", "dill._dill"):  # where older and newer versions keep their helpers
-            known[dill, "_load_type"] = _Function(_load_type)
-            known[dill, "_import_module"] = _Function(_import_module)
-            known[dill, "_get_attr"] = _Function(_get_attr)
-        if (module, name) not in known:
+        if (module, name) not in _KNOWN:
             raise _RefusedError(f"names {module}.{name}")
-        return known[module, name]
+        return _KNOWN[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
         raise _RefusedError("names a persistent object")
 
 
 class _Inert:
-    """A record that a pickle can pass around but not change."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        raise _RefusedError(f"changes {self!r}")
-
-
-class _Name(_Inert):
-    """Stands for an object by its name."""
+    """Stands for an object by its name; a pickle can pass it around but not change it."""
 
     __slots__ = ("name",)
 
     def __init__(self, name: str):
         self.name = name
+
+    def __setstate__(self, state: Any) -> None:
+        raise _RefusedError(f"changes {self!r}")
 
     def __repr__(self) -> str:
         return self.name
@@ -131,23 +115,22 @@ class _Function(_Inert):
 
     __slots__ = ("function",)
 
-    def __init__(self, function: Callable[..., Any]):
+    def __init__(self, name: str, function: Callable[..., Any]):
+        super().__init__(name)
         self.function = function
 
     def __call__(self, *arguments: Any) -> Any:
         return self.function(*arguments)
 
-    def __repr__(self) -> str:
-        return self.function.__name__.lstrip("_")
-
 
 class _Record(_Inert):
     """Stands for an array or a dtype: keeps what it is made of, once."""
 
-    __slots__ = ("arguments", "kind", "state")
+    __slots__ = ("arguments", "state")
 
-    def __init__(self, kind: str, arguments: tuple[Any, ...]):
-        self.kind, self.arguments = kind, arguments
+    def __init__(self, name: str, *arguments: Any):
+        super().__init__(name)
+        self.arguments = arguments
         self.state: tuple[Any, ...] = ()
 
     def __setstate__(self, state: Any) -> None:
@@ -155,33 +138,28 @@ class _Record(_Inert):
             super().__setstate__(state)
         self.state = state
 
-    def __repr__(self) -> str:
-        return self.kind
-
 
 def _show(value: Any) -> str:
     """Return text, or a name; of other objects only the type, because nested ones may have endless representations."""
     return str(value) if isinstance(value, str | _Inert) else type(value).__name__
 
 
-def _make_mapping(factory: Any = None) -> dict[Any, Any]:
-    return {}
-
-
-def _make_dtype(*arguments: Any) -> _Record:
-    return _Record("numpy.dtype", arguments)
-
-
-def _load_type(name: Any) -> _Name:
+def _load_type(name: Any) -> _Inert:
     if name not in ("dict", "DictType"):
         raise _RefusedError(f"names the type {_show(name)}")
-    return _Name("dict")
+    return _Inert("dict")
 
 
-def _import_module(name: Any, safe: Any = False) -> Any:
+def _import_module(name: Any, safe: Any = False) -> _Inert:
     if name in _HOMES_OF_RECONSTRUCT:
-        return _Name(name)
+        return _Inert(name)
     raise _RefusedError(f"imports {_show(name)}")
+
+
+def _get_attr(owner: Any, name: Any) -> _Function:
+    if isinstance(owner, _Inert) and owner.name in _HOMES_OF_RECONSTRUCT and name == "_reconstruct":
+        return _RECONSTRUCT
+    raise _RefusedError(f"names {_show(name)} of {_show(owner)}")
 
 
 _HOMES_OF_RECONSTRUCT = tuple(
@@ -189,25 +167,32 @@ _HOMES_OF_RECONSTRUCT = tuple(
 )
 """Where the versions of numpy keep the function that makes an empty array."""
 
+_RECONSTRUCT = _Function("_reconstruct", partial(_Record, "numpy.ndarray"))
 
-def _get_attr(owner: Any, name: Any) -> _Function:
-    if isinstance(owner, _Name) and owner.name in _HOMES_OF_RECONSTRUCT and name == "_reconstruct":
-        return _Function(_reconstruct)
-    raise _RefusedError(f"names {_show(name)} of {_show(owner)}")
-
-
-def _reconstruct(*arguments: Any) -> _Record:
-    return _Record("numpy.ndarray", arguments)
+_KNOWN: dict[tuple[str, str], _Inert] = {
+    ("collections", "defaultdict"): _Function("collections.defaultdict", lambda factory=None: {}),
+    ("numpy", "ndarray"): _Inert("numpy.ndarray"),
+    ("numpy", "dtype"): _Function("numpy.dtype", partial(_Record, "numpy.dtype")),
+    # Newer versions of dill name it like any other function.
+    **{(home, "_reconstruct"): _RECONSTRUCT for home in _HOMES_OF_RECONSTRUCT},
+    # Older and newer versions of dill keep their helpers here.
+    **{
+        (dill, helper.__name__): _Function(helper.__name__, helper)
+        for dill in ("dill.dill", "dill._dill")
+        for helper in (_load_type, _import_module, _get_attr)
+    },
+}
+"""Every global name that a file may have, and what stands for it."""
 
 
 def _to_tensor(record: Any, where: str) -> Tensor:
     """Make the tensor of an array: ``state`` is version, shape, dtype, whether Fortran order, and the bytes."""
-    if not (isinstance(record, _Record) and record.kind == "numpy.ndarray" and len(record.state) == 5):
+    if not (isinstance(record, _Record) and record.name == "numpy.ndarray" and len(record.state) == 5):
         raise ValueError(f"{where} is not an array")
     _, shape, dtype, is_fortran, data = record.state
     is_float32 = (
         isinstance(dtype, _Record)
-        and dtype.kind == "numpy.dtype"
+        and dtype.name == "numpy.dtype"
         and dtype.arguments[:1] == ("f4",)
         and dtype.state[1:2] in (("<",), ("=",))
     )
@@ -302,7 +287,6 @@ FORMATS = {
 
 
 def _make_card(rule: UpdateRule, weights: Weights, metadata: Mapping[str, str]) -> str:
-    """Return the card of imported weights."""
     file = {"File": f"`{metadata['imported_from']}`, SHA-256 `{metadata['sha256']}`"}
     return write_card(
         f"{rule.name}, imported",

@@ -38,11 +38,7 @@ class Families(Inner):
 
     @classmethod
     def from_config(cls, config: MetaTrainConfig, rule: UpdateRule, device: torch.device) -> Families:
-        """Return the families that a configuration names.
-
-        Raises:
-            ValueError: for an unknown family; the message lists the valid ones.
-        """
+        """Return the families that a configuration names; ``ValueError`` if one is unknown."""
         check_families(task.name for task in config.tasks)
         mode: Mode = "compiled" if config.compile and can_compile(device) else "recorded"
         if config.compile and mode == "recorded":
@@ -129,11 +125,7 @@ def restart(
     generator: torch.Generator,
     num_steps: int | None = None,
 ) -> tuple[Runs, Tensor]:
-    """Start the runs anew that have reached their horizon.
-
-    Returns:
-        The runs, and the indices of the problems that are new, int64.
-    """
+    """Start the runs anew that have reached their horizon; return all, and the indices of the new problems, int64."""
     num_pairs = len(runs.step) // copies
     done = (runs.step[:num_pairs] >= runs.horizon[:num_pairs]).nonzero()[:, 0]
     if len(done) == 0:

@@ -13,12 +13,7 @@ from .config import MetaTrainConfig
 def build_meta_optimizer(
     weights: dict[str, Tensor], state: dict[str, dict[str, Tensor]] | None = None
 ) -> torch.optim.Optimizer:
-    """Return the optimizer of the weights; its learning rate is set at each step.
-
-    Args:
-        weights: what is optimized.
-        state: what it goes on from, by weight and key.
-    """
+    """Return the optimizer of the weights, with its state by weight and key; its learning rate is set at each step."""
     optimizer = torch.optim.Adam(list(weights.values()))
     if state:
         states = {index: state[key] for index, key in enumerate(weights) if state.get(key)}

@@ -88,8 +88,7 @@ def map_tree(function: Callable[..., Tensor], tree: T, *others: Any) -> T:
         >>> map_tree(torch.sub, one, other)
         {'a': tensor(1), 'b': tensor(4)}
     """
-    mapped: T = pytree.tree_map(function, tree, *others)
-    return mapped
+    return pytree.tree_map(function, tree, *others)
 
 
 def stack_losses(losses: Iterable[Iterable[Tensor]]) -> StepLosses:

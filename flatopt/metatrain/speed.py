@@ -32,11 +32,7 @@ def measure(modes: Sequence[Mode], num_rounds: int) -> dict[Mode, list[float]]:
     """Return inner problem-steps per second on the CPU, of each round.
 
     A step is the gradient of a training batch, the rule, and the loss of a batch of the meta split, which is the
-    objective; drawing both batches is included.
-
-    Args:
-        modes: ways to take a step; each is warmed up first.
-        num_rounds: rounds, in each of which all modes take their turn.
+    objective; drawing both batches is included.  All modes are warmed up, and take their turn in each round.
     """
     prepared = {mode: _prepare(mode) for mode in modes}
     speeds: dict[Mode, list[float]] = {mode: [] for mode in modes}

@@ -151,11 +151,7 @@ def _is_restart(out: Path) -> bool:
 
 
 def load_run(out: Path) -> RunState:
-    """Return the state of the run in ``out`` at its last whole checkpoint, on the CPU.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """Return the state of the run in ``out`` at its last whole checkpoint, on the CPU; ``ValueError`` without one."""
     state = latest(out / "checkpoints")
     if state is None:
         raise ValueError(f"no whole checkpoint in {out / 'checkpoints'}: nothing to go on from")

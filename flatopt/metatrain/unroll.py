@@ -103,23 +103,13 @@ class Unroll:
         return map_tree(torch.Tensor.contiguous, runs)
 
     def prepare(self, weights_N: Weights, num_pairs: int, copies: int) -> None:
-        """Take a first step of runs that are thrown away: what is recorded and compiled for it serves all others.
-
-        Args:
-            weights_N: weights of each run.
-            num_pairs: number of different problems.
-            copies: runs of each problem.
-        """
+        """Take a first step of runs that are thrown away: what is recorded and compiled for it serves all others."""
         generator = torch.Generator().manual_seed(0)
         runs = self.start(weights_N, num_pairs, copies, generator)
         self.unroll(weights_N, runs, self.draw(runs, copies, generator, 1), copies)
 
     def run(self, weights_N: Weights, runs: Runs, copies: int, generator: torch.Generator) -> tuple[Runs, StepLosses]:
-        """Run one truncation, drawing for at most ``MAX_DRAWN`` steps at a time.
-
-        Returns:
-            The runs afterwards, and the losses ``[L, N]``.
-        """
+        """Run one truncation, drawing for at most ``MAX_DRAWN`` steps at a time; the losses are ``[L, N]``."""
         parts = []
         for length in self.lengths():
             runs, losses = self.unroll(weights_N, runs, self.draw(runs, copies, generator, length), copies)
@@ -143,11 +133,7 @@ class Unroll:
         return Draws(train, meta, noise, inner_noise)
 
     def unroll(self, weights_N: Weights, runs: Runs, draws: Draws, copies: int) -> tuple[Runs, StepLosses]:
-        """Run one truncation with given draws; pure, and differentiable with respect to the weights.
-
-        Returns:
-            The runs afterwards, and the losses ``[L, N]``.
-        """
+        """Run the steps of given draws; pure, and differentiable in the weights; the losses are ``[L, N]``."""
         # A recorded graph holds the backward pass of the inner loss as plain operations, cut off from autograd.
         differentiated = any(weight.requires_grad for weight in weights_N.values())
         terms = self._terms_on(runs, len(draws.train.inputs))
@@ -176,14 +162,7 @@ class Unroll:
         return Recorder(self.step, compiled=self.mode == "compiled")
 
     def step(self, weights_N: Weights, runs: Runs, draws: Draws, terms: Terms) -> tuple[Runs, StepLosses]:
-        """Take one step of all runs; pure.
-
-        Args:
-            weights_N: weights of each run.
-            runs: their state.
-            draws: batches and noise of this step, for each run.
-            terms: flatness terms that count.
-        """
+        """Take one step of all runs; pure."""
         train_loss, flatness, grads = self._learn(runs, draws, terms)
         initial_loss = torch.where(runs.step == 0, train_loss.detach(), runs.initial_loss)
         runs, step = runs._replace(initial_loss=initial_loss), runs.step + 1

@@ -138,11 +138,7 @@ def _end_losses(weights_N: Weights, runs: Runs, unroll: Unroll, copies: int, gen
 def build_validation(
     config: MetaTrainConfig, rule: UpdateRule, device: torch.device, ranks: Ranks | None = None
 ) -> Validation:
-    """Return the validation of a configuration: its families without random scaling, its inner loss, no penalties.
-
-    Raises:
-        ValueError: for an unknown family; the message lists the valid ones.
-    """
+    """Return the validation of a configuration: its families without random scaling, its inner loss, no penalties."""
     validation, compiled = config.validation, config.compile and bool(config.validation.compile)
     tasks = tuple(replace(task, num_tasks=validation.num_tasks, random_scaling=0.0) for task in config.tasks)
     if validation.relative:

@@ -218,6 +218,8 @@ HOSTILE = {
     "an attribute of another": (dill_call("_get_attr", text("os"), text("_reconstruct")), "names _reconstruct of os"),
     "a changed function": (b"\x80\x02" + named("numpy", "dtype") + b"}b.", "changes"),
     "a persistent object": (b"Pid\n.", "persistent"),
+    "a number that memory has no room for": (b"\x80\x02}r\xff\xff\xff\xff.", "numbers an object 4294967295"),
+    "the same as text": (b"}p4294967295\n.", "numbers an object 4294967295"),
     "a changed array": (
         b"\x80\x02" + called(named("numpy", "dtype"), text("f4")) + b"(" + integer(3) + b"t" + b"b}b.",
         "changes numpy.dtype",

@@ -7,9 +7,12 @@ import torch
 from ...rules import UpdateRule
 from .._ranks import Ranks
 from ..config import MetaTrainConfig
-from ..inner import Inner
-from ._estimator import EstimatorState, GradientEstimator, MetaGradient, Track, untracked
-from .truncated_backprop import TruncatedBackprop
+from ..inner import Inner as Inner
+from ._estimator import GradientEstimator as GradientEstimator
+from ._estimator import MetaGradient as MetaGradient
+from ._estimator import Track
+from ._estimator import untracked as untracked
+from .truncated_backprop import TruncatedBackprop as TruncatedBackprop
 
 
 def build_estimator(
@@ -19,14 +22,9 @@ def build_estimator(
     track: Track = untracked,
     ranks: Ranks | None = None,
 ) -> GradientEstimator:
-    """Return the estimator that a configuration names, with its inner problems.
+    """Return the estimator that a configuration names, with its inner problems on a device.
 
-    Args:
-        config: of the run.
-        rule: what is learned.
-        device: where the inner problems live.
-        track: shows what takes long.
-        ranks: the processes that share the work of an evolution strategy; backpropagation does all of it in each.
+    The ``ranks`` share the work of an evolution strategy; backpropagation does all of it in each.
     """
     # Imported here: a toy estimator needs no inner problems, which take half a second.
     from ..inner_training import Families
@@ -48,15 +46,3 @@ def build_estimator(
             ranks=ranks or Ranks(),
         )
     return with_imitation(estimator, config, rule, device)
-
-
-__all__ = [
-    "EstimatorState",
-    "GradientEstimator",
-    "Inner",
-    "MetaGradient",
-    "Track",
-    "TruncatedBackprop",
-    "build_estimator",
-    "untracked",
-]

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,7 +71,7 @@ class PersistentES(GradientEstimator):
 
     def prepare(self, weights: Weights) -> None:
         """Record, and compile if asked for, the step of every family."""
-        for _, unroll in self._tracked("preparing"):
+        for _, unroll in zip(self.track(self.families.names, "preparing"), self.families.unrolls, strict=True):
             num_pairs = len(self.ranks.own(unroll.task.num_tasks))
             if num_pairs > 0:
                 unroll.prepare(_repeat(weights, 2 * num_pairs), num_pairs, 2)
@@ -79,7 +79,8 @@ class PersistentES(GradientEstimator):
     def init(self, weights: Weights, generator: torch.Generator, num_steps: int | None = None) -> EstimatorState:
         """Start all runs, each already somewhere between its start and its horizon, trained there by ``weights``."""
         state: EstimatorState = {"turn": torch.zeros((), dtype=torch.int64)}
-        for name, unroll in self._tracked("first inner runs"):
+        shown = self.track(self.families.names, "first inner runs")
+        for name, unroll in zip(shown, self.families.unrolls, strict=True):
             if (num_steps or unroll.task.max_steps) <= unroll.truncation_length:  # every truncation is a whole run
                 state[name] = {}
                 continue
@@ -147,10 +148,6 @@ class PersistentES(GradientEstimator):
     def _std_of(self, name: str) -> float:
         return self.std if self.only is None or name in self.only else 0.0
 
-    def _tracked(self, doing: str) -> Iterator[tuple[str, Unroll]]:
-        for name in self.track(self.families.names, doing):
-            yield name, self.families.select([name]).unrolls[0]
-
 
 class _Estimate(NamedTuple):
     """What one update learns from the runs of one family, and what it carries on."""
@@ -165,10 +162,7 @@ class _Estimate(NamedTuple):
 
 
 def chosen_names(patterns: Sequence[str], names: Collection[str]) -> frozenset[str] | None:
-    """Return the names that match a pattern, ``None`` for all without patterns.
-
-    Raises:
-        ValueError: for a pattern that matches none; the message lists the names.
+    """Return the names that match a pattern, ``None`` for all without patterns; ``ValueError`` if one matches none.
 
     Example:
         >>> sorted(chosen_names(["a.*"], ["a.x", "a.y", "b.x"]))
@@ -212,5 +206,4 @@ def squared_norm(gradient: Weights) -> float:
 
 
 def _repeat(weights: Weights, num_runs: int) -> Weights:
-    """Return a copy of the weights for every run."""
     return {name: weight.repeat(num_runs, *(1,) * weight.dim()) for name, weight in weights.items()}
