@@ -209,12 +209,14 @@ def _tables(
         ahead = [fmean(map(fmean, sets)) >= 0 for sets in paired(values["score"], tasks, label, against)]
         row += [f"{fmean(means):.2f}" if means else "–", f"{sum(ahead)} of {len(tasks)}"]
     for key in values:
-        header += [f"{MEASURES[key].title}: over tasks", "over sets or seeds"]
+        header += [f"{MEASURES[key].title}: over tasks", "over sets or seeds", *["lower on"] * (key in FLATNESS)]
         only = MEASURES[key].classification_only
         own = [task for task in tasks if not only or kinds[task] == "classification"]
         for row, label in zip(rows, labels, strict=True):
-            found = intervals(paired(values[key], own, label, against)) if own else ()
-            row += [one.text(3) for one in found] or ["–", "–"]
+            differences = paired(values[key], own, label, against)
+            row += [one.text(3) for one in intervals(differences)] if own else ["–", "–"]
+            if key in FLATNESS:
+                row.append(f"{sum(fmean(map(fmean, sets)) < 0 for sets in differences)} of {len(own)}")
     scores = [
         [label, *(_cell(values["score"][label, task]) if (label, task) in values["score"] else "–" for task in kinds)]
         for label in labels

@@ -70,7 +70,7 @@ def sets(tmp_path: Path) -> list[str]:
 
 def test_command_compares_rows_of_several_sets_with_both_cores(sets: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = ["ablation", "--fast", "--seeds", "2", "--tasks", "digits MLP", "--out", str(out)]
+    arguments = ["ablation", "--fast", "--seeds", "2", "--tasks", "digits MLP", "--flatness", "--out", str(out)]
     main([*arguments, "--sets", f"both={','.join(sets)}", sets[0], "--length", "known"])
     records = {record["optimizer"]: record for record in json.loads((out / "results.json").read_text())}
     assert list(records) == ["adam core#0", "core#0", "both#0", "both#1", f"{sets[0]}#0"]
@@ -78,7 +78,12 @@ def test_command_compares_rows_of_several_sets_with_both_cores(sets: list[str], 
     assert records["adam core#0"]["score"] != records["core#0"]["score"]
     table = (out / "table.md").read_text(encoding="utf-8")
     mean = sum(sum(records[f"both#{index}"]["score"]) for index in (0, 1)) / 4 - sum(records["core#0"]["score"]) / 2
-    assert f"| {mean:+.3f} " in next(line for line in table.splitlines() if line.startswith("| both"))
+    header, row = (next(line for line in table.splitlines() if line.startswith(start)) for start in ("| row", "| both"))
+    assert f"| {mean:+.3f} " in row
+    columns = [cell.strip() for cell in header.split("|")]
+    flatter = row.split("|")[columns.index("ln top eigenvalue: over tasks") + 2].strip()
+    own = sum(sum(records[f"both#{index}"]["top_eigenvalue"]) for index in (0, 1)) / 2
+    assert flatter == f"{int(own < sum(records['core#0']['top_eigenvalue']))} of 1"
 
 
 @pytest.mark.parametrize("labels", [("mine", "mine"), ("core",), ("adam core",)])
