@@ -104,7 +104,8 @@ class Ablation(Evaluation):
             records=records,
             draw=lambda figure: _draw(figure, records, rows, self.suffixes()),
             note=f"{self.seeds} seeds of every run. Differences are to the row {self.against!r}, paired by task and "
-            "seed; in brackets the 95 % interval. Sets of a row: seeds of its meta-training.",
+            "seed; in brackets the 95 % interval. Lower on: on how many tasks the mean is. Sets of weights, one for "
+            f"each seed of meta-training: {', '.join(f'{label} {len(sets)}' for label, sets in rows.items())}.",
             more_tables=others,
         )
 
@@ -199,36 +200,31 @@ def intervals(differences: Sequence[Sequence[Sequence[float]]]) -> tuple[Interva
 def _tables(
     values: Mapping[str, Values], kinds: Mapping[str, str], labels: Sequence[str], against: str, length: str
 ) -> list[Table]:
-    """Return the table of differences and that of the scores, for one length."""
-    tasks = [task for task in kinds if all((label, task) in values["score"] for label in labels)]
-    header = ["row", "sets", "accuracy %", f"at least {against}"]
-    rows = [[label, str(len(values["score"][label, tasks[0]])) if tasks else "–"] for label in labels]
-    for row, label in zip(rows, labels, strict=True):
-        own = [task for task in tasks if kinds[task] == "classification"]
-        means = [fmean(map(fmean, values["score"][label, task])) for task in own]
-        ahead = [fmean(map(fmean, sets)) >= 0 for sets in paired(values["score"], tasks, label, against)]
-        row += [f"{fmean(means):.2f}" if means else "–", f"{sum(ahead)} of {len(tasks)}"]
-    for key in values:
-        header += [f"{MEASURES[key].title}: over tasks", "over sets or seeds", *["lower on"] * (key in FLATNESS)]
-        only = MEASURES[key].classification_only
-        own = [task for task in tasks if not only or kinds[task] == "classification"]
-        for row, label in zip(rows, labels, strict=True):
-            differences = paired(values[key], own, label, against)
-            row += [one.text(3) for one in intervals(differences)] if own else ["–", "–"]
-            if key in FLATNESS:
-                row.append(f"{sum(fmean(map(fmean, sets)) < 0 for sets in differences)} of {len(own)}")
-    scores = [
-        [label, *(_cell(values["score"][label, task]) if (label, task) in values["score"] else "–" for task in kinds)]
-        for label in labels
-    ]
+    """Return the table of differences, a row for each measure and label, and that of the scores, for one length."""
+    finished = [task for task in kinds if all((label, task) in values["score"] for label in labels)]
+    classes = [task for task in finished if kinds[task] == "classification"]
+    rows = []
+    for key, of_measure in values.items():
+        tasks = classes if MEASURES[key].classification_only else finished
+        for label in labels:
+            if tasks and label != against:
+                differences = paired(of_measure, tasks, label, against)
+                lower = sum(fmean(map(fmean, sets)) < 0 for sets in differences)
+                texts = (one.text(3) for one in intervals(differences))
+                rows.append([MEASURES[key].title, label, *texts, f"{lower} of {len(tasks)}"])
+    scores = [[task, *(_cell(values["score"].get((label, task))) for label in labels)] for task in kinds]
+    if classes:
+        means = (fmean(fmean(map(fmean, values["score"][label, task])) for task in classes) for label in labels)
+        scores.insert(0, ["mean accuracy", *(f"{mean:.2f}" for mean in means)])
+    header = ["measure", "row", "over tasks", "over sets or seeds", "lower on"]
     return [
         Table(f"Differences, length {length}", header, rows),
-        Table(f"Scores, length {length}", ["row", *kinds], scores),
+        Table(f"Scores, length {length}", ["task", *labels], scores),
     ]
 
 
-def _cell(sets: Sequence[Sequence[float]]) -> str:
-    return mean_pm_std([value for seeds in sets for value in seeds])
+def _cell(sets: Sequence[Sequence[float]] | None) -> str:
+    return mean_pm_std([value for seeds in sets for value in seeds]) if sets else "–"
 
 
 def _log(value: float) -> float:

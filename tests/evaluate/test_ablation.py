@@ -78,12 +78,15 @@ def test_command_compares_rows_of_several_sets_with_both_cores(sets: list[str], 
     assert records["adam core#0"]["score"] != records["core#0"]["score"]
     table = (out / "table.md").read_text(encoding="utf-8")
     mean = sum(sum(records[f"both#{index}"]["score"]) for index in (0, 1)) / 4 - sum(records["core#0"]["score"]) / 2
-    header, row = (next(line for line in table.splitlines() if line.startswith(start)) for start in ("| row", "| both"))
-    assert f"| {mean:+.3f} " in row
-    columns = [cell.strip() for cell in header.split("|")]
-    flatter = row.split("|")[columns.index("ln top eigenvalue: over tasks") + 2].strip()
-    own = sum(sum(records[f"both#{index}"]["top_eigenvalue"]) for index in (0, 1)) / 2
-    assert flatter == f"{int(own < sum(records['core#0']['top_eigenvalue']))} of 1"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    rows = {(line[0], line[1]): line[2:] for line in cells if len(line) == 5}
+    assert rows["accuracy, points", "both"][0] == f"{mean:+.3f}"
+    lower = sum(sum(records[f"both#{index}"]["top_eigenvalue"]) for index in (0, 1)) / 2
+    lower -= sum(records["core#0"]["top_eigenvalue"])
+    assert rows["ln top eigenvalue", "both"][0] == f"{lower / 2:+.3f}"
+    assert rows["ln top eigenvalue", "both"][2] == f"{int(lower < 0)} of 1"
+    scores = next(line for line in cells if line[0] == "mean accuracy")
+    assert scores[1:3] == [f"{sum(records[name]['score']) / 2:.2f}" for name in ("adam core#0", "core#0")]
 
 
 @pytest.mark.parametrize("labels", [("mine", "mine"), ("core",), ("adam core",)])
