@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from flatopt._extras import EXTRAS
+from flatopt._checks import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flatopt"
@@ -27,8 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "flatness": set(),
     "_dataclass_json": set(),
     "_extensions": set(),
-    "_extras": set(),
-    "_device": set(),
+    "_checks": set(),
     "_version": set(),
     "_folder": {"_dataclass_json", "_extensions", "rules"},
     "_cards": {"_folder", "_version", "rules"},
@@ -50,12 +49,11 @@ ALLOWED: dict[str, set[str]] = {
         "pretrained",
     },
     "metatrain": {
-        *{"_cards", "_dataclass_json", "_device", "_extensions", "_extras", "_folder", "_graphs", "_torch"},
+        *{"_cards", "_checks", "_dataclass_json", "_extensions", "_folder", "_graphs", "_torch"},
         *{"_version", "pretrained", "rules", "tasks", "flatness"},
     },
     "evaluate": {
-        *{"_device", "_extensions", "_extras", "_version", "optimizer", "pretrained"},
-        *{"tasks", "flatness"},
+        *{"_checks", "_extensions", "_version", "optimizer", "pretrained", "tasks", "flatness"},
     },
     "__init__": {"_version", "optimizer", "pretrained"},
     "__main__": {"_version", "pretrained"},

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from .._extras import check_extra, how_to_install
+from .._checks import check_extra, how_to_install
 from ._cache import RunCache
 from ._report import Report
 

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from .._checks import check_folder
 from .._version import __version__
 from ._cache import RunCache
 from ._evaluation import Evaluation, add_options, one_line, read_options
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = chosen.out or Path("runs/eval") / (chosen.command + ("-fast" if evaluation.fast else ""))
     path = (chosen.cache or out) / "runs.sqlite3"
     with one_line("flatopt-eval", f"the same command goes on from the finished runs in {path}"):
+        for folder in (out, path.parent):
+            check_folder(folder)  # now, and not when the table is written after hours
         result = evaluation.report(RunCache(path))
         if evaluation.fast:
             result = result._replace(title=f"Toy sizes, not results: {result.title}")

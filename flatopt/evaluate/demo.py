@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from flatopt import flatness
+from flatopt._checks import check_folder
 from flatopt.optimizer import FlatOpt
 from flatopt.pretrained import load_pretrained
 from flatopt.tasks import Batch, ImageSplits, load_images
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     with one_line("flatopt demo", "nothing was written"):
         learned = load_pretrained(chosen.pretrained)
-        chosen.out.mkdir(parents=True, exist_ok=True)  # what cannot be done is said before anything trains
+        check_folder(chosen.out)  # what cannot be done is said before anything trains
         optimizers: dict[str, Build] = {
             "torch.optim.Adam(lr=1e-3)": lambda params: Adam(params, lr=1e-3),
             "flatopt.FlatOpt": lambda params: FlatOpt(params, pretrained=learned),

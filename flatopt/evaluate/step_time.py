@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.profiler import ProfilerActivity, profile
 
-from flatopt._device import check_device
+from flatopt._checks import check_device
 from flatopt.optimizer import FlatOpt
 
 from . import models

@@ -16,9 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._device import check_device
+from .._checks import check_device, check_extra, how_to_install
 from .._extensions import extend
-from .._extras import check_extra, how_to_install
 from .._version import __version__
 from ..flatness import MEASURES
 from ..pretrained import list_pretrained, push_to_hub

@@ -12,7 +12,6 @@ whole checkpoint to the very bits that it would have reached uninterrupted (on t
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._device import check_device
+from .._checks import check_device, check_folder
 from ..rules import Weights
 from ._log import Log, check_tensorboard, track
 from ._ranks import LostProcessError, Ranks, job, joined, own_device
@@ -160,11 +159,7 @@ def load_run(out: Path) -> RunState:
 
 def check_unused(out: Path) -> None:
     """Raise ``ValueError`` unless a new run may start in ``out``."""
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"{there} is not a folder")
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"{there} cannot be written to")
+    check_folder(out)
     # A run killed before its first checkpoint leaves an unfinished one, which is nothing.
     used = [path for path in out.rglob("*") if path.is_file() and not path.parent.name.startswith(WRITING)]
     if used:
