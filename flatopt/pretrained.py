@@ -261,7 +261,7 @@ def list_pretrained() -> list[str]:
 
 
 def shipped_folder(name: str) -> Path:
-    """Return the folder of a learned rule that comes with the package, one of :func:`list_pretrained`."""
+    """Return the folder of a learned rule of the package; ``name`` is one of :func:`list_pretrained`, not checked."""
     return _shipped_root() / name
 
 

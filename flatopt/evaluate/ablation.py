@@ -104,13 +104,14 @@ class Ablation(Evaluation):
             records=records,
             draw=lambda figure: _draw(figure, records, rows, self.suffixes()),
             note=f"{self.seeds} seeds of every run. Differences are to the row {self.against!r}, paired by task and "
-            "seed; in brackets the 95 % interval. Lower on: on how many tasks the mean is. Sets of weights, one for "
-            f"each seed of meta-training: {', '.join(f'{label} {len(sets)}' for label, sets in rows.items())}.",
+            "seed; in brackets the 95 % interval. Lower on: the number of tasks with a negative mean difference, which "
+            "is worse for accuracy and better for all else. Sets of weights: "
+            f"{', '.join(f'{label} {len(sets)}' for label, sets in rows.items())}.",
             more_tables=others,
         )
 
     def rows(self) -> dict[str, list[LearnedRule]]:
-        """Return the sets of each row by its label, which must be its own, the untrained cores first."""
+        """Return the sets of each row by its label, which no other row may have, with the untrained cores first."""
         asked: dict[str, list[str]] = {}
         for text in self.sets or (default_name(),):
             label, _, folders = text.rpartition("=")
@@ -204,13 +205,13 @@ def _tables(
     finished = [task for task in kinds if all((label, task) in values["score"] for label in labels)]
     classes = [task for task in finished if kinds[task] == "classification"]
     rows = []
-    for key, of_measure in values.items():
+    for key in values:
         tasks = classes if MEASURES[key].classification_only else finished
-        for label in labels:
-            if tasks and label != against:
-                differences = paired(of_measure, tasks, label, against)
-                lower = sum(fmean(map(fmean, sets)) < 0 for sets in differences)
+        for label in labels if tasks else ():
+            if label != against:
+                differences = paired(values[key], tasks, label, against)
                 texts = (one.text(3) for one in intervals(differences))
+                lower = sum(fmean(map(fmean, sets)) < 0 for sets in differences)
                 rows.append([MEASURES[key].title, label, *texts, f"{lower} of {len(tasks)}"])
     scores = [[task, *(_cell(values["score"].get((label, task))) for label in labels)] for task in kinds]
     if classes:

@@ -50,8 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = chosen.out or Path("runs/eval") / (chosen.command + ("-fast" if evaluation.fast else ""))
     path = (chosen.cache or out) / "runs.sqlite3"
     with one_line("flatopt-eval", f"the same command goes on from the finished runs in {path}"):
-        for folder in (out, path.parent):
-            check_folder(folder)  # now, and not when the table is written after hours
+        check_folder(out)  # now, and not when the table is written after hours
+        if not getattr(evaluation, "cached_only", False):  # which only reads
+            check_folder(path.parent)
         result = evaluation.report(RunCache(path))
         if evaluation.fast:
             result = result._replace(title=f"Toy sizes, not results: {result.title}")

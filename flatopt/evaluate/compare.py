@@ -101,7 +101,11 @@ class Compare(Evaluation):
 
 
 def load_function(name: str) -> Callable[[int], Any]:
-    """Return the function that ``module:function`` names, else ``ValueError``; the current folder has modules too."""
+    """Return the function that ``module:function`` names; modules are looked for in the current folder too.
+
+    Raises:
+        ValueError: not of this form, no such module, one that cannot be imported, or no such function.
+    """
     module_name, _, function = name.partition(":")
     if not module_name or not function:
         raise ValueError(f"name the function as module:function, not {name!r}")
@@ -112,7 +116,7 @@ def load_function(name: str) -> Callable[[int], Any]:
 
 
 def make_problem(make: Callable[[int], Any], seed: int) -> Problem:
-    """Return what ``make`` returns; ``ValueError`` if it fails, or if that is no problem of four parts."""
+    """Return what ``make`` returns; ``ValueError`` if it fails, or returns anything but the four parts of a problem."""
     try:
         made = make(seed)
     except Exception as error:
@@ -162,7 +166,7 @@ def measure(problem: Problem) -> Record:
 
 
 def _loss_and_metrics(problem: Problem, batch: Any) -> tuple[Tensor, dict[str, float]]:
-    """Return the loss of a batch, with its graph, and the metrics as numbers; ``ValueError`` for anything else."""
+    """Return a batch's loss, with its graph, and metrics; ``ValueError`` if ``loss_fn`` does not give them."""
     try:
         returned = problem.loss_fn(problem.model, batch)
     except Exception as error:

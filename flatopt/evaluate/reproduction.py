@@ -160,7 +160,7 @@ MEAN = "mean"
 
 
 def load_sets(names: Sequence[str]) -> dict[str, LearnedRule]:
-    """Return learned weights by the names they were asked for; one error names all that cannot be meant."""
+    """Return learned weights by the names that were asked for; ``ValueError`` names all that cannot be found."""
     missing = [name for name in names if name not in list_pretrained() and not Path(name).is_dir() and "/" not in name]
     if missing:
         raise ValueError(
@@ -278,7 +278,10 @@ def _draw_minima(figure: Figure, records: Sequence[Record], variants: dict[str, 
     num_rows = -(-len(names) // num_columns)
     figure.set_size_inches(4.0 * num_columns, 3.3 * num_rows + 0.8)
     every = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
-    for axes, name in zip(every, names, strict=True):
+    for axes in every[len(names) :]:
+        axes.set_axis_off()
+    for axes, name in zip(every, names, strict=False):
+        axes.set_title(name, fontsize=9)
         for record in (record for record in records if record["optimizee"] == name):
             (x, x_std), (y, y_std) = mean_and_std(record["log_top_eigenvalue"]), mean_and_std(record["accuracy"])
             axes.errorbar(

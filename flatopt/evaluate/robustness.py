@@ -212,10 +212,9 @@ def _outcome(cell: Cell, fast: bool, contestant: Contestant, setting: Setting, s
         batch_size=cell.batch_size,
         num_steps=steps,
     )
-    key = {"robustness": True} | run_key(benchmark, contestant, setting, seed)
-    return cache.get(
-        key, lambda: _ends(train_benchmark(benchmark, contestant, setting, seed).trained.losses, benchmark)
-    )
+    run = benchmark, contestant, setting, seed
+    key = {"robustness": True} | run_key(*run)
+    return cache.get(key, lambda: _ends(train_benchmark(*run).trained.losses, benchmark))
 
 
 def _diverged(outcome: Record) -> bool:

@@ -192,7 +192,10 @@ def load(path: Path) -> RunState:
 
 
 def latest(folder: Path) -> RunState | None:
-    """Return the newest whole checkpoint in ``folder``, ``None`` where there is none; damaged ones are reported."""
+    """Return the newest whole checkpoint in ``folder``, ``None`` where there is none; damaged ones are reported.
+
+    One whose configuration cannot be used here is not passed over: ``UnknownConfigurationError``.
+    """
     for path in checkpoints(folder):
         try:
             return load(path)

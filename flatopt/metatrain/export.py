@@ -16,7 +16,7 @@ from .config import MetaTrainConfig
 
 
 def export_rule(state: RunState, metrics: Path) -> LearnedRule:
-    """Return the learned rule of a checkpoint: card, with a curve of the log, metadata and the whole configuration."""
+    """Return a checkpoint as a learned rule, whose card shows the loss curve of the log ``metrics``."""
     rule, weights = state.config.build_rule(), state.shipped_weights
     facts = {**rule_facts(rule, weights), **_facts(state)}
     smoothed = [line.get("smoothed_loss") for line in read_metrics(metrics) if line["update"] <= state.update]

@@ -57,10 +57,14 @@ def import_weights(file: Path, rule: str) -> LearnedRule:
 
 
 def read_arrays(content: bytes) -> dict[tuple[str, str], Tensor]:
-    """Read a dill pickle of ``{module: {variable: float32 array}}``, executing nothing; else ``ValueError``."""
+    """Read a dill pickle of ``{module: {variable: float32 array}}``, executing nothing; else ``ValueError``.
+
+    Pickles of protocol 0 with bytes as text need a Python whose ``pickletools`` reads them (python/cpython#126997).
+    """
     try:
         for code, argument, _ in pickletools.genops(content):
-            if code.name.endswith("PUT") and int(argument or 0) > len(content):  # pickle makes room for so many
+            # The unpickler makes room for all objects up to this number, at once.
+            if code.name.endswith("PUT") and int(argument or 0) > len(content):
                 raise _RefusedError(f"numbers an object {argument}")
         tree = _Unpickler(io.BytesIO(content), encoding="latin1").load()
     except _RefusedError as error:

@@ -13,7 +13,7 @@ from .config import MetaTrainConfig
 def build_meta_optimizer(
     weights: dict[str, Tensor], state: dict[str, dict[str, Tensor]] | None = None
 ) -> torch.optim.Optimizer:
-    """Return the optimizer of the weights, with its state by weight and key; its learning rate is set at each step."""
+    """Return the optimizer of the weights, going on from ``state`` if given; its learning rate is set at each step."""
     optimizer = torch.optim.Adam(list(weights.values()))
     if state:
         states = {index: state[key] for index, key in enumerate(weights) if state.get(key)}

@@ -108,7 +108,7 @@ def batch_norm(params: Params, name: str, inputs: Tensor, eps: float = 1e-5) -> 
 def embed(params: Params, name: str, indices: Tensor) -> Tensor:
     """Return the rows of ``weight`` at int64 ``[...]``."""
     table = params[f"{name}.weight"]
-    # A product with one-hot vectors: the backward pass of an embedding lookup is a scatter, slow under vmap, which does
-    # not accept F.one_hot.
+    # A product with one-hot vectors: the backward pass of an embedding lookup is a scatter, slow under vmap.
+    # Compared by hand, because vmap does not accept F.one_hot.
     one_hot = indices.unsqueeze(-1) == torch.arange(table.shape[0], device=indices.device)
     return matmul(one_hot.to(table.dtype), table)

@@ -35,6 +35,18 @@ from flatopt.tasks import Batch
 
 pytest.importorskip("sklearn")
 
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_every_panel_of_the_minima_names_its_optimizee(count: int) -> None:
+    from matplotlib.figure import Figure
+
+    names = [f"problem {index}" for index in range(count)]
+    measured = {"optimizer": "Adam", "log_top_eigenvalue": [1.0, 2.0], "accuracy": [0.5, 0.6]}
+    figure = Figure()
+    reproduction._draw_minima(figure, [{"optimizee": name} | measured for name in names], {})
+    assert [axes.get_title() for axes in figure.axes if axes.axison] == names
+
+
 TOY = Curvature(num_examples=20, num_matvecs=3, gamma=10.0, num_probes=1, num_lanczos=3)
 
 
