@@ -50,15 +50,18 @@ def check_options(options: dict[str, Any], where: str = "") -> None:
         if key not in options:
             continue
         value = options[key]
-        name = "learning rate" if key == "lr" else f"{key} value"
         if type(value) not in (float, int, bool):
             value = options[key] = _plain(key, value)
             if isinstance(value, Tensor) and (value.device.type != "cpu" or is_abstract(value)):
                 continue
             if not isinstance(value, Real | Tensor):
-                raise ValueError(f"Invalid {name}: {value!r}{where}, {expected}")
+                raise ValueError(f"Invalid {_title(key)}: {value!r}{where}, {expected}")
         if not is_valid(value):
-            raise ValueError(f"Invalid {name}: {value}{where}, {expected}")
+            raise ValueError(f"Invalid {_title(key)}: {value}{where}, {expected}")
+
+
+def _title(key: str) -> str:
+    return "learning rate" if key == "lr" else f"{key} value"
 
 
 def _plain(key: str, value: Any) -> Any:

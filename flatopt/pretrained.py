@@ -261,7 +261,9 @@ def list_pretrained() -> list[str]:
 
 
 def shipped_folder(name: str) -> Path:
-    """Return the folder of a learned rule of the package; ``name`` is one of :func:`list_pretrained`, not checked."""
+    """Return the folder of a learned rule that comes with the package; ``ValueError`` if there is none of the name."""
+    if name not in list_pretrained():
+        raise ValueError(f"no shipped weights are called {name!r}; there are: {', '.join(list_pretrained()) or 'none'}")
     return _shipped_root() / name
 
 

@@ -618,6 +618,9 @@ def test_shipped_weights_are_found_in_a_checkout_and_in_a_wheel(tmp_path, monkey
     assert shipped_folder("checkout-v1") == tmp_path / "pretrained" / "checkout-v1"
     save(package / "_pretrained" / "wheel-v1")
     assert list_pretrained() == ["wheel-v1"]
+    for name in ("none", "..", "../flatopt", ""):
+        with pytest.raises(ValueError, match="wheel-v1"):
+            shipped_folder(name)
 
 
 @pytest.mark.parametrize("name", list_pretrained())

@@ -9,6 +9,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from .._checks import check_folder
+
 Record = dict[str, Any]
 """One row of results: JSON values by name."""
 
@@ -30,7 +32,9 @@ class RunCache:
 
     def __init__(self, path: Path, *, cached_only: bool = False) -> None:
         self.path, self.cached_only = path, cached_only
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():  # one that is there may be only read from
+            check_folder(path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with self._connect() as connection:
                 connection.execute("create table if not exists runs (key text primary key, result text) without rowid")

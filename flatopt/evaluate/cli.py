@@ -51,8 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = (chosen.cache or out) / "runs.sqlite3"
     with one_line("flatopt-eval", f"the same command goes on from the finished runs in {path}"):
         check_folder(out)  # now, and not when the table is written after hours
-        if not getattr(evaluation, "cached_only", False):  # which only reads
-            check_folder(path.parent)
         result = evaluation.report(RunCache(path))
         if evaluation.fast:
             result = result._replace(title=f"Toy sizes, not results: {result.title}")
