@@ -317,7 +317,17 @@ def run_key(benchmark: Benchmark, contestant: Contestant, setting: Setting, seed
 
 
 def tuned(benchmark: Benchmark, contestant: Contestant, num_seeds: int, cache: RunCache) -> Setting:
-    """Return the setting with the best mean score on the ``meta`` split, never on ``test``; ties go to the lower loss.
+    """Return the setting with the best mean score on the ``meta`` split; ties go to the lower loss."""
+
+    def worth(setting: Setting) -> tuple[float, float]:
+        runs = [run(benchmark, contestant, setting, seed, cache) for seed in range(num_seeds)]
+        return sum(record["meta_score"] for record in runs), -sum(record["meta_loss"] for record in runs)
+
+    return best_setting(contestant, worth)
+
+
+def best_setting(contestant: Contestant, worth: Callable[[Setting], tuple[float, ...]]) -> Setting:
+    """Return the setting that is worth most; none is tried where there is only one.
 
     Where the best learning rate stands at the edge of those tried with the same schedule and options, the next one
     beyond is tried too.
@@ -325,17 +335,12 @@ def tuned(benchmark: Benchmark, contestant: Contestant, num_seeds: int, cache: R
     pending = contestant.settings()
     if len(pending) == 1:
         return pending[0]
-    scores: dict[Setting, tuple[float, float]] = {}
+    found: dict[Setting, tuple[float, ...]] = {}
     for _ in range(1 + MAX_EXTENSIONS):
-        for setting in pending:
-            runs = [run(benchmark, contestant, setting, seed, cache) for seed in range(num_seeds)]
-            scores[setting] = (
-                sum(record["meta_score"] for record in runs),
-                -sum(record["meta_loss"] for record in runs),
-            )
-        best = max(scores, key=lambda setting: scores[setting])
+        found |= {setting: worth(setting) for setting in pending}
+        best = max(found, key=lambda setting: found[setting])
         around = [neighbour(best, up=up) for up in (False, True)] if contestant.extends else []
-        pending = [setting for setting in around if setting not in scores]
+        pending = [setting for setting in around if setting not in found]
         if not pending:
             break
     return best
