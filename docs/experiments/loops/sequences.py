@@ -40,11 +40,15 @@ def _pretrained() -> dict[str, Tensor]:
     """Return the weights of a transformer that knows Python's source code."""
     torch.manual_seed(0)
     code = load_text().train
-    return pretrain(Problem(_transformer(), made(lambda random: windows(code, 16, random), 0), [], likelihood), 1500)
+    return pretrain(Problem(_transformer(), made(lambda random: windows(code, 16, random), 0), [], likelihood), 4000)
 
 
 def _transformer() -> nn.Sequential:
-    return decoder(LENGTH, width=WIDTH)
+    model = decoder(LENGTH, width=WIDTH)
+    for part in model.modules():
+        if isinstance(part, nn.Embedding):
+            nn.init.normal_(part.weight, std=0.02)
+    return model
 
 
 def _on_prose(model: nn.Module, seed: int, split: str) -> Problem:
