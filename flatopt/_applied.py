@@ -91,6 +91,7 @@ class AppliedRule:
 
         decays = any(isinstance(slot.group["weight_decay"], Tensor) or slot.group["weight_decay"] for slot in slots)
         options = [per_slot("lr"), *([per_slot("weight_decay")] if decays else [])]
+        # What changes from step to step, in one list: a CUDA graph keeps copies of these.
         values = [*(slot.local for slot in slots), *map(scalar, context), *options]
         if not self._is_launched_together(slots):
             results = self._take(slots, states, shared, *values)

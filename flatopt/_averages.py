@@ -154,7 +154,7 @@ def advance_averages(
         latest = of_all if is_of_one_rank(param) else of_replicas
         taken, step, num_steps = clocks.get(param, (latest, 0.0, math.inf))
         stride = rule.stride(taken)
-        share = rule.landing_share(step, num_steps) if step == latest else 0.0  # it may stand still
+        share = rule.landing_share(step, num_steps) if step == latest else 0.0  # a run may stand still
         is_due = taken > 0 and taken % stride == 0
         if not (is_due or share):
             continue

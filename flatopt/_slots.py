@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _dtensor as dtensor
 from ._abstract import is_abstract
-from ._state import NUMEL, compute_dtype, shape_of
+from ._state import NUMEL, compute_dtype, real_view, shape_of
 from ._torch import foreach_norm
 from .rules import State, Strips, UpdateRule
 
@@ -113,7 +113,10 @@ def measure(slots: Sequence[Slot], states: Mapping[Tensor, State]) -> dict[Bucke
 
 
 def _measure(slots: Sequence[Slot], states: Mapping[Tensor, State], dtype: torch.dtype) -> float:
-    """Fill in gradients, their largest absolute values (inf for NaN) and steps of a bucket; return its last step."""
+    """Fill in gradients, their largest absolute values (inf for NaN) and steps of a bucket; return its last step.
+
+    A step counter on another device is moved to its parameter's.
+    """
     for slot in slots:
         slot.local = real_view(dtensor.local_grad(slot.grad, slot.param)).contiguous()
     for param, state in states.items():
@@ -168,11 +171,6 @@ def is_of_one_rank(param: Tensor) -> bool:
 def local_values(param: Tensor) -> Tensor:
     """Return what this process holds of a parameter, real and in the same storage."""
     return real_view(dtensor.local_view(param))
-
-
-def real_view(tensor: Tensor) -> Tensor:
-    """Return a real view: complex numbers become pairs."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def positions_in(groups: Sequence[dict[str, Any]]) -> dict[Tensor, int]:

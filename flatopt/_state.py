@@ -72,12 +72,12 @@ class StateLayout:
 
     def shapes_of(self, param: Tensor) -> dict[str, torch.Size]:
         """Return the shape of everything that the rule keeps of a parameter, by key."""
-        known = param.shape, param.is_complex()
-        if known not in self.known:
+        kind = param.shape, param.is_complex()
+        if kind not in self.known:
             shape, unkept = real_shape(param), self.rule.unkept(shape_of(param))
             own = {key: shape + extra for key, extra in self.per_coordinate.items() if key not in unkept}
-            self.known[known] = self.per_tensor | own
-        return self.known[known]
+            self.known[kind] = self.per_tensor | own
+        return self.known[kind]
 
     def of_rule(self, state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
         """Return the state of the rule itself."""
@@ -108,9 +108,9 @@ class StateLayout:
 
     def check(self, state: Mapping[str, Any], param: Tensor, groups: Groups) -> None:
         """Raise ``ValueError`` unless a loaded state has every key, and the shapes of the parameter."""
-        for key in sorted({*self.shapes_of(param), *self.shared} - state.keys()):
+        if missing := {*self.shapes_of(param), *self.shared} - state.keys():
             raise ValueError(
-                f"state of {name_of(param, groups)} has no {key!r}: it was saved by another optimizer or rule "
+                f"state of {name_of(param, groups)} has no {min(missing)!r}: it was saved by another optimizer or rule "
                 f"than {self.rule.name!r}"
             )
         same = {key: self._as_kept(key, state[key]) for key in self.per_tensor}
@@ -145,9 +145,8 @@ class StateLayout:
     ) -> dict[str, Tensor]:
         """Return the state of a parameter before its first step."""
         dtype = compute_dtype(param)
-        whole = torch.view_as_real(param) if param.is_complex() else param
         with dtensor.replicated_weights(param):
-            given = whole.detach().to(dtype).contiguous()
+            given = real_view(param).detach().to(dtype).contiguous()
             fresh = self.rule.fresh_state(weights, given, generator, shape=shape_of(param))
             state = {
                 key: dtensor.local_copy(value)
@@ -215,8 +214,12 @@ def _refuse(key: str, found: Any, expected: torch.Size, param: Tensor, groups: G
 
 def copy_of(param: Tensor) -> Tensor:
     """Return a parameter as a value of the state: an own copy, real, in the dtype to compute in, sharded as it is."""
-    whole = torch.view_as_real(param) if param.is_complex() else param
-    return dtensor.placed_like(whole.detach().to(compute_dtype(param)), param)
+    return dtensor.placed_like(real_view(param).detach().to(compute_dtype(param)), param)
+
+
+def real_view(tensor: Tensor) -> Tensor:
+    """Return a real view: complex numbers become pairs."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def real_shape(param: Tensor) -> torch.Size:

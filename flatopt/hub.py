@@ -71,7 +71,7 @@ def download(
 
     Revisions, what is done without network, and errors are as in :func:`flatopt.load_pretrained`.  The file ``first``
     must be there.  It is given to ``check``, which raises if the repository is something else, before the ``others``,
-    which may not exist, are downloaded.
+    of which only the first must exist, are downloaded.
     """
     snapshot = _download(repo_id, revision, [first], access)
     check(snapshot / first)

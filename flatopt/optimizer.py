@@ -47,11 +47,11 @@ class FlatOpt(Averaging):
                 && \text{all tensors: a few controls per tensor} \\
             \Delta_t, \alpha_t &= \mathrm{propose}_w(s_t, g_t, \theta_{t-1}, c_t)
                 && \text{each coordinate: step and step size} \\
-            \theta_t &= (1 - \gamma \alpha_t \lambda)\, \theta_{t-1} + \gamma \Delta_t
+            \theta_t &= (1 - \gamma \alpha_t \kappa)\, \theta_{t-1} + \gamma \Delta_t
         \end{aligned}
 
     with :math:`g_t` the gradient (negated by ``maximize``), :math:`w` the learned weights, :math:`\gamma` = ``lr``,
-    :math:`\lambda` = ``weight_decay``, :math:`T` = ``num_steps`` and :math:`\alpha_t` the rule's own step size.
+    :math:`\kappa` = ``weight_decay``, :math:`T` = ``num_steps`` and :math:`\alpha_t` the rule's own step size.
 
     It needs no closure and no loss.  The default rule keeps an average of the parameters that is better than the last
     ones.  With ``num_steps`` the run ends on it; at any other time, evaluate and save between :meth:`eval` and
@@ -63,10 +63,10 @@ class FlatOpt(Averaging):
     Parameters on several devices, or in ``float64`` beside ``float32``, are updated in one group per device and dtype,
     those of one rank apart: some rules mix information inside each.
 
-    A tensor takes part from its first gradient that is not zero; before that nothing moves it, weight decay included.
+    A tensor takes part in the steps in which its gradient is not zero everywhere.  In the others nothing moves it.
     A gradient with NaN, inf or values whose squares would overflow counts as no gradient: the tensor and its state
     stay as they are, ``state[param]["num_skipped"]`` counts it, and one ``RuntimeWarning`` per optimizer reports it.
-    Finding that out costs one synchronisation with the device per step, so a step cannot be captured in a CUDA graph.
+    Finding that out costs one synchronisation with each device per step: no CUDA graph of yours can hold a step.
 
     Args:
         params: iterable of parameters, of ``(name, parameter)`` pairs, or of dicts that define parameter groups.
@@ -87,8 +87,8 @@ class FlatOpt(Averaging):
         maximize: go up instead of down.
         compile: on a CPU, ``True`` compiles the arithmetic with ``torch.compile``: half a minute at first, for steps
             up to 1.3 times as fast on large models.  On a GPU, it launches the kernels of a step as one CUDA graph:
-            the same bits, several times as fast, and a copy of the gradients is kept; ``None`` does so up to 256 MiB
-            of them, ``False`` never.  Eager, with a warning, where it is not possible.
+            the same bits, several times as fast, and a copy of the gradients is kept; ``None`` does so for two tensors
+            and more, up to 256 MiB of gradients, ``False`` never.  Eager, with a warning, where it is not possible.
         state_dtype: ``torch.bfloat16`` keeps the accumulators in ``UpdateRule.compressible_state`` in half precision
             (the recurrent states, most of the memory of ``l2o-dm`` and ``rnnprop``).  They are computed in ``float32``
             and rounded once per step.  ``None`` keeps all in ``float32``.
@@ -185,7 +185,7 @@ class FlatOpt(Averaging):
             with torch.enable_grad():
                 loss = closure()
 
-        check_no_average(self.param_groups)
+        check_no_average(self.param_groups)  # again: the closure may have called eval()
         self._watch.look_at_step(self.param_groups)
         slots = list(self._slots())  # whole: an error comes before anything is changed
         self._init_states([slot.param for slot in slots if slot.is_new])
@@ -301,9 +301,9 @@ class FlatOpt(Averaging):
         super().__setstate__(state)
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                if key != "differentiable":
+                if key != "differentiable":  # which torch adds to the defaults, and no group needs
                     group.setdefault(key, value)
-        if "learned" in state:
+        if "learned" in state:  # a copy or a pickle: torch loads states through here, too
             self._had_matrices = has_matrices(self.param_groups)
             self._prepare()
 
@@ -387,7 +387,7 @@ class FlatOpt(Averaging):
         for other, state in self._states().items() if shared else ():
             if bucket_of(other) == bucket_of(slots[0].param):
                 for key, value in shared.items():
-                    state[SHARED_PREFIX + key].copy_(value)
+                    state[SHARED_PREFIX + key].copy_(value)  # every tensor keeps a copy
 
     def _restore(self, state_dict: dict[str, Any], given: Sequence[float]) -> None:
         """Replace the loaded state by exact copies, on the device and in the dtypes it is kept in."""

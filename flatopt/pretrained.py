@@ -55,8 +55,8 @@ def load_pretrained(
         TypeError: if ``pretrained`` is neither text nor a path.
         ValueError: if nothing can have that name, if ``revision`` is given without a Hub repository, or if the
             files are not exactly those of a learned rule.
-        FileNotFoundError: if the repository, the revision or a file in it does not exist, or is not in the cache
-            while the network is off.
+        FileNotFoundError: if the folder, the repository, the revision or a file in it does not exist, or is not in
+            the cache while the network is off.
         PermissionError: if the repository is gated or the token is refused.
         ConnectionError: if the Hub does not answer and the files are not in the cache.
 

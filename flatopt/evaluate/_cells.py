@@ -29,7 +29,7 @@ Compute = Callable[[Benchmark, Contestant, RunCache], Record]
 It raises ``NotComputed`` where a run is missing from a cache that computes nothing.
 """
 
-Task = tuple[Benchmark, Contestant, Compute, Path]
+Job = tuple[Benchmark, Contestant, Compute, Path]
 """What goes to a process: a cell, what makes it, and the file of the cache."""
 
 
@@ -92,22 +92,22 @@ def compute_cells(work: Sequence[Work], compute: Compute, cache: RunCache, jobs:
         if not found:
             raise ValueError(f"nothing that was asked for is finished in {cache.path}")
         return found
-    tasks = [(*one, compute, cache.path) for one in work]
+    queue = [(*one, compute, cache.path) for one in work]
     if jobs == 1:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return [_compute(task) for task in progress(tasks, lambda task: f"{task[0].name}, {task[1].name}")]
+            return [_compute(job) for job in progress(queue, lambda job: f"{job[0].name}, {job[1].name}")]
         finally:
             torch.set_num_threads(threads)
-    return _side_by_side(tasks, cache, jobs)
+    return _side_by_side(queue, cache, jobs)
 
 
-def _side_by_side(tasks: Sequence[Task], cache: RunCache, jobs: int) -> list[Record]:
+def _side_by_side(queue: Sequence[Job], cache: RunCache, jobs: int) -> list[Record]:
     others = multiprocessing.active_children()
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _prepare_worker) as pool:
         try:
-            return list(progress(pool.map(_compute, tasks), "cells", total=len(tasks)))
+            return list(progress(pool.map(_compute, queue), "cells", total=len(queue)))
         except BaseException as error:  # Ctrl-C too
             for worker in multiprocessing.active_children():
                 if worker not in others:
@@ -127,8 +127,8 @@ def _cached(one: Work, compute: Compute, cache: RunCache) -> Record | None:
         return None
 
 
-def _compute(task: Task) -> Record:
-    benchmark, contestant, compute, path = task
+def _compute(job: Job) -> Record:
+    benchmark, contestant, compute, path = job
     return compute(benchmark, contestant, RunCache(path))
 
 

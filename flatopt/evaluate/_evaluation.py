@@ -18,9 +18,9 @@ from ._report import Report
 T = TypeVar("T")
 
 
-def option(default: T, help_text: str, *, at_least: int | None = None) -> T:
-    """Declare an option of a table: a dataclass field with the text that ``--help`` shows."""
-    return field(default=default, metadata={"help": help_text, "at_least": at_least})
+def option(default: T, help_text: str) -> T:
+    """Declare an option of a table: a dataclass field with the text that ``--help`` shows; an integer is at least 1."""
+    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Evaluation(ABC):
     summary: ClassVar[str]
     """Help of the subcommand, one line."""
 
-    seeds: int = option(5, "runs per cell", at_least=1)
+    seeds: int = option(5, "runs per cell")
     fast: bool = option(False, "toy sizes: shows that it works, the numbers mean nothing")
 
     @abstractmethod
@@ -50,8 +50,7 @@ def add_options(parser: argparse.ArgumentParser, evaluation: type[Evaluation]) -
         elif hint is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=True, help=text)
         elif hint is int:
-            kind = number(one.metadata["at_least"])
-            parser.add_argument(name, type=kind, default=one.default, help=f"{text} (default: %(default)s)")
+            parser.add_argument(name, type=integer, default=one.default, help=f"{text} (default: %(default)s)")
         elif get_origin(hint) is Literal:
             parser.add_argument(name, choices=get_args(hint), default=one.default, help=text)
         elif get_origin(hint) is tuple:
@@ -63,21 +62,15 @@ def add_options(parser: argparse.ArgumentParser, evaluation: type[Evaluation]) -
 def read_options(evaluation: type[Evaluation], chosen: argparse.Namespace) -> Evaluation:
     """Make the table that the command line asked for."""
     values: dict[str, Any] = {one.name: getattr(chosen, one.name) for one in fields(evaluation)}
-    for name, value in values.items():
-        values[name] = tuple(value) if isinstance(value, list) else value
-    return evaluation(**values)
+    return evaluation(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def number(at_least: int | None) -> Callable[[str], int]:
-    """Return what reads an integer of the command line."""
-
-    def integer(text: str) -> int:
-        value = int(text)
-        if at_least is not None and value < at_least:
-            raise argparse.ArgumentTypeError(f"must be at least {at_least}, not {value}")
-        return value
-
-    return integer
+def integer(text: str) -> int:
+    """Read an integer of the command line, at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
 
 
 def progress(items: Iterable[T], name: str | Callable[[T], str], total: int | None = None) -> Iterator[T]:

@@ -23,17 +23,17 @@ def draw_ranks(figure: Figure, records: Sequence[Record]) -> None:
     """Draw the rank on each task as a dot, and the mean rank as a bar, best first."""
     cells = _standings.by_cell(records)
     optimizers = _standings.names(records, "optimizer")
-    tasks = _standings.shared_tasks(cells, optimizers) or _standings.names(records, "task")
+    rivals = [name for name in optimizers if name != REFERENCE] or optimizers
+    tasks = _standings.shared_tasks(cells, rivals) or _standings.names(records, "task")
+    on = {task: [name for name in rivals if (task, name) in cells] for task in tasks}
     ranks = {
-        name: [
-            1 + sum(_score(cells, task, other) > _score(cells, task, name) for other in optimizers) for task in tasks
-        ]
-        for name in optimizers
+        name: [_standings.rank(cells, task, name, on[task]) for task in tasks if name in on[task]] for name in rivals
     }
-    order = sorted(optimizers, key=lambda name: fmean(ranks[name]), reverse=True)
+    order = sorted(rivals, key=lambda name: fmean(ranks[name]), reverse=True)
     axes = figure.subplots()
     for height, name in enumerate(order):
-        spread = [height + 0.5 * (index / max(1, len(tasks) - 1) - 0.5) for index in range(len(tasks))]
+        count = len(ranks[name])
+        spread = [height + 0.5 * (index / max(1, count - 1) - 0.5) for index in range(count)]
         axes.plot(ranks[name], spread, ".", color=_colour(name, optimizers), alpha=0.6)
         axes.plot(
             [fmean(ranks[name])] * 2, [height - 0.35, height + 0.35], color=_colour(name, optimizers), linewidth=4
@@ -145,10 +145,6 @@ def point_scale(axes: Axes) -> None:
     axes.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.grid(axis="x", alpha=0.25)
-
-
-def _score(cells: _standings.Cells, task: str, name: str) -> float:
-    return _standings.mean_score(cells, task, name) if (task, name) in cells else float("-inf")
 
 
 def _colour(name: str, optimizers: Sequence[str]) -> str:

@@ -102,8 +102,7 @@ def mean_ranks(cells: Cells, optimizers: Sequence[str]) -> dict[str, float]:
     """
     tasks = shared_tasks(cells, optimizers)
     return {
-        name: fmean(_rank(cells, task, name, optimizers) for task in tasks) if tasks else math.nan
-        for name in optimizers
+        name: fmean(rank(cells, task, name, optimizers) for task in tasks) if tasks else math.nan for name in optimizers
     }
 
 
@@ -119,7 +118,8 @@ def wins(cells: Cells, optimizers: Sequence[str]) -> dict[str, int]:
     }
 
 
-def _rank(cells: Cells, task: str, name: str, optimizers: Sequence[str]) -> float:
+def rank(cells: Cells, task: str, name: str, optimizers: Sequence[str]) -> float:
+    """Return the rank of an optimizer on a task, 1 for the best; ties share their ranks."""
     own, scores = mean_score(cells, task, name), [mean_score(cells, task, other) for other in optimizers]
     return sum(score > own for score in scores) + (1 + sum(score == own for score in scores)) / 2
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -30,7 +30,7 @@ from ._training import Benchmark, run
 from .benchmarks import choose_benchmarks
 from .contestants import UNKNOWN, Contestant, adam_core, default_name, learned_contestant, untrained
 from .curvature import Curvature
-from .flatness_table import CURVATURE, TEXT_EXAMPLES
+from .flatness_table import CURVATURE, for_task
 from .reproduction import load_sets
 
 CORE, ADAM_CORE = "core", "adam core"
@@ -67,7 +67,7 @@ class Ablation(Evaluation):
 
     summary = "sets of learned weights and untrained cores, paired"
 
-    seeds: int = option(3, "runs per set and task", at_least=1)
+    seeds: int = option(3, "runs per set and task")
     sets: tuple[str, ...] = option(
         (),
         "rows: NAME_OR_FOLDER, or LABEL=FOLDER,FOLDER,... of several seeds of one meta-training (default: FlatOpt's)",
@@ -77,7 +77,7 @@ class Ablation(Evaluation):
     flatness: bool = option(False, "measure the minima too")
     tasks: tuple[str, ...] = option((), "parts of the names of the tasks to run (default: all)")
     split: Literal["test", "meta"] = option("test", "split of the tables; meta has tasks of its own")
-    jobs: int = option(1, "processes side by side, of one thread each", at_least=1)
+    jobs: int = option(1, "processes side by side, of one thread each")
     cached_only: bool = option(False, "train nothing: show what is finished")
 
     def report(self, cache: RunCache) -> Report:
@@ -151,8 +151,7 @@ def ablation_cell(
     curvature: Curvature | None,
 ) -> Record:
     """Return the measures of one set on one task, one value per seed."""
-    if curvature is not None and benchmark.source == "text":
-        curvature = replace(curvature, num_examples=TEXT_EXAMPLES)
+    curvature = curvature and for_task(curvature, benchmark)
     setting = contestant.settings()[0]
     runs = [run(benchmark, contestant, setting, seed, cache, curvature) for seed in range(num_seeds)]
     keys = [key for key in MEASURES if curvature is not None or key not in FLATNESS]

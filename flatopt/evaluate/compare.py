@@ -63,8 +63,8 @@ class Compare(Evaluation):
     summary = "FlatOpt against Adam on your own model and data"
 
     make: str = field(metadata={"help": "function that makes them of a seed, as module:function", "positional": True})
-    seeds: int = option(3, "runs per optimizer", at_least=1)
-    steps: int = option(500, "steps per run", at_least=1)
+    seeds: int = option(3, "runs per optimizer")
+    steps: int = option(500, "steps per run")
     lrs: tuple[str, ...] = option(("3e-4", "1e-3", "3e-3", "1e-2"), "learning rates of Adam")
     pretrained: str = option(default_name(), "weights of FlatOpt: name, folder or Hub id (default: %(default)s)")
 

@@ -23,7 +23,11 @@ from ._code import code_hash, describe
 from .baselines import SAM, MuonWithAdamW
 
 STEP = ("flatopt.optimizer", "flatopt._applied", "flatopt._averages", "flatopt.rules")
-"""Where the code stands that computes a step of FlatOpt.  What it asks for checks, warnings and files is not here."""
+"""Where most of the code stands that computes a step of FlatOpt.
+
+Checks, warnings and files are not here, nor what makes states and finds shards and the number of a step (``_state``,
+``_slots``, ``_dtensor``): after a change of results there, the cache has to go.
+"""
 
 
 class Setting(NamedTuple):

@@ -23,7 +23,7 @@ from flatopt.tasks import Batch, ImageSplits, load_images
 
 from . import models
 from ._cache import Record
-from ._evaluation import number, one_line, progress
+from ._evaluation import integer, one_line, progress
 from ._report import Figure, Report, mean_pm_std, write_report
 from ._training import build_model, draw_batches, measure, train
 from .contestants import default_name
@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train, print the table, and save table, results and figure."""
     parser = argparse.ArgumentParser(prog="python -m flatopt demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of table and figure")
-    parser.add_argument("--seeds", type=number(1), default=5, help="runs per optimizer (default: 5)")
-    parser.add_argument("--steps", type=number(1), default=600, help="steps per run (default: 600)")
+    parser.add_argument("--seeds", type=integer, default=5, help="runs per optimizer (default: 5)")
+    parser.add_argument("--steps", type=integer, default=600, help="steps per run (default: 600)")
     parser.add_argument("--pretrained", default=default_name(), help="weights of FlatOpt: name, folder or Hub id")
     chosen = parser.parse_args(arguments)
     with one_line("flatopt demo", "nothing was written"):

@@ -21,7 +21,7 @@ from .curvature import Curvature
 from .quality import Quality
 
 
-class Measure(NamedTuple):
+class Column(NamedTuple):
     """A measure of flatness in the tables."""
 
     title: str
@@ -30,11 +30,11 @@ class Measure(NamedTuple):
     """-1 where smaller values are flatter, 1 where larger ones are."""
 
 
-MEASURES = {
-    "top_eigenvalue": Measure("Top eigenvalue", 2, -1),
-    "hutchinson_trace": Measure("Trace", 1, -1),
-    "sam_gap": Measure("SAM gap", 4, -1),
-    "local_entropy": Measure("Local entropy", 2, 1),
+COLUMNS = {
+    "top_eigenvalue": Column("Top eigenvalue", 2, -1),
+    "hutchinson_trace": Column("Trace", 1, -1),
+    "sam_gap": Column("SAM gap", 4, -1),
+    "local_entropy": Column("Local entropy", 2, 1),
 }
 
 CURVATURE = Curvature(num_examples=400, num_matvecs=15, gamma=10.0, num_probes=2)
@@ -51,7 +51,7 @@ class Flatness(Quality):
 
     summary = "flatness of the minima that each optimizer reaches"
 
-    seeds: int = option(3, "runs per cell; give the cache of a quality table to use its settings", at_least=1)
+    seeds: int = option(3, "runs per cell; give the cache of a quality table to use its settings")
 
     def report(self, cache: RunCache) -> Report:
         """Train with the settings that were chosen, measure the minima, and compare them with the reference's."""
@@ -61,7 +61,7 @@ class Flatness(Quality):
         cells, optimizers = _standings.by_cell(records), _standings.names(records, "optimizer")
         return Report(
             title="Flatness of the minima",
-            header=["optimizer", "score", "ln top eigenvalue", *(f"{one.title}: flatter" for one in MEASURES.values())],
+            header=["optimizer", "score", "ln top eigenvalue", *(f"{one.title}: flatter" for one in COLUMNS.values())],
             rows=[_summary(cells, name) for name in optimizers],
             records=records,
             draw=lambda figure: _draw(figure, records),
@@ -74,18 +74,23 @@ class Flatness(Quality):
                 _correlations(records),
                 *(
                     Table(one.title, ["task", *optimizers], _standings.grid(cells, records, key, one.digits))
-                    for key, one in MEASURES.items()
+                    for key, one in COLUMNS.items()
                 ),
             ],
         )
+
+
+def for_task(curvature: Curvature, benchmark: Benchmark) -> Curvature:
+    """Return what is measured on a task: on fewer examples of text."""
+    is_text = benchmark.source == "text"
+    return replace(curvature, num_examples=min(TEXT_EXAMPLES, curvature.num_examples)) if is_text else curvature
 
 
 def flatness_cell(
     benchmark: Benchmark, contestant: Contestant, cache: RunCache, *, num_seeds: int, split: str, curvature: Curvature
 ) -> Record:
     """Return the measures of one cell, one value per seed."""
-    if benchmark.source == "text":
-        curvature = replace(curvature, num_examples=min(TEXT_EXAMPLES, curvature.num_examples))
+    curvature = for_task(curvature, benchmark)
     setting = tuned(benchmark, contestant, num_tuning_seeds(benchmark, num_seeds), cache)
     runs = [run(benchmark, contestant, setting, seed, cache, curvature) for seed in range(num_seeds)]
     return {
@@ -95,7 +100,7 @@ def flatness_cell(
         "setting": str(setting),
         "score": [100 * one[f"{split}_score"] for one in runs],
         "train_loss": [one["train_loss"] for one in runs],
-        **{key: [one[key] for one in runs] for key in MEASURES},
+        **{key: [one[key] for one in runs] for key in COLUMNS},
     }
 
 
@@ -106,7 +111,7 @@ def flatter_than(cells: _standings.Cells, name: str, other: str, key: str) -> tu
         own, its = fmean(cells[task, name][key]), fmean(cells[task, other][key])
         if math.isfinite(own) and math.isfinite(its):
             count += 1
-            won += MEASURES[key].flatter * (own - its) > 0
+            won += COLUMNS[key].flatter * (own - its) > 0
     return won, count
 
 
@@ -126,7 +131,7 @@ def rank_correlations(records: Sequence[Record], key: str) -> list[float]:
 
 def _correlations(records: Sequence[Record]) -> Table:
     rows = []
-    for key, one in MEASURES.items():
+    for key, one in COLUMNS.items():
         values = rank_correlations(records, key)
         text = confidence_interval(values).text() if values else "–"
         rows.append([one.title, text, f"{sum(value < 0 for value in values)} of {len(values)}"])
@@ -137,7 +142,7 @@ def _correlations(records: Sequence[Record]) -> Table:
 def _summary(cells: _standings.Cells, name: str) -> list[str]:
     own = [record for (_, optimizer), record in cells.items() if optimizer == name]
     logs = [math.log(value) for record in own for value in record["top_eigenvalue"] if value > 0]
-    counts = ["{} of {}".format(*flatter_than(cells, name, REFERENCE, key)) for key in MEASURES]
+    counts = ["{} of {}".format(*flatter_than(cells, name, REFERENCE, key)) for key in COLUMNS]
     score = fmean(value for record in own for value in record["score"])
     return [name, f"{score:.2f}", f"{fmean(logs):.2f}" if logs else "–", *counts]
 

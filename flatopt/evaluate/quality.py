@@ -36,7 +36,7 @@ class Quality(Evaluation):
     pretrained: str = option(default_name(), "weights of FlatOpt: name, folder or Hub id (default: %(default)s)")
     learned: bool = option(True, "run FlatOpt and its untrained core, or the baselines alone")
     split: Literal["test", "meta"] = option("test", "split of the tables; meta has tasks of its own")
-    jobs: int = option(1, "processes side by side, of one thread each", at_least=1)
+    jobs: int = option(1, "processes side by side, of one thread each")
     cached_only: bool = option(False, "train nothing: show what is finished")
 
     def report(self, cache: RunCache) -> Report:

@@ -50,7 +50,7 @@ FAST_CURVATURE = replace(CURVATURE, num_examples=100, num_matvecs=4, num_probes=
 FAST_SEEDS = 2
 
 
-class Measure(NamedTuple):
+class Column(NamedTuple):
     """A column of the table of results."""
 
     name: str
@@ -60,15 +60,15 @@ class Measure(NamedTuple):
     scale: float = 1.0
 
 
-MEASURES: dict[str, Measure] = {
-    "train_loss": Measure("train loss", lambda run, _: run["train_loss"]),
-    "accuracy": Measure("accuracy %", lambda run, split: run[f"{split}_score"], digits=2, scale=100),
-    "loss": Measure("loss", lambda run, split: run[f"{split}_loss"]),
-    "gap": Measure("gap", lambda run, split: run[f"{split}_loss"] - run["train_loss"]),
-    "top_eigenvalue": Measure("top eigenvalue", lambda run, _: run["top_eigenvalue"], digits=2),
-    "trace": Measure("trace", lambda run, _: run["hutchinson_trace"], digits=1),
-    "local_entropy": Measure("local entropy", lambda run, _: run["local_entropy"], digits=2),
-    "log_top_eigenvalue": Measure("ln top eigenvalue", lambda run, _: _log(run["top_eigenvalue"])),
+COLUMNS: dict[str, Column] = {
+    "train_loss": Column("train loss", lambda run, _: run["train_loss"]),
+    "accuracy": Column("accuracy %", lambda run, split: run[f"{split}_score"], digits=2, scale=100),
+    "loss": Column("loss", lambda run, split: run[f"{split}_loss"]),
+    "gap": Column("gap", lambda run, split: run[f"{split}_loss"] - run["train_loss"]),
+    "top_eigenvalue": Column("top eigenvalue", lambda run, _: run["top_eigenvalue"], digits=2),
+    "trace": Column("trace", lambda run, _: run["hutchinson_trace"], digits=1),
+    "local_entropy": Column("local entropy", lambda run, _: run["local_entropy"], digits=2),
+    "log_top_eigenvalue": Column("ln top eigenvalue", lambda run, _: _log(run["top_eigenvalue"])),
 }
 """What is reported; the logarithm only in means over optimizees, whose eigenvalues differ by orders of magnitude."""
 
@@ -112,7 +112,7 @@ class Reproduction(Evaluation):
                 "optimizee",
                 "optimizer",
                 "lr",
-                *(MEASURES[key].name for key in MEASURES if key not in _MEANS_ONLY),
+                *(COLUMNS[key].name for key in COLUMNS if key not in _MEANS_ONLY),
             ],
             rows=[_row(record) for record in records],
             records=[*records, *comparisons],
@@ -127,7 +127,7 @@ class Reproduction(Evaluation):
             more_tables=[
                 Table(
                     "Means over the optimizees",
-                    ["optimizer", *(MEASURES[key].name for key in _SUMMARISED)],
+                    ["optimizer", *(COLUMNS[key].name for key in _SUMMARISED)],
                     [_mean_row(records, contestant.name) for contestant in contestants],
                 ),
                 *(_paired_table(comparisons, key, num_seeds) for key in COMPARED),
@@ -185,14 +185,14 @@ def compare(
     setting = tuned(benchmark, contestant, min(num_seeds, NUM_TUNING_SEEDS), cache)
     runs = [run(benchmark, contestant, setting, seed, cache, curvature) for seed in range(num_seeds)]
     record: Record = {"optimizee": benchmark.name, "optimizer": contestant.name, "lr": setting.lr}
-    record |= {key: [measure.value(result, split) for result in runs] for key, measure in MEASURES.items()}
+    record |= {key: [column.value(result, split) for result in runs] for key, column in COLUMNS.items()}
     return record | {"seconds": [result["seconds"] for result in runs]}
 
 
 def compare_pairs(records: Sequence[Record], pairs: Sequence[Pair]) -> list[Record]:
     """Return the paired differences regularized - plain: of each optimizee, and of the mean over them."""
     cells = {(record["optimizee"], record["optimizer"]): record for record in records}
-    names = list(dict.fromkeys(record["optimizee"] for record in records))
+    names = _standings.names(records, "optimizee")
     comparisons: list[Record] = []
     for pair in pairs:
         for key in COMPARED:
@@ -212,8 +212,8 @@ def _log(value: float) -> float:
 
 def _row(record: Record) -> list[str]:
     cells = [
-        mean_pm_std(record[key], measure.digits, measure.scale)
-        for key, measure in MEASURES.items()
+        mean_pm_std(record[key], column.digits, column.scale)
+        for key, column in COLUMNS.items()
         if key not in _MEANS_ONLY
     ]
     return [record["optimizee"], record["optimizer"], f"{record['lr']:g}", *cells]
@@ -223,18 +223,18 @@ def _mean_row(records: Sequence[Record], optimizer: str) -> list[str]:
     """Return means over optimizees, and the spread of that mean over seeds."""
     own = [record for record in records if record["optimizer"] == optimizer]
     cells = [[fmean(of_seed) for of_seed in zip(*(record[key] for record in own), strict=True)] for key in _SUMMARISED]
-    formats = [MEASURES[key] for key in _SUMMARISED]
+    formats = [COLUMNS[key] for key in _SUMMARISED]
     return [optimizer, *(mean_pm_std(cell, one.digits, one.scale) for cell, one in zip(cells, formats, strict=True))]
 
 
 def _paired_table(comparisons: Sequence[Record], key: str, num_seeds: int) -> Table:
     """Lay out the differences of one measure as pairs x optimizees."""
     own = [record for record in comparisons if record["measure"] == key]
-    names = list(dict.fromkeys(record["optimizee"] for record in own))
+    names = _standings.names(own, "optimizee")
     rows: dict[str, list[str]] = {}
     for record in own:
-        rows.setdefault(_label(record), []).append(_interval(record).text(MEASURES[key].digits, MEASURES[key].scale))
-    title = f"{MEASURES[key].name}: regularized less plain, paired, 95 % interval over {num_seeds} seeds"
+        rows.setdefault(_label(record), []).append(_interval(record).text(COLUMNS[key].digits, COLUMNS[key].scale))
+    title = f"{COLUMNS[key].name}: regularized less plain, paired, 95 % interval over {num_seeds} seeds"
     return Table(title, ["pair", *names], [[label, *cells] for label, cells in rows.items()])
 
 
@@ -264,8 +264,7 @@ def _draw_minima(figure: Figure, records: Sequence[Record], variants: dict[str, 
     """
     from matplotlib.lines import Line2D
 
-    names = list(dict.fromkeys(record["optimizee"] for record in records))
-    optimizers = list(dict.fromkeys(record["optimizer"] for record in records))
+    names, optimizers = (_standings.names(records, key) for key in ("optimizee", "optimizer"))
     others = [optimizer for optimizer in optimizers if optimizer not in variants]
 
     def style(optimizer: str) -> dict[str, Any]:
@@ -308,7 +307,7 @@ def _draw_pairs(figure: Figure, comparisons: Sequence[Record]) -> None:
     from matplotlib.lines import Line2D
 
     labels = list(dict.fromkeys(map(_label, comparisons)))
-    names = [name for name in dict.fromkeys(record["optimizee"] for record in comparisons) if name != MEAN]
+    names = [name for name in _standings.names(comparisons, "optimizee") if name != MEAN]
     colours = {name: f"C{index % 10}" for index, name in enumerate(names)} | {MEAN: "k"}
     figure.set_size_inches(11, 1.6 + 0.9 * len(labels))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -317,10 +316,10 @@ def _draw_pairs(figure: Figure, comparisons: Sequence[Record]) -> None:
         for record in own:
             above = list(colours).index(record["optimizee"]) - len(names)
             height = labels.index(_label(record)) + 0.11 * above
-            _draw_interval(axes, height, record, MEASURES[key], colours[record["optimizee"]])
+            _draw_interval(axes, height, record, COLUMNS[key], colours[record["optimizee"]])
         # Intervals of single optimizees may be so wide that those of the means could not be seen.
         ends = [_interval(record) if record["optimizee"] == MEAN else (record["mean"],) for record in own]
-        seen = [0.0, *(MEASURES[key].scale * end for some in ends for end in some if math.isfinite(end))]
+        seen = [0.0, *(COLUMNS[key].scale * end for some in ends for end in some if math.isfinite(end))]
         margin = 0.1 * (max(seen) - min(seen)) or 1.0
         axes.set_xlim(min(seen) - margin, max(seen) + margin)
         axes.axvline(0, color="0.4", linewidth=1)
@@ -333,8 +332,8 @@ def _draw_pairs(figure: Figure, comparisons: Sequence[Record]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
 
 
-def _draw_interval(axes: Axes, height: float, record: Record, measure: Measure, colour: str) -> None:
-    mean, low, high = (measure.scale * end for end in _interval(record))
+def _draw_interval(axes: Axes, height: float, record: Record, column: Column, colour: str) -> None:
+    mean, low, high = (column.scale * end for end in _interval(record))
     large = record["optimizee"] == MEAN
     axes.errorbar(
         mean,

@@ -67,7 +67,7 @@ class Robustness(Evaluation):
 
     summary = "divergence over widths, depths, batch sizes and architectures"
 
-    seeds: int = option(1, "runs per cell", at_least=1)
+    seeds: int = option(1, "runs per cell")
     pretrained: str = option(default_name(), "weights of FlatOpt: name, folder or Hub id (default: %(default)s)")
 
     def report(self, cache: RunCache) -> Report:

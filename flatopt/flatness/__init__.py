@@ -1,8 +1,9 @@
 """Flatness of a minimum, for any model: curvature, local entropy and sharpness of a function of parameters.
 
-Every function takes ``loss_fn``, a function from a dict of tensors to a 0-D tensor, and ``params``, the dict where to
-measure. For a ``torch.nn.Module``, :func:`module_loss` makes both from data.  The classes are the same measures as
-penalties, with their randomness as an argument, normalised so that coefficients carry over between sizes of model.
+For a ``torch.nn.Module``, :func:`flatness_of` measures all at once, and :func:`module_loss` makes what each measure
+takes: ``loss_fn``, a function from a dict of tensors to a 0-D tensor, and ``params``, the dict where to measure.  The
+classes are the same measures as penalties, with their randomness as an argument, normalised so that coefficients carry
+over between sizes of model.
 
 Example:
     >>> import torch

@@ -61,9 +61,9 @@ class Ranks:
         """Whether this process writes and prints."""
         return self.rank == 0
 
-    def own(self, num_pairs: int) -> Tensor:
+    def own(self, count: int) -> Tensor:
         """Return the problems that this process trains, int64."""
-        return torch.tensor(range(self.rank, num_pairs, self.size), dtype=torch.int64)
+        return torch.tensor(range(self.rank, count, self.size), dtype=torch.int64)
 
     def run(
         self, unroll: Unroll, weights_N: Weights, runs: Runs, copies: int, generator: torch.Generator
@@ -71,20 +71,20 @@ class Ranks:
         """Run one truncation of all runs, each by the process that owns its problem."""
         if self.size == 1:
             return unroll.run(weights_N, runs, copies, generator)
-        num_pairs = len(runs.step) // copies
-        pairs = self.own(num_pairs).to(runs.step.device)
-        where = torch.cat([pairs + copy * num_pairs for copy in range(copies)])
+        num_problems = len(runs.step) // copies
+        own = self.own(num_problems).to(runs.step.device)
+        where = torch.cat([own + copy * num_problems for copy in range(copies)])
         weights, mine = map_tree(lambda value: value[where], (weights_N, runs))
         parts = []
         for length in unroll.lengths():
-            draws = _select(unroll.draw(runs, copies, generator, length), pairs)
-            if len(pairs) > 0:
+            draws = _select(unroll.draw(runs, copies, generator, length), own)
+            if len(own) > 0:
                 mine, losses = unroll.unroll(weights, mine, draws, copies)
                 parts.append(losses)
         like = torch.zeros(unroll.truncation_length, len(runs.step), device=runs.step.device)
         all_losses = StepLosses(*(like.clone() for _ in StepLosses._fields))
         after = map_tree(torch.zeros_like, runs)
-        if len(pairs) > 0:
+        if len(own) > 0:
             after = map_tree(lambda whole, part: whole.index_copy(0, where, part), after, mine)
             all_losses = map_tree(lambda whole, part: whole.index_copy(1, where, part), all_losses, join_losses(parts))
         return self.sum((after, all_losses))

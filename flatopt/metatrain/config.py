@@ -56,7 +56,7 @@ class TaskConfig:
     """One family of inner problems and how many of them a meta-update runs."""
 
     name: str
-    """Family, a key of the named tasks of :mod:`flatopt.tasks`."""
+    """Family, a key of :data:`flatopt.metatrain.families.FAMILIES`."""
     num_tasks: Count = 32
     """Inner problems run side by side; an evolution strategy runs each twice, at antithetic weights."""
     min_steps: Count = 150
@@ -86,8 +86,8 @@ class TaskConfig:
 class FlatnessConfig:
     """A measure of flatness as a penalty: which one, how much, and at which steps of a run.
 
-    The penalty is ``coefficient * measure`` at the steps where the schedule is on and 0 at the others.  A measure that
-    can be negative counts as 0 there, so that negative curvature is never rewarded, unless ``signed``.
+    The penalty is ``coefficient * measure`` at the steps where the schedule is on and 0 at the others.  A value below
+    0 counts as 0 there, so that negative curvature is never rewarded, unless ``signed``.
 
     Example:
         >>> FlatnessConfig(name="trace", options={"num_matvecs": 2}).build_measure()

@@ -126,11 +126,11 @@ def restart(
     num_steps: int | None = None,
 ) -> tuple[Runs, Tensor]:
     """Start the runs anew that have reached their horizon; return all, and the indices of the new problems, int64."""
-    num_pairs = len(runs.step) // copies
-    done = (runs.step[:num_pairs] >= runs.horizon[:num_pairs]).nonzero()[:, 0]
+    num_problems = len(runs.step) // copies
+    done = (runs.step[:num_problems] >= runs.horizon[:num_problems]).nonzero()[:, 0]
     if len(done) == 0:
         return runs, done
-    where = torch.cat([done + copy * num_pairs for copy in range(copies)])
+    where = torch.cat([done + copy * num_problems for copy in range(copies)])
     weights = {name: weight[where] for name, weight in weights_N.items()}
     return replace_runs(runs, unroll.start(weights, len(done), copies, generator, num_steps), where), done
 

@@ -14,7 +14,9 @@ good whenever it is stopped.  The meta-loss is the mean of :math:`J_t` over step
 
 with :math:`F_0` the loss at the start of the run, on its first batch; :math:`e` is the fraction of wrong classes, or
 the mean squared error.  :math:`R` is a measure of flatness of the loss on the training batch, at the parameters before
-the step, and :math:`s_t` is 1 where its schedule is on, else 0.  Truncated backpropagation differentiates :math:`R` in
+the step, and :math:`s_t` is 1 where its schedule is on, else 0.  Of a rule that keeps an average of the parameters,
+:math:`f_\text{meta}`, :math:`e` and :math:`R` are those of the average; :math:`f_\text{train}`, whose gradient the rule
+sees, is not.  Truncated backpropagation differentiates :math:`R` in
 :math:`x_t`; evolution strategies only evaluate it.
 
 References:

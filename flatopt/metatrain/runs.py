@@ -116,5 +116,10 @@ def share_weights(weights: Weights, num_runs: int) -> Weights:
     return {name: weight.expand(num_runs, *weight.shape) for name, weight in weights.items()}
 
 
+def repeat_weights(weights: Weights, num_runs: int) -> Weights:
+    """Return a copy of the weights for every run, ``[N, ...]``."""
+    return {name: weight.repeat(num_runs, *(1,) * weight.dim()) for name, weight in weights.items()}
+
+
 def _copies(value: Tensor, copies: int, dim: int = 0) -> Tensor:
     return torch.cat([value] * copies, dim) if copies > 1 else value

@@ -12,6 +12,7 @@ import torch
 
 from .config import MetaTrainConfig, ObjectiveConfig, TaskConfig
 from .inner_training import Families
+from .runs import repeat_weights
 from .unroll import Mode, can_compile
 
 NUM_PROBLEMS = 64
@@ -68,8 +69,7 @@ def _prepare(mode: Mode) -> Callable[[], object]:
     rule = config.build_rule()
     unroll = replace(Families.from_config(config, rule, torch.device("cpu")).unrolls[0], mode=mode)
     generator = torch.Generator().manual_seed(0)
-    weights = rule.init_weights(generator)
-    weights_N = {name: weight.repeat(NUM_PROBLEMS, *(1,) * weight.dim()) for name, weight in weights.items()}
+    weights_N = repeat_weights(rule.init_weights(generator), NUM_PROBLEMS)
     runs = unroll.start(weights_N, NUM_PROBLEMS, 1, generator)
 
     def run() -> object:

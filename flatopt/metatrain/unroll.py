@@ -64,27 +64,27 @@ class Unroll:
     def start(
         self,
         weights_N: Weights,
-        num_pairs: int,
+        num_problems: int,
         copies: int,
         generator: torch.Generator,
         num_steps: int | None = None,
     ) -> Runs:
-        """Return ``copies * num_pairs`` fresh runs; copy ``c`` of problem ``i`` is run ``c * num_pairs + i``.
+        """Return ``copies * num_problems`` fresh runs; copy ``c`` of problem ``i`` is run ``c * num_problems + i``.
 
         Args:
-            weights_N: weights of each run, ``[copies * num_pairs, ...]``.
-            num_pairs: number of different problems.
+            weights_N: weights of each run, ``[copies * num_problems, ...]``.
+            num_problems: number of different problems.
             copies: runs of each problem, which share initial parameters and batches.
             generator: CPU generator.
             num_steps: horizon of all of them, drawn from the bounds of the task if ``None``.
         """
-        problems = self.distribution.sample_problems(num_pairs, generator, self.device)
+        problems = self.distribution.sample_problems(num_problems, generator, self.device)
         bounds = (self.task.min_steps, self.task.max_steps) if num_steps is None else (num_steps, num_steps)
         shortest, longest = (bound / self.truncation_length for bound in bounds)
-        draw = torch.rand(num_pairs, generator=generator)
+        draw = torch.rand(num_problems, generator=generator)
         log_length = math.log(shortest) + draw * (math.log(longest) - math.log(shortest))
         horizon = (log_length.exp().round().clamp(min=1) * self.truncation_length).to(self.device)
-        unknown = torch.rand(num_pairs, generator=generator) < self.task.unknown_horizon_probability
+        unknown = torch.rand(num_problems, generator=generator) < self.task.unknown_horizon_probability
         told = torch.where(unknown.to(self.device), torch.full_like(horizon, math.inf), horizon)
         repeated = map_tree(lambda value: value.repeat(copies, *(1,) * (value.dim() - 1)), problems)
         params = repeated.params
@@ -94,18 +94,18 @@ class Unroll:
             params=params,
             states={name: init_state(weights_N, param) for name, param in params.items()},
             shared=vmap(self.rule.init_shared)(weights_N),
-            step=torch.zeros(copies * num_pairs, device=self.device),
+            step=torch.zeros(copies * num_problems, device=self.device),
             horizon=horizon.repeat(copies),
             num_steps=told.repeat(copies),
-            initial_loss=torch.zeros(copies * num_pairs, device=self.device),
+            initial_loss=torch.zeros(copies * num_problems, device=self.device),
             average={name: param.clone() for name, param in params.items()} if self.rule.average else {},
         )
         return map_tree(torch.Tensor.contiguous, runs)
 
-    def prepare(self, weights_N: Weights, num_pairs: int, copies: int) -> None:
+    def prepare(self, weights_N: Weights, num_problems: int, copies: int) -> None:
         """Take a first step of runs that are thrown away: what is recorded and compiled for it serves all others."""
         generator = torch.Generator().manual_seed(0)
-        runs = self.start(weights_N, num_pairs, copies, generator)
+        runs = self.start(weights_N, num_problems, copies, generator)
         self.unroll(weights_N, runs, self.draw(runs, copies, generator, 1), copies)
 
     def run(self, weights_N: Weights, runs: Runs, copies: int, generator: torch.Generator) -> tuple[Runs, StepLosses]:

@@ -50,7 +50,7 @@ class Validation:
         num_steps: length of the runs where a call does not say; the longest horizon of each family if ``None``.
         seed: seed of problems and batches.
         relative: compare with the rule's initial weights, with horizons told and not told.
-        num_lengths: lengths of runs that are not told theirs above, from the shortest to the longest horizon.
+        num_lengths: without ``num_steps``, how many lengths, from a family's shortest horizon to its longest.
         ranks: the processes that share the families.
     """
 

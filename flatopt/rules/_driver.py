@@ -2,7 +2,8 @@
 
 It packs coordinates, calls the phases of :class:`UpdateRule`, and forms the sums between them.
 
-Legend as in :mod:`flatopt.rules._rule`; ``*`` is an axis of models in front of everything, or nothing.
+Legend as in :mod:`flatopt.rules._rule`; ``*`` is an axis of models in front of everything, or nothing, and ``T`` are
+the terms of ``couple``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ._sums import Reduce, Sums, couple_strips, multiply_strips
 
 
 class Plan(NamedTuple):
-    """How the driver works; nothing here changes what is computed but for rounding."""
+    """How the driver works: where results go, how work is cut up, and which parts of the tensors are here."""
 
     update: Update | None = None
     """Work in place, and apply the steps so; ``None`` for a pure call."""

@@ -7,7 +7,8 @@ statistics cost one small reduction per step and large tensors can be cut in pie
 2. ``mix``      tensors: turn the sums of each tensor into a few control numbers;
 3. ``propose``  coordinates: turn accumulators and control numbers into a step.
 
-Two of the five rules need no more than ``propose``.  A rule may add
+``l2o-dm`` needs no more than ``propose``, ``adam`` and ``rnnprop`` no more than ``observe`` and ``propose``.  A rule
+may add
 
 - ``prepare``, before them all: what is remembered of the earlier steps, as a few numbers per tensor;
 - ``strip_rows``, ``matrix`` and ``couple``, for a rule that treats matrices as matrices: after ``observe``,
@@ -62,7 +63,7 @@ class TensorFacts(NamedTuple):
     given: Tensor
     """What ``prepare`` returned, ``[G, ...]``."""
     coupled: Tensor
-    """What ``couple`` made of ``matrix``, ``[n]``; zero for vectors, empty for a rule that couples nothing."""
+    """What ``couple`` made of ``matrix``, ``[n]``; zero for vectors; empty in ``observe``, and without strips."""
 
 
 class TensorShape(NamedTuple):
@@ -77,7 +78,8 @@ class TensorShape(NamedTuple):
     def of(cls, shape: Sequence[int], *, is_complex: bool = False) -> TensorShape:
         """Return what a parameter's shape means; a complex number counts as two inputs.
 
-        A tensor with fewer than two axes longer than 1 is a vector, and so is an empty one.
+        A tensor with fewer than two axes longer than 1 is a vector; so is one whose first axis has length 1, and an
+        empty one.
 
         Example:
             >>> TensorShape.of((16, 8, 3, 3)), TensorShape.of((5,)), TensorShape.of((5, 1)).is_matrix
@@ -182,10 +184,11 @@ class UpdateRule(ABC):
     def init_state(self, weights: Weights, param: Tensor, generator: torch.Generator | None = None) -> State:
         """Return the state of one parameter before its first step, ``vector_state`` included.
 
+        The driver counts steps in ``state["step"]``; every rule starts it at zero.
+
         Args:
             weights: the rule's weights (some rules start from learned vectors).
             param: the whole parameter, any shape, real floating dtype; defines device and dtype.
-                The driver counts in ``state["step"]``; every rule starts it at zero.
             generator: source of the random initial values of the rules that have any.
         """
 
@@ -236,7 +239,7 @@ class UpdateRule(ABC):
         return {}, []
 
     def matrix(self, weights: Weights, state: State, grad: Tensor, facts: TensorFacts) -> Tensor:
-        """Return ``[n]``, of which the strips are made.  Called after ``observe``, for matrices only."""
+        """Return ``[n]``, of which the strips are made.  Called twice after ``observe``, for matrices only."""
         raise NotImplementedError
 
     def couple(self, weights: Weights, grams_Kss: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -8,7 +8,7 @@ A matrix ``[outputs, inputs]`` is cut along its *shorter* axis into strips of :c
 
 is a sum over that axis: pieces of a tensor, and shards of it on several processes, add up.
 
-Legend: ``*`` models and tensors of one shape, ``k`` strips of a tensor, ``S`` rows of a Gram matrix.
+Legend: ``*`` models and tensors of one shape, ``k`` strips of a tensor, ``s`` rows of a Gram matrix.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Strips(NamedTuple):
         return cls(shape.num_inputs < shape.num_outputs, size, -(-short // size), size)
 
     def gram(self, matrix: Tensor) -> Tensor:
-        """Return ``[*, k, S, S]`` for ``[*, outputs, inputs]``, for some of the strips or a part of the long axis."""
+        """Return ``[*, k, s, s]`` for ``[*, outputs, inputs]``, for some of the strips or a part of the long axis."""
         parts = []
         for strips in self._cut(matrix):
             gram, rest = strips @ strips.mT, self.padded - strips.shape[-2]
@@ -57,7 +57,7 @@ class Strips(NamedTuple):
         return parts[0] if len(parts) == 1 else torch.cat(parts, -3)
 
     def couple(self, factors: Tensor, matrix: Tensor) -> Tensor:
-        """Multiply each strip of ``[*, outputs, inputs]`` by its factor, ``[*, k, S, S]``."""
+        """Multiply each strip of ``[*, outputs, inputs]`` by its factor, ``[*, k, s, s]``."""
         parts, first = [], 0
         for strips in self._cut(matrix):
             rows, k = strips.shape[-2], strips.shape[-3]

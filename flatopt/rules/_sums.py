@@ -41,7 +41,7 @@ class Sums:
         return totals[0] if len(totals) == 1 else torch.cat(totals, -1)
 
     def total_grams(self) -> dict[int, Tensor]:
-        """Return the Gram matrices ``[*, tensors, k, S, S]`` of the groups of matrices."""
+        """Return the Gram matrices ``[*, tensors, k, s, s]`` of the groups of matrices."""
         totals = {}
         for index, parts in enumerate(self.grams):
             if len(parts) == 1:
@@ -56,7 +56,7 @@ class Sums:
 def couple_strips(
     sums: Sums, rule: UpdateRule, phases: Phases, weights: Weights, reduce: Reduce | None, most: int | None = None
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Return the factors ``[*, tensors, k, S, S]`` of each group of matrices, and the sums of all ``[*, N, S]``.
+    """Return the factors ``[*, tensors, k, s, s]`` of each group of matrices, and the sums of all ``[*, N, S]``.
 
     About ``most`` coordinates of Gram matrices are handled at once.
     """

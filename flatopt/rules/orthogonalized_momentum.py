@@ -28,15 +28,15 @@ with :math:`\bar X` clipped to :math:`\pm 5`.  A vector has :math:`u_t` over its
 :math:`K` is the number of strips of a matrix: where they share directions, their steps add up.  The schedule
 :math:`s_t` is a warm-up over 30 steps (over a fifth of a shorter known run, but at least 15), times a power, 1 before
 learning, of :math:`\cos(\pi (t - 1) / 2T)` where the length :math:`T` of the run is known, and
-:math:`(1 + t/100)^{-0.5}` where it is not; that power stays below 1, so that no run ends by itself.  There step and
-decay have one more learned factor each.  :math:`\rho_t` is the root mean square of the gradient over its largest so
-far: it falls as training data are learned by heart.  :math:`\sigma_t` is 6 times the root mean square of the momentum
-over that of the gradient.  That ratio is the size of Adam's step: 1 for a gradient without noise, near 1/6 in most
-runs.  :math:`r_t` tells what is large, as gains and embeddings are: half the root mean square of the tensor times
+:math:`(1 + t/100)^{-0.5}` where it is not; this power is learned too and stays below 1, so that no run ends by itself.
+There step and decay have one more learned factor each.  :math:`\rho_t` is the root mean square of the gradient over its
+largest so far: it falls as training data are learned by heart.  :math:`\sigma_t` is 6 times the root mean square of the
+momentum over that of the gradient.  That ratio is the size of Adam's step: 1 for a gradient without noise, near 1/6 in
+most runs.  :math:`r_t` tells what is large, as gains and embeddings are: half the root mean square of the tensor times
 :math:`\sqrt{\text{inputs}}`, but at least 1.  Steps may shrink with noise and gradient; decay may grow with noise, with
-what is learned by heart, and late, and spare what is large.  The powers are ``gradient_power, noise_step, noise_decay,
-late_decay, gradient_decay, size_decay``; they see :math:`s_t \ge 0.05`, :math:`0.3 \le \sigma_t \le 120`,
-:math:`r_t \le 20` and, in the decay, :math:`\rho_t \ge 0.05`.
+what is learned by heart, and late, and spare what is large.  Their powers :math:`q, p, h, l, g, k` are
+``gradient_power, noise_step, noise_decay, late_decay, gradient_decay, size_decay`` below; they see
+:math:`s_t \ge 0.05`, :math:`0.3 \le \sigma_t \le 120`, :math:`r_t \le 20` and, in the decay, :math:`\rho_t \ge 0.05`.
 
 The controller is linear: from what the tensor's own sums, its shape and the time tell
 (:meth:`OrthogonalizedMomentum.mix` lists it) it finds :math:`\lambda, \omega` and the :math:`\mu` of the next step,
@@ -100,14 +100,14 @@ CONSTANTS = (
 CONSTANT_SCALE = 4.0
 """What their weights are multiplied by: an evolution strategy perturbs all weights alike, and these matter more."""
 
-NUM_FEATURES = 17
+NUM_FEATURES = 17  # five of the sums, three of the shape, four of the step, five of the length of the run
 STEP_SCALES = (10.0, 100.0, 1000.0)
-FEATURE_BOUND = 3.0
-DIRECTION_BOUND = 5.0
-MIN_SCHEDULE = 0.05
-USUAL_SIGNAL = 1 / 6
-LARGE_SIZE = 2.0
-FREE_STRIPS = 4
+FEATURE_BOUND = 3.0  # where features, and the logarithms that powers see, are clipped
+DIRECTION_BOUND = 5.0  # where directions are clipped, in root mean squares
+MIN_SCHEDULE = 0.05  # the least that the decay sees
+USUAL_SIGNAL = 1 / 6  # root mean square of the momentum over that of the gradient, in most runs
+LARGE_SIZE = 2.0  # root mean square times the root of the inputs from which on a tensor is large
+FREE_STRIPS = 4  # more shorten the step: steps of strips add up in a direction that they share
 
 
 class _Measured(NamedTuple):
@@ -360,7 +360,7 @@ class OrthogonalizedMomentum(UpdateRule):
 def _columns(
     shapes: tuple[TensorShape, ...], rows: StripRows | None, min_inputs: float, vector_inputs: float
 ) -> list[tuple[float, ...]]:
-    """Return what is known of each tensor before training: five numbers for formulas, then three features."""
+    """Return of each tensor 1 / size, root of the longer axis (0: vector), fan, is_matrix, crowding; three features."""
     columns = []
     for shape in shapes:
         strips = Strips.of(shape, rows)
@@ -377,7 +377,7 @@ def _columns(
 
 
 def _factors(weights: Weights) -> dict[str, Tensor]:
-    """Return the learned factors of all constants, 1 before learning."""
+    """Return the learned factors of all constants, 1 before learning; those of the six powers are not used."""
     logs = torch.stack([weights[f"constants.{name}"] for name in CONSTANTS])
     return dict(zip(CONSTANTS, (CONSTANT_SCALE * logs).exp().unbind(), strict=True))
 

@@ -260,4 +260,4 @@ def test_a_diverged_run_has_no_curvature(tmp_path: Path) -> None:
         patch.setattr("flatopt.evaluate._training.measure", lambda *_: (math.inf, 0.0))
         result = run(problem, contestant, Setting(0.1), 0, RunCache(tmp_path / "runs.sqlite3"), TOY)
     assert all(math.isnan(result[key]) for key in MEASURES)
-    assert math.isnan(reproduction.MEASURES["gap"].value(result, "test"))
+    assert math.isnan(reproduction.COLUMNS["gap"].value(result, "test"))

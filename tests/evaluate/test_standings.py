@@ -6,8 +6,9 @@ import math
 
 import pytest
 import scipy.stats
+from matplotlib.figure import Figure
 
-from flatopt.evaluate import _standings
+from flatopt.evaluate import _figures, _standings
 from flatopt.evaluate._cache import Record
 
 
@@ -54,6 +55,21 @@ def test_mean_difference_is_paired_by_seed_with_intervals_over_tasks_and_seeds()
 def test_ranks_are_over_the_tasks_that_all_have_and_wins_over_those_that_one_has() -> None:
     assert _standings.mean_ranks(CELLS, ["Adam", "SGD", "FlatOpt"]) == {"Adam": 2.5, "SGD": 2.5, "FlatOpt": 1.0}
     assert _standings.wins(CELLS, ["Adam", "SGD", "FlatOpt"]) == {"Adam": 1, "SGD": 0, "FlatOpt": 2}
+
+
+def test_the_figure_of_ranks_draws_the_ranks_of_the_table() -> None:
+    figure = Figure()
+    names = ["Adam + cosine", "SGD", "FlatOpt"]
+    records = [
+        record | {"optimizer": "Adam + cosine"} if record["optimizer"] == "Adam" else record for record in RECORDS
+    ]
+    more = [record | {"optimizer": "Adam"} for record in records if record["optimizer"] == names[0]]
+    _figures.draw_ranks(figure, [*records, *more])
+    (axes,) = figure.axes
+    drawn = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "None"]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    ranks = _standings.mean_ranks(_standings.by_cell([*records, *more]), ["Adam", "SGD", "FlatOpt"])
+    assert dict(zip(labels, drawn, strict=True)) == ranks  # the reference is a part of Adam, and no rival
 
 
 def test_profile_is_the_share_of_tasks_within_a_ratio_of_the_smallest_error() -> None:

@@ -12,6 +12,10 @@ from flatopt.metatrain.families import FAMILIES
 NAMES = [f"{rule}{end}" for rule in ("l2o-dm", "rnnprop", "l2o-scale") for end in ("", "-hessian", "-entropy")]
 
 
+def test_every_published_recipe_is_tested_here():
+    assert set(NAMES) == RECIPES.keys() - {"smoke", "flat-v2"}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_variants_differ_by_their_penalty_alone(name):
     config = RECIPES[name]()

@@ -20,9 +20,9 @@ NUM_PAIRS, COPIES = 2, 2
 META_ONLY = ObjectiveConfig()
 
 
-def start(unroll: Unroll, num_pairs: int = NUM_PAIRS, copies: int = COPIES) -> tuple[Weights, Runs]:
-    weights = stack_weights(num_pairs * copies, rule=unroll.rule)
-    return weights, unroll.start(weights, num_pairs, copies, torch.Generator().manual_seed(1))
+def start(unroll: Unroll, num_problems: int = NUM_PAIRS, copies: int = COPIES) -> tuple[Weights, Runs]:
+    weights = stack_weights(num_problems * copies, rule=unroll.rule)
+    return weights, unroll.start(weights, num_problems, copies, torch.Generator().manual_seed(1))
 
 
 def row(tree, index: int):
@@ -224,7 +224,7 @@ def test_draws_have_train_and_meta_batches_then_noise_of_step_after_step():
 
 def test_copies_share_problem_start_and_horizon():
     unroll = make_unroll("norm")
-    weights, runs = start(unroll, num_pairs=3, copies=2)
+    weights, runs = start(unroll, num_problems=3, copies=2)
     for name, value in by_path(runs).items():
         if not name.startswith(".states"):
             assert torch.equal(value[:3], value[3:]), name
@@ -236,7 +236,7 @@ def test_copies_share_problem_start_and_horizon():
 def test_horizons_are_log_uniform_multiples_of_the_truncation(probability):
     bounds = [("min_steps", 30), ("max_steps", 3000), ("unknown_horizon_probability", probability)]
     unroll = make_unroll("mlp", task=bounds)
-    runs = start(unroll, num_pairs=800, copies=1)[1]
+    runs = start(unroll, num_problems=800, copies=1)[1]
     assert (runs.horizon % 3 == 0).all() and (runs.horizon >= 30).all() and (runs.horizon <= 3000).all()
     # Uniform between log 30 and log 3000: mean 5.7, deviation log(100) / sqrt(12); four standard errors.
     log = runs.horizon.log()
@@ -256,7 +256,7 @@ def test_horizon_is_at_least_one_truncation():
 
 def test_replaced_runs_are_the_named_ones():
     unroll = make_unroll("mlp")
-    _, old = start(unroll, num_pairs=4, copies=1)
+    _, old = start(unroll, num_problems=4, copies=1)
     fresh = unroll.start(stack_weights(2), 2, 1, torch.Generator().manual_seed(9))
     mixed = replace_runs(old, fresh, torch.tensor([3, 1]))
     for name, value in by_path(mixed).items():

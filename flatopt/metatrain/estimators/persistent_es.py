@@ -39,7 +39,7 @@ from torch import Tensor
 from ...rules import Weights
 from .._ranks import Ranks
 from ..inner_training import Families, mean_losses, restart
-from ..runs import choose_runs
+from ..runs import choose_runs, repeat_weights
 from ..unroll import Unroll
 from ._estimator import EstimatorState, GradientEstimator, MetaGradient, Track, untracked
 
@@ -74,7 +74,7 @@ class PersistentES(GradientEstimator):
         for _, unroll in zip(self.track(self.families.names, "preparing"), self.families.unrolls, strict=True):
             num_pairs = len(self.ranks.own(unroll.task.num_tasks))
             if num_pairs > 0:
-                unroll.prepare(_repeat(weights, 2 * num_pairs), num_pairs, 2)
+                unroll.prepare(repeat_weights(weights, 2 * num_pairs), num_pairs, 2)
 
     def init(self, weights: Weights, generator: torch.Generator, num_steps: int | None = None) -> EstimatorState:
         """Start all runs, each already somewhere between its start and its horizon, trained there by ``weights``."""
@@ -85,7 +85,7 @@ class PersistentES(GradientEstimator):
                 state[name] = {}
                 continue
             num_pairs = unroll.task.num_tasks
-            repeated = _repeat(weights, 2 * num_pairs)
+            repeated = repeat_weights(weights, 2 * num_pairs)
             runs = unroll.start(repeated, num_pairs, 2, generator, num_steps)
             start = torch.rand(num_pairs, generator=generator).repeat(2).to(runs.horizon)
             start = (start * runs.horizon / unroll.truncation_length).floor() * unroll.truncation_length
@@ -203,7 +203,3 @@ def signal_to_noise(mean: Weights, variance: float) -> float:
 def squared_norm(gradient: Weights) -> float:
     """Return the squared Euclidean norm over all weights, summed in double."""
     return float(torch.stack([value.double().square().sum() for value in gradient.values()]).sum())
-
-
-def _repeat(weights: Weights, num_runs: int) -> Weights:
-    return {name: weight.repeat(num_runs, *(1,) * weight.dim()) for name, weight in weights.items()}
