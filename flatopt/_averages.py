@@ -7,6 +7,7 @@ is kept beside it, under ``ITERATE``.  All is local: a shard has the average of 
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Mapping, MutableMapping, Sequence
 from copy import copy
@@ -25,6 +26,8 @@ from .rules import PolynomialAverage
 
 _showing: weakref.WeakSet[Averaging] = weakref.WeakSet()
 """Optimizers that have put averages in the place of parameters."""
+_lock = threading.Lock()
+"""Held while ``_showing`` is read or changed: models may be trained in threads."""
 
 
 class Averaging(Optimizer):
@@ -64,7 +67,9 @@ class Averaging(Optimizer):
             state[ITERATE] = copy_of(param)
         for param, state in exchanged:
             _move(local_values(param), dtensor.local_view(state[AVERAGE]), 1.0)
-            _showing.add(self)
+        if exchanged:
+            with _lock:
+                _showing.add(self)
         for group in self.param_groups:
             group[SHOWS_AVERAGES] |= int(any(ITERATE in state for _, state in self._checked_states([group])))
 
@@ -79,9 +84,7 @@ class Averaging(Optimizer):
         for param, state in exchanged:
             local_values(param).copy_(dtensor.local_view(state[ITERATE]))
             del state[ITERATE]
-        _showing.discard(self)
-        for group in self.param_groups:
-            group[SHOWS_AVERAGES] = 0
+        self._show_no_more()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, as any optimizer of torch."""
@@ -96,15 +99,36 @@ class Averaging(Optimizer):
             check_average_shapes(self.state[param], param, self.param_groups)
         return [(param, self.state[param]) for param in params]
 
+    def _others(self) -> list[Averaging]:
+        """Return the other optimizers that have put averages in the place of parameters."""
+        with _lock:
+            return [other for other in _showing if other is not self]
+
     def _refuse_averages_of_others(self, params: Sequence[Tensor]) -> None:
         """Raise ``RuntimeError`` if a parameter holds the average that another optimizer keeps of it."""
-        for other in _showing - {self}:
+        for other in self._others():
             for param in params:
                 if ITERATE in other.state.get(param, {}):
                     raise RuntimeError(
                         f"{name_of(param, self.param_groups)} holds the average that another optimizer keeps of it: "
                         "call train() of that one first, or give the parameter to one optimizer only"
                     )
+
+    def _take_from_others(self) -> None:
+        """Go on from averages that other optimizers show: those do not put anything in their place any more."""
+        for other in self._others():
+            own = (param for group in self.param_groups for param in group["params"] if param.grad is not None)
+            for param in own:
+                other.state.get(param, {}).pop(ITERATE, None)
+            if not any(ITERATE in state for state in other.state.values()):
+                other._show_no_more()
+
+    def _show_no_more(self) -> None:
+        """Note that no average of this optimizer stands in the place of a parameter."""
+        with _lock:
+            _showing.discard(self)
+        for group in self.param_groups:
+            group[SHOWS_AVERAGES] = 0
 
 
 def check_no_average(groups: Sequence[dict[str, Any]]) -> None:
@@ -154,7 +178,7 @@ def advance_averages(
         latest = of_all if is_of_one_rank(param) else of_replicas
         taken, step, num_steps = clocks.get(param, (latest, 0.0, math.inf))
         stride = rule.stride(taken)
-        share = rule.landing_share(step, num_steps) if step == latest else 0.0  # a run may stand still
+        share = rule.landing_share(step, num_steps)
         is_due = taken > 0 and taken % stride == 0
         if not (is_due or share):
             continue

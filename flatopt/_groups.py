@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ._abstract import is_abstract
+from ._dtensor import is_dtensor
 
 _FLATTENED = ("_fsdp_flattened", "_is_flat_param", "_param_infos", "ds_id")
 """Marks that wrappers leave on parameters whose shape they take: FSDP1 of torch and of fairscale, DeepSpeed ZeRO-3."""
@@ -100,9 +101,13 @@ def check_gradient(param: Tensor, grad: Tensor, groups: Iterable[dict[str, Any]]
         )
 
 
-def refuse_flattened(param: Tensor, groups: Sequence[dict[str, Any]], had_matrices: bool) -> None:
-    """Raise ``RuntimeError`` if a wrapper has taken the shape of a parameter, or put a flat buffer in its place."""
-    if any(hasattr(param, mark) for mark in _FLATTENED) or (had_matrices and not has_matrices(groups)):
+def refuse_flattened(param: Tensor, groups: Sequence[dict[str, Any]], longest: float) -> None:
+    """Raise ``RuntimeError`` if a wrapper has taken the shape of a parameter, or put a flat buffer in its place.
+
+    A vector longer than the ``longest`` that once stood beside matrices is such a buffer if no matrix is left.
+    """
+    is_buffer = not has_matrices(groups) and not is_lazy(param) and param.numel() > longest
+    if is_buffer or any(hasattr(param, mark) for mark in _FLATTENED):
         raise RuntimeError(
             f"{name_of(param, groups)} is flattened, as by FSDP1 or DeepSpeed ZeRO, and FlatOpt needs the shapes of "
             "matrices: shard with FSDP2 (torch.distributed.fsdp.fully_shard)"
@@ -112,6 +117,24 @@ def refuse_flattened(param: Tensor, groups: Sequence[dict[str, Any]], had_matric
 def has_matrices(groups: Iterable[dict[str, Any]]) -> bool:
     """Return whether any parameter has two axes; one of a lazy module has none yet."""
     return any(not is_lazy(param) and param.dim() > 1 for group in groups for param in group["params"])
+
+
+def sharing_memory(groups: Iterable[dict[str, Any]]) -> tuple[Tensor, Tensor] | None:
+    """Return two parameters that are views of the same memory, as a matrix and its transpose."""
+    seen: dict[tuple[torch.device, int, int], Tensor] = {}
+    for param in (param for group in groups for param in group["params"]):
+        if is_lazy(param) or is_abstract(param) or is_dtensor(param) or not param.numel():
+            continue
+        other = seen.setdefault((param.device, param.data_ptr(), param.numel()), param)
+        if other is not param:
+            return other, param
+    return None
+
+
+def longest_vector(groups: Sequence[dict[str, Any]]) -> float:
+    """Return the coordinates of the longest vector beside matrices; infinite where there are no matrices."""
+    sizes = (param.numel() for group in groups for param in group["params"] if not is_lazy(param) and param.dim() < 2)
+    return max(sizes, default=0) if has_matrices(groups) else math.inf
 
 
 def name_of(param: Tensor, groups: Iterable[dict[str, Any]]) -> str:

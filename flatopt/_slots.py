@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _dtensor as dtensor
 from ._abstract import is_abstract
-from ._state import NUMEL, compute_dtype, real_view, shape_of
+from ._state import CLOCK, NUMEL, compute_dtype, real_view, shape_of
 from ._torch import foreach_norm
 from .rules import State, Strips, UpdateRule
 
@@ -38,8 +38,6 @@ class Slot:
     grad: Tensor
     group: dict[str, Any]
     is_new: bool
-    is_stamped: bool
-    """Whether the state says how many coordinates it was made for."""
     local: Tensor = field(init=False)
     """Real, contiguous gradient of the local shard, in the layout of the parameter."""
     norm: float = math.inf
@@ -90,15 +88,19 @@ class Shard:
             self.target.copy_(self.param)
 
 
-def measure(slots: Sequence[Slot], states: Mapping[Tensor, State]) -> dict[Bucket, tuple[list[Slot], float]]:
+def measure(
+    slots: Sequence[Slot], states: Mapping[Tensor, State], groups: Sequence[Mapping[str, Any]], *, are_stamped: bool
+) -> dict[Bucket, tuple[list[Slot], float]]:
     """Fill in what a step has to know of the slots; return those that are updated together, and their step.
 
-    One transfer to the host for each bucket.  The step is one after the last of all tensors; replicas do not count
-    those of one rank.
+    One transfer to the host for each bucket.  The step is one after the last of the run, and of all tensors; replicas
+    do not count those of one rank.
 
     Args:
         slots: parameters with a gradient.
         states: of these parameters and all others.
+        groups: all parameter groups, whose clock counts.
+        are_stamped: whether states say how many coordinates they were made for.
     """
     buckets: dict[Bucket, list[Slot]] = {}
     states_of: dict[Bucket, dict[Tensor, State]] = {}
@@ -106,13 +108,29 @@ def measure(slots: Sequence[Slot], states: Mapping[Tensor, State]) -> dict[Bucke
         states_of.setdefault(bucket_of(param), {})[param] = state
     for slot in slots:
         buckets.setdefault(bucket_of(slot.param), []).append(slot)
-    last_steps = {key: _measure(buckets.get(key, []), own, key.dtype) for key, own in states_of.items()}
+    last_steps = {key: _measure(buckets.get(key, []), own, key.dtype, are_stamped) for key, own in states_of.items()}
     last = max(last_steps.values(), default=0.0)
+    if last:  # without states the run begins anew
+        clock = max(group.get(CLOCK, 0) for group in groups)
+        last_steps = {key: max(step, clock) for key, step in last_steps.items()}
+        last = max(last_steps.values())
     last_of_replicas = max((step for key, step in last_steps.items() if not key.is_of_one_rank), default=0.0)
     return {key: (members, 1 + (last if key.is_of_one_rank else last_of_replicas)) for key, members in buckets.items()}
 
 
-def _measure(slots: Sequence[Slot], states: Mapping[Tensor, State], dtype: torch.dtype) -> float:
+def advance_clock(groups: Sequence[dict[str, Any]], clocks: Mapping[Tensor, tuple[float, float, float]]) -> None:
+    """Write the number of the step that was just taken into every group; of parameters of one rank it does not count.
+
+    Args:
+        groups: all parameter groups.
+        clocks: of the parameters that took it; the second number is that of the step.
+    """
+    step = max((step for param, (_, step, _) in clocks.items() if not is_of_one_rank(param)), default=0)
+    for group in groups if step else ():
+        group[CLOCK] = int(step)
+
+
+def _measure(slots: Sequence[Slot], states: Mapping[Tensor, State], dtype: torch.dtype, are_stamped: bool) -> float:
     """Fill in gradients, their largest absolute values (inf for NaN) and steps of a bucket; return its last step.
 
     A step counter on another device is moved to its parameter's.
@@ -122,7 +140,7 @@ def _measure(slots: Sequence[Slot], states: Mapping[Tensor, State], dtype: torch
     for param, state in states.items():
         if state["step"].device != param.device:  # Lightning moves all of a state but this
             state["step"] = state["step"].to(param.device)
-    stamped = [slot for slot in slots if slot.is_stamped]
+    stamped = slots if are_stamped else []
     steps = [state["step"] for state in states.values()]
     values = _largest(slots, dtype) + steps + [states[slot.param][NUMEL] for slot in stamped]
     if not values:

@@ -32,6 +32,9 @@ AVERAGE, ITERATE = "param_average", "param_iterate"
 SHOWS_AVERAGES = "shows_averages"
 """Option of a group, 0 or 1: whether averages stand in the place of its parameters."""
 
+CLOCK = "steps_taken"
+"""Option of a group: steps of the run so far.  No tensor has taken them all where parts of a model take turns."""
+
 SEED_STRIDE = 1_000_003
 """Seeds this far apart share no random initial state between parameters with indices below it."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.nn.parameter import is_lazy
 
-from ._groups import check_options, has_matrices, highest_lr
+from ._groups import check_options, has_matrices, highest_lr, name_of, sharing_memory
 from ._warn import warn
 
 SMALL_LR = 0.01
@@ -30,6 +30,8 @@ class Watch:
         self.steps_seen = 0
         self.adopted: float | None = None
         """Length of the run that came with a state, not from the user."""
+        self.is_given = False
+        """Whether the length was set in the middle of the run, so that infinite means infinite."""
 
     def tell(self, what: str, message: str, category: type[Warning] = UserWarning) -> None:
         """Warn, if not told before."""
@@ -50,7 +52,7 @@ class Watch:
                     )
 
     def look_at_new(self, groups: Sequence[dict[str, Any]], *, needs_matrices: bool) -> None:
-        """Warn of a learning rate that is none of this optimizer, and of a vector that may have been matrices."""
+        """Warn of a learning rate of another optimizer, of shared memory, of a vector that may have been matrices."""
         params = [param for group in groups for param in group["params"] if not is_lazy(param)]
         longest = max((param.numel() for param in params), default=0)
         if needs_matrices and longest >= FLAT_NUMEL and not has_matrices(groups):
@@ -58,6 +60,12 @@ class Watch:
                 f"no parameter is a matrix, and one is a vector of {longest:,} coordinates: if it holds the flattened "
                 "parameters of a model, FlatOpt cannot see its matrices and steps them like a bias; give the "
                 "parameters themselves, and shard with FSDP2 (torch.distributed.fsdp.fully_shard)"
+            )
+        if pair := sharing_memory(groups):
+            one, other = (name_of(param, groups) for param in pair)
+            warn(
+                f"{one} and {other} share their memory, so that a step of the one is lost where the other is written: "
+                "use one parameter twice"
             )
         lr = highest_lr(groups)
         if lr is not None and 0 < lr < SMALL_LR:
@@ -116,21 +124,22 @@ class Watch:
         for group in groups:
             check_options(group)
         for group, num_steps in zip(groups, given, strict=True):
-            if num_steps not in (math.inf, self.adopted, group["num_steps"]):
+            is_given = num_steps < math.inf or self.is_given
+            if is_given and num_steps not in (self.adopted, group["num_steps"]):
                 replaced.append((group["num_steps"], num_steps))
                 group["num_steps"] = num_steps
         if not replaced:
             if groups[0]["num_steps"] != given[0]:  # an equal one is still that of the user
                 self.adopted = groups[0]["num_steps"]
             return
-        self.new_length()
+        self.new_length(is_given=self.is_given)
         saved, num_steps = replaced[0]
         warn(
             f"num_steps={num_steps}, given to this optimizer, takes the place of the num_steps={saved} of the state "
             "that was loaded; leave num_steps out to keep the saved one"
         )
 
-    def new_length(self) -> None:
-        """Forget a length that was adopted, and that the run went on beyond one."""
+    def new_length(self, *, is_given: bool = False) -> None:
+        """Forget a length that was adopted, and that the run went on beyond one; the new one may be the user's."""
         self.told.discard("over")
-        self.adopted = None
+        self.adopted, self.is_given = None, is_given

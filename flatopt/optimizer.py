@@ -18,9 +18,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ._abstract import real_tensors, without_autocast
 from ._applied import AppliedRule
 from ._averages import Averaging, advance_averages, check_iterates, check_no_average, start_average
-from ._groups import check_gradient, check_options, has_matrices, name_of, refuse_flattened
-from ._slots import OVERFLOW_MARGIN, Slot, bucket_of, measure, positions_in
+from ._groups import check_gradient, check_options, longest_vector, name_of, refuse_flattened
+from ._slots import OVERFLOW_MARGIN, Slot, advance_clock, bucket_of, measure, positions_in
 from ._state import (
+    CLOCK,
     RECORD,
     SHARED_PREFIX,
     SHOWS_AVERAGES,
@@ -154,8 +155,7 @@ class FlatOpt(Averaging):
         self._watch = Watch()
         self._prepare()
         # Inert: OneCycleLR and CyclicLR write their momentum here, and refuse optimizers that have none.
-        options |= {"momentum": 0.0, SHOWS_AVERAGES: 0} | record_of(self.learned)
-        self._had_matrices = False
+        options |= {"momentum": 0.0, SHOWS_AVERAGES: 0, CLOCK: 0} | record_of(self.learned)
         super().__init__(params, options)
         self._watch.look_at_new(self.param_groups, needs_matrices=self.learned.rule.strip_rows is not None)
 
@@ -187,12 +187,13 @@ class FlatOpt(Averaging):
 
         check_no_average(self.param_groups)  # again: the closure may have called eval()
         self._watch.look_at_step(self.param_groups)
+        self._take_from_others()
         slots = list(self._slots())  # whole: an error comes before anything is changed
         self._init_states([slot.param for slot in slots if slot.is_new])
         for slot in slots:
             self._layout.complete(self.state[slot.param], slot.param)
         states = self._states()
-        together = measure(slots, states)
+        together = measure(slots, states, self.param_groups, are_stamped=self._layout.describes_whole)
         for slot in slots:
             self._layout.check_numel(slot.made_for, slot.param, self.param_groups)
         clocks: dict[Tensor, tuple[float, float, float]] = {}
@@ -203,6 +204,7 @@ class FlatOpt(Averaging):
                 with without_autocast(key.device):  # a step taken inside autocast keeps its precision
                     self._update(usable, context)
                 clocks |= {slot.param: (slot.step + 1, *context) for slot in usable}
+        advance_clock(self.param_groups, clocks)
         if clocks and self.learned.rule.average is not None:
             advance_averages(states, clocks, self.learned.rule.average)
         return loss
@@ -259,12 +261,12 @@ class FlatOpt(Averaging):
         group = self.param_groups[index]
         try:
             for param in group["params"]:
-                refuse_flattened(param, self.param_groups, had_matrices=False)
+                refuse_flattened(param, self.param_groups, math.inf)
         except RuntimeError:
             self.param_groups.pop()
             raise
         group.update(record_of(self.learned))  # a dict that another optimizer was made from holds another one
-        self._had_matrices = has_matrices(self.param_groups)
+        self._longest_vector = longest_vector(self.param_groups)
 
     def set_num_steps(self, num_steps: int | None) -> None:
         """Set the length of the run in the middle of it, as writing ``num_steps`` into every parameter group does.
@@ -281,15 +283,14 @@ class FlatOpt(Averaging):
             >>> opt.param_groups[0]["num_steps"]
             150
         """
-        option = {"num_steps": num_steps}
-        check_options(option)
+        check_options(option := {"num_steps": num_steps})
         for group in (self.defaults, *self.param_groups):
             group.update(option)
-        self._watch.new_length()
+        self._watch.new_length(is_given=True)
 
     def __repr__(self) -> str:
         lines = super().__repr__().splitlines()
-        lines = [line for line in lines if not line.strip().startswith((*RECORD, SHOWS_AVERAGES, "momentum:"))]
+        lines = [line for line in lines if not line.strip().startswith((*RECORD, SHOWS_AVERAGES, CLOCK, "momentum:"))]
         rule, weights = self.learned.rule.name, describe_record(record_of(self.learned))
         return "\n".join([*lines[:-1], f"Rule: {rule}", f"Weights: {weights}", lines[-1]])
 
@@ -304,7 +305,7 @@ class FlatOpt(Averaging):
                 if key != "differentiable":  # which torch adds to the defaults, and no group needs
                     group.setdefault(key, value)
         if "learned" in state:  # a copy or a pickle: torch loads states through here, too
-            self._had_matrices = has_matrices(self.param_groups)
+            self._longest_vector = longest_vector(self.param_groups)
             self._prepare()
 
     def _prepare(self) -> None:
@@ -325,11 +326,11 @@ class FlatOpt(Averaging):
                 state = self.state.get(param, {})
                 is_new = not self._layout.is_made(state)
                 if is_new:
-                    refuse_flattened(param, self.param_groups, self._had_matrices)
+                    refuse_flattened(param, self.param_groups, self._longest_vector)
                 else:
                     self._layout.check_shapes(state, param, self.param_groups)
                 check_gradient(param, param.grad, self.param_groups)
-                yield Slot(param, param.grad, group, is_new, self._layout.describes_whole)
+                yield Slot(param, param.grad, group, is_new)
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         """Raise ``ValueError`` if a state is not one for this optimizer; warn if it is an empty one of another."""
@@ -341,8 +342,7 @@ class FlatOpt(Averaging):
         check_iterates(state_dict)
         self._watch.look_at_loaded(state_dict)
         for param_id, param in self._pairs(state_dict):
-            state = state_dict["state"].get(param_id)
-            if state:
+            if state := state_dict["state"].get(param_id):
                 self._layout.check(state, param, self.param_groups)
 
     def _pairs(self, state_dict: dict[str, Any]) -> list[tuple[Any, Tensor]]:
@@ -397,3 +397,4 @@ class FlatOpt(Averaging):
         for group in self.param_groups:
             group.update(record_of(self.learned))
         self._watch.restore_length(self.param_groups, given)
+        self.defaults["num_steps"] = self.param_groups[0]["num_steps"]  # of groups that are added

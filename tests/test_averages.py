@@ -7,7 +7,9 @@ import gc
 import io
 import math
 import pickle
+import threading
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -174,7 +176,7 @@ def test_the_average_takes_in_fewer_steps_as_the_run_goes_on() -> None:
 @pytest.mark.parametrize("num_steps", [None, 1000])
 @pytest.mark.parametrize("first", [300, 960])
 def test_a_parameter_that_learns_after_all_others_has_an_average_of_its_own(first: int, num_steps: int | None) -> None:
-    """The clock of the run stands still then: it is that of the tensor with the most steps."""
+    """The clock of the run goes on, and its average counts its own steps."""
     early, late = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
     opt = FlatOpt([early, late], num_steps=num_steps)
     for seed in range(first):
@@ -184,8 +186,37 @@ def test_a_parameter_that_learns_after_all_others_has_an_average_of_its_own(firs
         late.grad = torch.ones(2, 2)
         opt.step()
         history.append(values([late]))
-    torch.testing.assert_close(opt.state[late]["param_average"], mean_of(history)[0])
     assert history[-1][0].max() < 0.9  # nothing pulls it back
+    if first + len(history) == num_steps:
+        assert torch.equal(opt.state[late]["param_average"], late)
+    else:
+        torch.testing.assert_close(opt.state[late]["param_average"], mean_of(history)[0])
+
+
+@pytest.mark.parametrize("turns", [[[0], [1]] * 50, [[0]] * 40 + [[1]] * 30 + [[0, 1]] * 30])
+def test_a_run_whose_parts_take_turns_ends_on_its_averages(turns: list[list[int]]) -> None:
+    params = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    opt = FlatOpt(params, num_steps=len(turns))
+    for seed, own in enumerate(turns):
+        opt.zero_grad()
+        step_with(opt, [params[index] for index in own], seed)
+    assert opt.param_groups[0]["steps_taken"] == len(turns) > opt.state[params[0]]["step"]
+    for index in turns[-1]:
+        assert torch.equal(opt.state[params[index]]["param_average"], params[index])
+    with pytest.warns(UserWarning, match=f"step {len(turns) + 1} is beyond num_steps={len(turns)}"):
+        step_with(opt, params, 0)
+
+
+def test_a_run_that_starts_anew_counts_from_its_first_step() -> None:
+    params, opt = make()
+    start = copy.deepcopy(opt.state_dict())
+    for seed in range(3):
+        step_with(opt, params, seed)
+    for begin in (opt.state.clear, partial(opt.load_state_dict, start)):
+        begin()
+        for seed in (1, 2):
+            step_with(opt, params, seed)
+            assert opt.param_groups[0]["steps_taken"] == seed
 
 
 def test_a_parameter_that_joins_late_is_not_shown_as_it_was() -> None:
@@ -383,7 +414,8 @@ def test_parameters_that_share_their_storage_come_back() -> None:
     weight = torch.nn.Parameter(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))
     tied = torch.nn.Parameter(torch.empty(3, 3))
     tied.data = weight.data.t()
-    opt = FlatOpt([weight, tied])
+    with pytest.warns(UserWarning, match="parameter 0 of group 0 and parameter 1 of group 0 share their memory"):
+        opt = FlatOpt([weight, tied])
     for seed in range(3):
         step_with(opt, [weight, tied], seed)
     (last,) = values([weight])
@@ -414,6 +446,47 @@ def test_one_optimizer_does_not_take_the_average_of_another_for_the_parameter() 
     del opt  # which can no longer take it back
     gc.collect()
     other.eval()
+
+
+def test_an_optimizer_goes_on_from_the_average_that_an_earlier_one_shows() -> None:
+    params = make_params("network")
+    first, second = FlatOpt(params), FlatOpt(params[1:])
+    for seed in range(3):
+        step_with(first, params, seed)
+    kept = values(params[:1])
+    first.eval()
+    for seed in range(3):
+        step_with(second, params, seed)
+    last = values(params)
+    second.eval()
+    second.train()
+    assert same(params, last)
+    first.train()  # puts back what the second has not trained
+    assert same(params[1:], last[1:]) and same(params[:1], kept)
+    step_with(first, params, 0)
+
+
+def test_models_may_be_trained_in_threads() -> None:
+    weights, failed = learned(OrthogonalizedMomentum()), []
+
+    def train() -> None:
+        try:
+            for _ in range(200):
+                param = torch.nn.Parameter(torch.ones(2, 2))
+                opt = FlatOpt([param], pretrained=weights)
+                step_with(opt, [param], 0)
+                opt.eval()
+                kept.append(opt)
+        except RuntimeError as error:
+            failed.append(error)
+
+    kept: list[FlatOpt] = []
+    threads = [threading.Thread(target=train) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and len(kept) == 800
 
 
 @pytest.mark.parametrize("shown", [False, True])

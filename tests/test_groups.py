@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import warnings
 from typing import Any
@@ -190,6 +191,23 @@ def test_without_a_length_given_the_saved_one_stays_until_another_is_loaded() ->
     again = pickle.loads(pickle.dumps(other))
     again.load_state_dict(opt.state_dict())
     assert again.param_groups[0]["num_steps"] == 10
+
+
+def test_a_length_that_is_said_to_be_unknown_wins_over_the_saved_one(toy: LearnedRule) -> None:
+    _, saved = started(10, 3)
+    other = FlatOpt(nn.Linear(4, 1).parameters(), num_steps=30, pretrained=saved.learned)
+    other.set_num_steps(None)
+    with pytest.warns(UserWarning, match="num_steps=inf, given to this optimizer, takes the place of the num_steps=10"):
+        other.load_state_dict(saved.state_dict())
+    assert other.param_groups[0]["num_steps"] == math.inf
+
+
+def test_a_group_that_joins_after_a_state_was_loaded_has_its_length() -> None:
+    model, opt = started(10, 3)
+    _, other = resumed(model, opt, None)
+    other.add_param_group({"params": nn.Parameter(torch.ones(2))})
+    other.state_dict()  # would warn of two lengths
+    assert other.param_groups[1]["num_steps"] == 10
 
 
 @pytest.mark.parametrize("name", ["toy-mixer", "orthogonalized-momentum"])
@@ -412,6 +430,15 @@ def test_flat_buffers_in_the_place_of_matrices_are_refused(how: str, toy: Learne
         group["params"] = [flat]
     with pytest.raises(RuntimeError, match="is flattened.*FSDP2"):
         opt.step()
+
+
+def test_biases_are_stepped_when_the_matrices_leave_the_optimizer(toy: LearnedRule) -> None:
+    params = make_params("network")
+    vectors, matrices = ([param for param in params if (param.dim() < 2) is short] for short in (True, False))
+    opt = FlatOpt([{"params": matrices}, {"params": vectors}], pretrained=toy)
+    del opt.param_groups[0]
+    step_with(opt, vectors, 0)
+    assert all(float(opt.state[param]["step"]) == 1 for param in vectors)
 
 
 def test_half_precision_copies_in_the_place_of_parameters_are_not_flattened(toy: LearnedRule) -> None:

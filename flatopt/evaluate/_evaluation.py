@@ -61,8 +61,9 @@ def add_options(parser: argparse.ArgumentParser, evaluation: type[Evaluation]) -
 
 def read_options(evaluation: type[Evaluation], chosen: argparse.Namespace) -> Evaluation:
     """Make the table that the command line asked for."""
-    values: dict[str, Any] = {one.name: getattr(chosen, one.name) for one in fields(evaluation)}
-    return evaluation(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    given = ((one.name, getattr(chosen, one.name)) for one in fields(evaluation))
+    options: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
+    return evaluation(**options)
 
 
 def integer(text: str) -> int:

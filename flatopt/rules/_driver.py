@@ -70,7 +70,7 @@ def apply_rule(
     dim = phases.batch_dims
     pieces = tuple(param.shape[dim:] for param in params)
     shapes = plan.shapes or [TensorShape.of(shape) for shape in pieces]
-    firsts = None if plan.reduce is None else tuple(plan.first_strips or ())
+    firsts = tuple(plan.first_strips or ())
     layout = lay_out(pieces, tuple(shapes), firsts, rule.strip_rows, plan.chunk_size, plan.pack_size)
     store = (Pure if plan.update is None else InPlace)(rule, params, grads, states, shapes, dim)
 

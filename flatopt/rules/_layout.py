@@ -82,7 +82,7 @@ class Layout(NamedTuple):
 def lay_out(
     pieces: tuple[torch.Size, ...],
     shapes: tuple[TensorShape, ...],
-    first_strips: tuple[int, ...] | None,
+    first_strips: tuple[int, ...],
     rows: StripRows | None,
     chunk_size: int | None,
     pack_size: int,

@@ -303,16 +303,16 @@ class OrthogonalizedMomentum(UpdateRule):
         noise = correction_m.square() / (2 * correction_m - 1)  # brings the momentum of noise alone to its size at last
         log_adam = ((mm + eps) / (v + eps) * (noise / correction_v)).log() / 2
         log_signal = log_adam.clamp(-FEATURE_BOUND, FEATURE_BOUND) - math.log(USUAL_SIGNAL)
-        log_size = (xx.nan_to_num() * fan + eps).log() / 2
+        log_rms = (xx.nan_to_num() * fan + eps).log() / 2
         features = [
             log_adam + 1,
             gm / (gg * mm + eps).sqrt(),
             log_ratio + 1,
             2 * rank * per_polar.square() - is_matrix,
-            log_size / 2 + 0.5,
+            log_rms / 2 + 0.5,
         ]
         per_direction = torch.where(is_matrix > 0, per_polar, uu.clamp(min=eps**0.5).rsqrt())
-        log_size = (log_size - math.log(LARGE_SIZE)).clamp(0, FEATURE_BOUND)
+        log_size = (log_rms - math.log(LARGE_SIZE)).clamp(0, FEATURE_BOUND)
         return _Measured(torch.stack(features), log_signal, log_ratio, log_size, v, rms_max, per_direction)
 
     def propose(
