@@ -34,6 +34,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from flatopt._extensions import import_here, where
+from flatopt._torch import pytree
 from flatopt.optimizer import FlatOpt
 
 from ._cache import Record, RunCache
@@ -153,16 +154,26 @@ def train(problem: Problem, build: Callable[[Iterable[Tensor]], Optimizer], num_
 
 @torch.no_grad()
 def measure(problem: Problem) -> Record:
-    """Return the mean over the test batches of the loss and of every metric."""
+    """Return the mean over the test data of the loss and of every metric; batches count by their examples."""
     problem.model.eval()
     values: dict[str, list[float]] = {}
+    sizes: list[int] = []
     for batch in problem.test:
         loss, metrics = _loss_and_metrics(problem, batch)
+        sizes.append(_size(batch))
         for key, value in {"test_loss": float(loss), **metrics}.items():
             values.setdefault(key, []).append(value)
     if not values:
         raise ValueError("the test data hold no batch")
-    return {key: fmean(of_batches) for key, of_batches in values.items()}
+    total = sum(sizes)
+    return {
+        key: sum(size * value for size, value in zip(sizes, own, strict=True)) / total for key, own in values.items()
+    }
+
+
+def _size(batch: Any) -> int:
+    """Return the length of the first tensor of a batch, and 1 where there is none."""
+    return next((len(part) for part in pytree.tree_leaves(batch) if isinstance(part, Tensor) and part.dim()), 1)
 
 
 def _loss_and_metrics(problem: Problem, batch: Any) -> tuple[Tensor, dict[str, float]]:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatopt.flatness import EntropySurrogate, flatness_of, local_entropy, module_loss
 from flatopt.tasks import Batch
@@ -53,12 +50,6 @@ class Curvature:
         self, model: nn.Module, train: Batch, seed: int, loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
     ) -> Record:
         """Return the measures of a model in evaluation mode; the probes depend on ``seed`` only."""
-        with twice_differentiable(model):
-            return self._measure(model, train, seed, loss_fn)
-
-    def _measure(
-        self, model: nn.Module, train: Batch, seed: int, loss_fn: Callable[[Tensor, Tensor], Tensor]
-    ) -> Record:
         parts = [tensor[: self.num_examples].split(BATCH_SIZE) for tensor in train]
         data = [Batch(*part) for part in zip(*parts, strict=True)]
         generator = torch.Generator().manual_seed(seed)
@@ -77,13 +68,3 @@ class Curvature:
         dimension = sum(param.numel() for param in params.values())
         flat = dimension / 2 * math.log(2 * math.pi / self.gamma)
         return record | {"local_entropy": float(entropy.value.double()) - flat}
-
-
-@contextmanager
-def twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Leave out the kernels without second derivatives: fused attention, and oneDNN's LSTM on the CPU."""
-    has_lstm = any(isinstance(module, nn.LSTM) for module in model.modules())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # oneDNN's switch warns where there is no Intel GPU
-        with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False) if has_lstm else nullcontext():
-            yield

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ._curvature import MeanLoss
 from ._measure import LossFn, Params
@@ -27,7 +30,8 @@ def module_loss(module: nn.Module, criterion: Criterion, data: Batch | Iterable[
 
     The module runs in the mode it is in: call ``module.eval()`` first to measure the trained function, since
     BatchNorm in training mode makes the loss a function of how the data are batched, and dropout makes it random.
-    Neither parameters nor buffers of the module are changed.  Frozen parameters and buffers are constants.
+    Neither parameters nor buffers of the module are changed.  Frozen parameters and buffers are constants.  Attention
+    and LSTMs run in kernels that have second derivatives.
 
     Args:
         module: any module with one input.
@@ -40,8 +44,8 @@ def module_loss(module: nn.Module, criterion: Criterion, data: Batch | Iterable[
 
     Raises:
         TypeError: one of the arguments is something else.
-        ValueError: the module has no trainable parameter, or the data hold no batch or something else than
-            ``(inputs, targets)``.
+        ValueError: the module has no trainable parameter, or one in half precision; the data hold no batch, an empty
+            one or something else than ``(inputs, targets)``; or the criterion sums over several batches.
 
     Example:
         >>> module = nn.Linear(2, 1, bias=False)
@@ -60,6 +64,8 @@ def module_loss(module: nn.Module, criterion: Criterion, data: Batch | Iterable[
     params = {name: param.detach() for name, param in module.named_parameters() if param.requires_grad}
     if not params:
         raise ValueError("module must have at least one parameter that requires a gradient")
+    if any(param.dtype in (torch.float16, torch.bfloat16) for param in params.values()):
+        raise ValueError("half precision is too coarse for flatness: measure copy.deepcopy(module).float()")
     batches = [data] if isinstance(data, (tuple, list)) and data and isinstance(data[0], Tensor) else list(data)
     if not batches:
         raise ValueError("data must hold at least one batch")
@@ -67,6 +73,10 @@ def module_loss(module: nn.Module, criterion: Criterion, data: Batch | Iterable[
         if isinstance(batch, Tensor) or not isinstance(batch, Sequence) or len(batch) != 2:
             raise ValueError(f"a batch of data must be (inputs, targets), not {type(batch).__name__}")
     sizes = [len(inputs) for inputs, _ in batches]
+    if 0 in sizes:
+        raise ValueError("a batch of data must hold at least one example")
+    if len(batches) > 1 and _reduction(criterion) == "sum":
+        raise ValueError("batches are averaged, so the criterion must be a mean: leave reduction='sum' out")
     terms = [_batch_loss(module, criterion, inputs, targets) for inputs, targets in batches]
     return MeanLoss(terms=terms, weights=[size / sum(sizes) for size in sizes]), params
 
@@ -112,12 +122,28 @@ def flatness_of(
     return {name: float(value) for name, value in values.items()}
 
 
+def _reduction(criterion: Criterion) -> str | None:
+    """Return the reduction of a loss of torch, also of one in a ``partial``, as far as it can be told."""
+    return getattr(criterion, "reduction", getattr(criterion, "keywords", {}).get("reduction"))
+
+
+@contextmanager
+def _twice_differentiable(module: nn.Module) -> Iterator[None]:
+    """Leave out the kernels without second derivatives: fused attention, and oneDNN's LSTM on the CPU."""
+    has_lstm = any(isinstance(part, nn.LSTM) for part in module.modules())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # oneDNN's switch warns where there is no Intel GPU
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False) if has_lstm else nullcontext():
+            yield
+
+
 def _batch_loss(module: nn.Module, criterion: Criterion, inputs: Tensor, targets: Tensor) -> LossFn:
     def loss_fn(params: Params) -> Tensor:
         device = next(iter(params.values())).device
         frozen = {name: param.detach() for name, param in module.named_parameters() if name not in params}
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}  # training mode writes to them
-        outputs = torch.func.functional_call(module, {**frozen, **buffers, **params}, (inputs.to(device),))
+        with _twice_differentiable(module):
+            outputs = torch.func.functional_call(module, {**frozen, **buffers, **params}, (inputs.to(device),))
         return criterion(outputs, targets.to(device))
 
     return loss_fn

@@ -23,7 +23,7 @@ def make(seed):
     torch.manual_seed(seed)
     model = nn.Linear(5, 2)
     train = [(inputs[i : i + 10], targets[i : i + 10]) for i in (0, 10)]
-    test = [(inputs[20:30], targets[20:30]), (inputs[30:], targets[30:])]
+    test = [(inputs[20:36], targets[20:36]), (inputs[36:], targets[36:])]
     def loss_fn(model, batch):
         outputs = model(batch[0])
         return F.cross_entropy(outputs, batch[1]), {"accuracy": (outputs.argmax(1) == batch[1]).float().mean()}

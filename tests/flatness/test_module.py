@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from flatness.problems import explicit_hessian, flat, generator, like
@@ -114,3 +116,38 @@ def test_curvlinops_agrees_on_products_trace_and_eigenvalue():
     estimates.append(curvlinops.hutchinson_trace(oracle, 40))
     spread = (2 * (dense - dense.diag().diag()).square().sum() / 40).sqrt()
     assert (estimates[0] - estimates[1]).abs() < 4 * 2**0.5 * spread
+
+
+class LastState(nn.Module):
+    """An LSTM and what it ends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(4, 3, batch_first=True)
+
+    def forward(self, sequence: torch.Tensor) -> torch.Tensor:
+        return self.recurrent(sequence)[0][:, -1]
+
+
+@pytest.mark.parametrize(
+    "module", [LastState(), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)], ids=["lstm", "attention"]
+)
+def test_modules_whose_fast_kernels_have_no_second_derivatives_are_measured(module):
+    module = module.eval()
+    inputs = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        targets = module(inputs) + 1
+    measured = flatness.flatness_of(module, F.mse_loss, (inputs, targets), num_matvecs=4)
+    assert measured["loss"] == pytest.approx(1.0, rel=1e-4) and measured["top_eigenvalue"] > 0
+
+
+def test_what_has_no_meaningful_mean_is_refused():
+    module, data = nn.Linear(2, 1), (torch.ones(3, 2), torch.ones(3, 1))
+    for criterion in (nn.MSELoss(reduction="sum"), partial(F.mse_loss, reduction="sum")):
+        flatness.module_loss(module, criterion, data)
+        with pytest.raises(ValueError, match="batches are averaged"):
+            flatness.module_loss(module, criterion, [data, data])
+    with pytest.raises(ValueError, match="at least one example"):
+        flatness.module_loss(module, F.mse_loss, [data, (torch.ones(0, 2), torch.ones(0, 1))])
+    with pytest.raises(ValueError, match="half precision is too coarse"):
+        flatness.module_loss(module.bfloat16(), F.mse_loss, data)
