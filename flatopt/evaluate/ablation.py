@@ -103,9 +103,9 @@ class Ablation(Evaluation):
             rows=first.rows,
             records=records,
             draw=lambda figure: _draw(figure, records, rows, self.suffixes()),
-            note=f"{self.seeds} seeds of every run. Differences are to the row {self.against!r}, paired by task and "
+            note=f"Seeds of every run: {self.seeds}. Differences are to the row {self.against!r}, paired by task and "
             "seed; in brackets the 95 % interval. Lower on: the number of tasks with a negative mean difference, which "
-            "is worse for accuracy and better for all else. Sets of weights: "
+            f"is worse for accuracy and better for all else. In logarithms, {SMALLEST:g} is the least. Sets: "
             f"{', '.join(f'{label} {len(sets)}' for label, sets in rows.items())}.",
             more_tables=others,
         )

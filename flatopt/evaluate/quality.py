@@ -109,9 +109,10 @@ def _note(num_seeds: int) -> str:
     return (
         f"Mean ± standard deviation over {num_seeds} seeds. Accuracy in %; for regression and the autoencoder -100 MSE "
         "of standardised targets. FlatOpt and the untrained core: nothing tuned. All others: learning rate, schedule "
-        "(cosine or constant) and weight decay chosen per task on the meta split, by one run each, by three where "
-        "that split has fewer than 1,000 examples; the best tuned family of a task is the one that is best on the "
-        f"split shown. Ranks and wins are among all rows but {REFERENCE}, which is part of Adam; its own, among all."
+        "(cosine or constant; Schedule-Free has one of its own) and, of AdamW, weight decay chosen per task on the "
+        "meta split, by one run each, by three where that split has fewer than 1,000 examples; the best tuned family "
+        "of a task is the one that is best on the split shown. Ranks and wins are among all rows but "
+        f"{REFERENCE}, which is part of Adam; its own, among all."
     )
 
 
