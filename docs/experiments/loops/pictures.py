@@ -221,8 +221,8 @@ class Sine(nn.Module):
 
 
 def _pixels(split: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return coordinates and values of four images side by side, and which pixels are trained on."""
-    image = clothes(size=28)["train"].inputs[:4, 0].unflatten(0, (2, 2)).movedim(1, 2).reshape(56, 56)
+    """Return coordinates and values, from -1 to 1, of four images side by side; which pixels are trained on."""
+    image = 2 * clothes(size=28)["train"].inputs[:4, 0].unflatten(0, (2, 2)).movedim(1, 2).reshape(56, 56) - 1
     axis = torch.linspace(-1, 1, 56)
     points = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).flatten(0, 1)
     kind = torch.rand(len(points), generator=generator(SEED_OF_PIXELS))
