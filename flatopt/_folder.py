@@ -35,6 +35,7 @@ from .rules import RULES, UpdateRule, Weights
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, TRAINING_FILE = "model.safetensors", "config.json", "README.md", "training.json"
+FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, TRAINING_FILE)
 
 # The largest learned optimizers have a few million weights; anything beyond these sizes is not one of ours.
 MAX_WEIGHTS_BYTES = 64 * 2**20
@@ -281,7 +282,7 @@ def _check_replaceable(target: Path) -> None:
     if not target.is_dir():
         raise FileExistsError(f"{target} exists and is not a folder")
     names = {path.name for path in target.iterdir()}
-    foreign = sorted(names - {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, TRAINING_FILE})
+    foreign = sorted(names - {*FILES})
     if foreign:
         raise FileExistsError(f"{target} holds {foreign[0]!r}, which is not part of a saved rule: not replacing it")
     if names:

@@ -19,6 +19,7 @@ from ._cards import address, model_card
 from ._folder import (
     CARD_FILE,
     CONFIG_FILE,
+    FILES,
     TRAINING_FILE,
     WEIGHTS_FILE,
     Content,
@@ -106,6 +107,8 @@ def push_to_hub(
 ) -> hub.PushResult:
     """Publish a learned rule on the Hugging Face Hub: weights, configuration and card in one commit.
 
+    Where there is no ``training``, one that an earlier push left in the repository is deleted.
+
     Args:
         learned: the learned rule, or whatever :func:`load_pretrained` takes: a shipped name, a folder, a repository.
         repo_id: ``"org/name"``; made if it does not exist.  The card will say how to load it from there.
@@ -135,8 +138,9 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         content = learned.content._replace(card=address(card, repo_id))
         write_folder(Path(folder), content, load_folder)
+        paths = {name: Path(folder, name) for name in FILES}
         return hub.upload(
-            Path(folder),
+            {name: path if path.exists() else None for name, path in paths.items()},
             repo_id,
             revision=revision,
             tag=tag,

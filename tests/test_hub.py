@@ -210,6 +210,21 @@ def test_the_command_line_pushes_a_folder_and_says_how_to_load_it(server, client
     assert reply["value"] == 0 and repo.branches["refs/pr/1"] in reply["printed"]
 
 
+def test_a_push_without_a_recipe_deletes_the_one_of_earlier_weights_and_nothing_else(server, client, tmp_path):
+    for name, training in (("old", {"seed": 1}), ("new", {})):
+        dataclasses.replace(make_learned(), training=training).save_pretrained(tmp_path / name)
+    push = "push_to_hub({!r}, 'org/new', revision={!r}).commit"
+    for branch in ("main", "trial"):
+        first = client.value(push.format(str(tmp_path / "old"), branch))
+        repo = server.repos["org/new"]
+        assert "training.json" in repo.commits[first]
+        repo.commit({**repo.commits[first], "curve.png": b"mine"}, branch)
+        pushed = repo.commits[client.value(push.format(str(tmp_path / "new"), branch))]
+        assert set(pushed) == {"model.safetensors", "config.json", "README.md", "curve.png"}
+    loaded = f"load_pretrained('org/new', cache_dir={str(tmp_path / 'cache')!r}).training"
+    assert client.value(loaded) == {}
+
+
 def test_push_refusals_name_the_repository(server, client, stranded_client, tmp_path):
     make_learned().save_pretrained(tmp_path / "rule")
     push = f"load_folder({str(tmp_path / 'rule')!r}).push_to_hub(%s)"
