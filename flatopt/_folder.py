@@ -6,8 +6,8 @@
      "weights_sha256": "<64 hex digits>", "metadata": {<anything JSON>}}
 
 ``README.md`` and ``training.json`` (free JSON: how the weights were made) may be missing.  Reading trusts nothing:
-sizes are bounded before memory is spent, every key, type and shape is checked against the rule that the folder names,
-and the tensors are hashed again.  Writing is durable, and whole or not at all.  Nothing is ever pickled.
+no link leads out of the folder, sizes are bounded before memory is spent, every key, type and shape is checked against
+the rule that the folder names, and the tensors are hashed again.  Writing is durable, and whole or not at all.  Nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -123,17 +123,26 @@ def read_bounded(path: Path, limit: int) -> bytes:
     return content
 
 
+def _read_own(path: Path, limit: int) -> bytes:
+    """Return the bytes of a file of a folder; a link to elsewhere is refused, as a stranger may have put it there."""
+    folder, file = path.parent.resolve(), Path(os.path.realpath(path))
+    is_snapshot = folder.parent.name == "snapshots"  # whose files are links, in the cache of huggingface_hub
+    if not (file.is_relative_to(folder) or is_snapshot and file.is_relative_to(folder.parents[1] / "blobs")):
+        raise ValueError(f"{path}: a link to a file outside of its folder: put the file itself there")
+    return read_bounded(path, limit)
+
+
 def _read_text(path: Path) -> str:
     """Read a text file of bounded size, naming it when it is not UTF-8."""
     try:
-        return read_bounded(path, MAX_TEXT_BYTES).decode()
+        return _read_own(path, MAX_TEXT_BYTES).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error}") from error
 
 
 def _read_weights(path: Path, rule: UpdateRule, sha256: str) -> Weights:
     """Read the tensors of a rule; names, dtypes and shapes are checked before any tensor is made."""
-    content = read_bounded(path, MAX_WEIGHTS_BYTES)
+    content = _read_own(path, MAX_WEIGHTS_BYTES)
     try:
         entries = dict(safetensors.deserialize(content))
         _check_layout(rule, {key: (entry["dtype"], entry["shape"]) for key, entry in entries.items()}, str(path))

@@ -376,6 +376,33 @@ def test_readme_is_optional_and_other_files_are_ignored(tmp_path):
         load_folder(folder)
 
 
+@pytest.mark.parametrize("name", _folder.FILES)
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path, name):
+    folder = save(tmp_path / "rule", make_learned(card="# Card", training={"seed": 1}))
+    (folder / name).rename(tmp_path / "private")
+    for target in (tmp_path / "private", "../private"):
+        (folder / name).symlink_to(target)
+        with pytest.raises(ValueError, match=f"{name}: a link to a file outside of its folder"):
+            load_folder(folder)
+        (folder / name).unlink()
+    (tmp_path / "private").rename(folder / "kept")
+    (folder / name).symlink_to("kept")
+    (tmp_path / "link").symlink_to(folder)
+    assert load_folder(tmp_path / "link").training == {"seed": 1}
+
+
+def test_only_a_snapshot_of_the_hub_has_its_files_among_the_blobs_beside_it(tmp_path):
+    folder = save(tmp_path / "snapshots" / "commit", make_learned(training={"seed": 1}))
+    (tmp_path / "blobs").mkdir()
+    (folder / "training.json").rename(tmp_path / "blobs" / "digest")
+    (folder / "training.json").symlink_to("../../blobs/digest")
+    assert load_folder(folder).training == {"seed": 1}
+    (tmp_path / "blobs").rename(tmp_path / "private")
+    (tmp_path / "blobs").symlink_to("private")
+    with pytest.raises(ValueError, match="training.json: a link to a file outside of its folder"):
+        load_folder(folder)
+
+
 # --- damage --------------------------------------------------------------------------------------------------------
 
 
