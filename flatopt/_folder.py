@@ -3,9 +3,10 @@
 ``config.json`` says which rule the weights belong to and what they must look like::
 
     {"format_version": 1, "rule": "<name in RULES>", "hyperparameters": {<every field of the rule>},
-     "weights_sha256": "<64 hex digits>", "metadata": {<anything JSON>}}
+     "weights_sha256": "<64 hex digits>", "metadata": {<anything JSON>},
+     "card_sha256": "<64 hex digits, or null without a card>"}
 
-``README.md`` and ``training.json`` (free JSON: how the weights were made) may be missing.  Reading trusts nothing:
+The last is of ``README.md`` as it was written, so that an edited one is never replaced.  ``README.md`` and ``training.json`` (free JSON: how the weights were made) may be missing.  Reading trusts nothing:
 no link leads out of the folder, sizes are bounded before memory is spent, every key, type and shape is checked against
 the rule that the folder names, and the tensors are hashed again.  Writing is durable, and whole or not at all.  Nothing is ever pickled.
 """
@@ -63,6 +64,7 @@ class Config:
     hyperparameters: dict[str, Any]
     weights_sha256: str
     metadata: dict[str, Any]
+    card_sha256: str | None = None
 
     def build_rule(self) -> UpdateRule:
         """Return the rule with its hyper-parameters; ``ValueError`` if it is unknown or one of them does not fit."""
@@ -228,11 +230,12 @@ def write_folder(folder: Path, content: Content, check: Callable[[Path], Any]) -
     """
     target = folder.resolve()
     _check_replaceable(target)
+    card_sha256 = _written_card(target, content.card.encode())
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     aside.mkdir()
     try:
-        for name, data in _serialize(content).items():
+        for name, data in _serialize(content, card_sha256).items():
             write_durably(aside / name, data)
         check(aside)
         sync_folder(aside)
@@ -242,13 +245,14 @@ def write_folder(folder: Path, content: Content, check: Callable[[Path], Any]) -
     sync_folder(target.parent)
 
 
-def _serialize(content: Content) -> dict[str, bytes]:
+def _serialize(content: Content, card_sha256: str | None) -> dict[str, bytes]:
     config = Config(
         format_version=FORMAT_VERSION,
         rule=content.rule.name,
         hyperparameters={item.name: getattr(content.rule, item.name) for item in fields(content.rule)},
         weights_sha256=weights_sha256(content.weights),
         metadata=content.metadata,
+        card_sha256=card_sha256,
     )
     files = {CONFIG_FILE: _to_json(vars(config)), WEIGHTS_FILE: _to_safetensors(content.weights)}
     if content.card:
@@ -299,6 +303,19 @@ def _check_replaceable(target: Path) -> None:
             read_config(target / CONFIG_FILE)
         except (FileNotFoundError, ValueError) as error:
             raise FileExistsError(f"{target} is not a saved rule, not replacing it: {error}") from error
+
+
+def _written_card(target: Path, card: bytes) -> str | None:
+    """Return the digest of a card to be written; raise where it would replace one that somebody has edited."""
+    digest, path = hashlib.sha256(card).hexdigest() if card else None, target / CARD_FILE
+    if not path.exists():
+        return digest
+    written, there = read_config(target / CONFIG_FILE).card_sha256, _read_own(path, MAX_TEXT_BYTES)
+    if hashlib.sha256(there).hexdigest() == written:
+        return digest
+    if there != card:
+        raise FileExistsError(f"{path} was edited, not replacing it: move it elsewhere, or save in another folder")
+    return written  # loaded and saved again, it is still the edited one
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -231,7 +231,7 @@ class LearnedRule:
             folder: where to write; parents are made.  An earlier folder of this format is replaced.
 
         Raises:
-            FileExistsError: if something else than a folder of this format is there.
+            FileExistsError: if something else than a folder of this format is there, or its ``README.md`` was edited.
             ValueError: if the rule or the metadata cannot be represented in JSON.
         """
         write_folder(Path(folder), self.content, load_folder)

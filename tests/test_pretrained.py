@@ -283,6 +283,7 @@ def drop(*path):
         (put("weights_sha256", value=None), "weights_sha256 must be text"),
         (put("metadata", value=[]), "metadata must be an object"),
         (drop("metadata"), "missing key 'metadata'"),
+        (put("card_sha256", value=1), "card_sha256 must be text or none"),
         (put("extra", value=1), "unknown key 'extra'"),
     ],
 )
@@ -549,6 +550,22 @@ def test_saving_replaces_the_earlier_rule_and_leaves_nothing_else(tmp_path):
     save(tmp_path / "rule", make_learned(Adam()))
     assert load_folder(tmp_path / "rule").rule == Adam()
     assert listing(tmp_path) == ["rule", "rule/config.json", "rule/model.safetensors"]
+
+
+@pytest.mark.parametrize("card", ["", "# Written"])
+def test_saving_never_replaces_a_card_that_was_edited(tmp_path, card):
+    folder = save(tmp_path / "rule", make_learned(card=card))
+    (folder / "README.md").write_text("# Measured")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for new in (make_learned(card="# New"), load_folder(folder), make_learned()):
+        if new.card == "# Measured":
+            save(folder, new)
+        else:
+            with pytest.raises(FileExistsError, match=r"README.md was edited, .* move it elsewhere"):
+                save(folder, new)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / "README.md").rename(tmp_path / "README.md")
+    assert load_folder(save(folder, make_learned(card="# New"))).card == "# New"
 
 
 def test_saving_makes_parents_and_accepts_an_empty_folder(tmp_path, monkeypatch):
