@@ -6,9 +6,10 @@
      "weights_sha256": "<64 hex digits>", "metadata": {<anything JSON>},
      "card_sha256": "<64 hex digits, or null without a card>"}
 
-The last is of ``README.md`` as it was written, so that an edited one is never replaced.  ``README.md`` and ``training.json`` (free JSON: how the weights were made) may be missing.  Reading trusts nothing:
-no link leads out of the folder, sizes are bounded before memory is spent, every key, type and shape is checked against
-the rule that the folder names, and the tensors are hashed again.  Writing is durable, and whole or not at all.  Nothing is ever pickled.
+The last is of ``README.md`` as it was written, so that an edited one is never replaced.  ``README.md`` and
+``training.json`` (free JSON: how the weights were made) may be missing.  Reading trusts nothing: no link leads out of
+the folder, sizes are bounded before memory is spent, every key, type and shape is checked against the rule that the
+folder names, and the tensors are hashed again.  Writing is durable, and whole or not at all.  Nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -170,8 +171,8 @@ def check_weights(rule: UpdateRule, weights: Weights) -> None:
 def _check_layout(rule: UpdateRule, layout: Mapping[str, tuple[Any, Iterable[Any]]], where: str) -> None:
     """Raise unless names, dtypes and shapes are those of the rule."""
     try:
-        expected = _expected_shapes(rule)
-    except (RuntimeError, TypeError) as error:
+        expected = _expected_shapes(_Hashable(json.dumps(asdict(rule), default=repr), type(rule), rule))
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: no weights have the 'hyperparameters' of {rule}: {error}") from error
     _check_keys(layout, expected, where)
     for key, (dtype, shape) in layout.items():
@@ -181,12 +182,21 @@ def _check_layout(rule: UpdateRule, layout: Mapping[str, tuple[Any, Iterable[Any
             raise ValueError(f"{where}: {key!r} must have shape {list(expected[key])}, got {shorten(list(shape))}")
 
 
+@dataclass(frozen=True)
+class _Hashable:
+    """A rule as a key: one with a hyper-parameter that can be changed has no hash of its own."""
+
+    hyperparameters: str
+    kind: type[UpdateRule]
+    rule: UpdateRule = field(compare=False)
+
+
 @lru_cache(maxsize=64)
-def _expected_shapes(rule: UpdateRule) -> dict[str, torch.Size]:
+def _expected_shapes(key: _Hashable) -> dict[str, torch.Size]:
     """Return the shapes of the weights of a rule; cached because operations without memory are slow."""
     generator = torch.Generator()  # its own: the global one belongs to the user
     with torch.device("meta"):  # shapes without memory, however large a hostile file says they are
-        return {key: value.shape for key, value in rule.init_weights(generator).items()}
+        return {name: value.shape for name, value in key.rule.init_weights(generator).items()}
 
 
 def _check_keys(found: Iterable[str], expected: Iterable[str], where: str) -> None:
@@ -249,7 +259,7 @@ def _serialize(content: Content, card_sha256: str | None) -> dict[str, bytes]:
     config = Config(
         format_version=FORMAT_VERSION,
         rule=content.rule.name,
-        hyperparameters={item.name: getattr(content.rule, item.name) for item in fields(content.rule)},
+        hyperparameters=asdict(content.rule),
         weights_sha256=weights_sha256(content.weights),
         metadata=content.metadata,
         card_sha256=card_sha256,
