@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": set(),
     "flatness": set(),
     "_dataclass_json": set(),
-    "_extensions": set(),
+    "_extensions": {"_warn"},
     "_checks": set(),
     "_version": set(),
     "_folder": {"_dataclass_json", "_extensions", "rules"},
