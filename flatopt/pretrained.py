@@ -29,6 +29,7 @@ from ._folder import (
     weights_sha256,
     write_folder,
 )
+from ._warn import warn
 from .rules import UpdateRule, Weights
 
 
@@ -134,6 +135,7 @@ def push_to_hub(
     """
     if not isinstance(learned, LearnedRule):
         learned = load_pretrained(learned, token=token)
+        _warn_of_other_files(learned.name or "")
     card = learned.card or model_card(learned.rule, learned.weights, name=repo_id)
     with tempfile.TemporaryDirectory() as folder:
         content = learned.content._replace(card=address(card, repo_id))
@@ -149,6 +151,14 @@ def push_to_hub(
             commit_message=commit_message,
             create_pr=create_pr,
         )
+
+
+def _warn_of_other_files(source: str) -> None:
+    """Warn of the files of a folder that are not published; a card may show one."""
+    if os.path.isdir(source) and source not in list_pretrained():
+        others = sorted(name for name in os.listdir(source) if name not in FILES and not name.startswith("."))
+        if others:
+            warn(f"{source}: not published, only {', '.join(FILES)} are: {', '.join(others)}")
 
 
 _push_to_hub = push_to_hub  # inside the class, the name is that of its method

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "_folder": {"_dataclass_json", "_extensions", "rules"},
     "_cards": {"_folder", "_version", "rules"},
     "hub": set(),
-    "pretrained": {"_cards", "_folder", "hub", "rules"},
+    "pretrained": {"_cards", "_folder", "_warn", "hub", "rules"},
     "_warn": set(),
     "_compile": {"_torch", "_warn", "rules"},
     "_graphs": {"_torch", "_warn"},
