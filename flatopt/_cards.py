@@ -35,7 +35,7 @@ def write_card(
     purpose: str,
     facts: Mapping[str, object],
     folded: Mapping[str, Sequence[str]] | None = None,
-    license: str | None = "apache-2.0",
+    license: str | None = None,
     has_training: bool = False,
     averages: bool = False,
 ) -> str:
@@ -46,7 +46,7 @@ def write_card(
         purpose: what the learned rule is good for.
         facts: rows of a table that says where it comes from.
         folded: lines of Markdown by their heading, not shown until asked for.
-        license: identifier that the Hub knows; ``None`` where it is not ours to say.
+        license: identifier that the Hub knows; ``None`` where nobody has chosen one.
         has_training: link ``training.json``, which must then be written too.
         averages: whether the optimizer keeps averages of the parameters.
 
@@ -95,7 +95,7 @@ def address(card: str, repo_id: str) -> str:
         'FlatOpt(model.parameters(), pretrained="org/name")'
     """
     card = card.replace("\r\n", "\n")
-    card = card if card.startswith("---\n") else _front_matter("apache-2.0") + card
+    card = card if card.startswith("---\n") else _front_matter(None) + card
     return re.sub(r'(FlatOpt\(model\.parameters\(\), pretrained=)"[^"\n]*"', rf'\1"{repo_id}"', card, count=1)
 
 

@@ -20,9 +20,12 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
+
+from ._warn import warn
 
 GROUP = "flatopt"
 """Group of the entry points."""
@@ -38,18 +41,52 @@ def extend(registries: Mapping[str, dict[str, Any]], modules: Iterable[str] = ()
         registries: dicts to add to, by the name of the dict in the module.
         modules: names of modules to import, from the current folder or anywhere that Python looks.
 
+    A package that cannot be imported or added is left out, with one warning: nobody may have asked for it.
+
     Raises:
-        ValueError: if a module cannot be imported, or declares a name that something else has already.
+        ValueError: if one of ``modules`` cannot be imported or declares what cannot be added, such as a name that
+            something else has already.
     """
-    loaded = [import_here(name, f"--import {name}") for name in modules]
-    loaded += [entry.load() for entry in entry_points(group=GROUP)]
-    for module in loaded:
-        for attribute, registry in registries.items():
-            for name, value in getattr(module, attribute, {}).items():
-                if attribute == "RULES" and value.name != name:  # what config.json will say
-                    raise ValueError(f"{module.__name__}: RULES[{name!r}] calls itself {value.name!r}")
-                if registry.setdefault(name, value) is not value:
-                    raise ValueError(f"{module.__name__}: there is something else called {name!r} in {attribute}")
+    for name in modules:
+        _add(import_here(name, f"--import {name}"), registries)
+    for entry in entry_points(group=GROUP):
+        try:
+            _add(_import(entry.value), registries)
+        except ValueError as error:
+            package = entry.dist.name if entry.dist else "an unknown package"
+            _warn_once(f"flatopt goes on without entry point {entry.name!r} of {package}: {error}")
+
+
+def _add(module: ModuleType, registries: Mapping[str, dict[str, Any]]) -> None:
+    """Add what a module declares to registries: all of it, or nothing with a ``ValueError``."""
+    found = {attribute: getattr(module, attribute, {}) for attribute in registries}
+    for attribute, declared in found.items():
+        if not isinstance(declared, Mapping) or not all(isinstance(name, str) for name in declared):
+            raise ValueError(f"{module.__name__}: {attribute} must be a dict whose keys are names")
+        for name, value in declared.items():
+            problem = _problem(attribute, name, value)
+            if problem:
+                raise ValueError(f"{module.__name__}: {attribute}[{name!r}] {problem}")
+            if registries[attribute].get(name, value) is not value:
+                raise ValueError(f"{module.__name__}: there is something else called {name!r} in {attribute}")
+    for attribute, declared in found.items():
+        registries[attribute].update(declared)
+
+
+def _problem(attribute: str, name: str, value: Any) -> str | None:
+    """Return what is wrong with something that is declared, as far as it would break all commands."""
+    if attribute == "RULES" and not (isinstance(value, type) and hasattr(value, "name")):
+        return f"must be a class with name = {name!r}"
+    if attribute == "RULES" and value.name != name:  # what config.json will say
+        return f"calls itself {value.name!r}"
+    if attribute == "RECIPES" and not callable(value):
+        return "must be a function that returns a MetaTrainConfig"
+    return None
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warn(message)
 
 
 def import_here(name: str, asked: str) -> ModuleType:
@@ -64,11 +101,19 @@ def import_here(name: str, asked: str) -> ModuleType:
     if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
         raise ValueError(f"{asked}: {name!r} is not the name of a module, which has no slash and no ending")
     try:
+        return _import(name)
+    except ValueError as error:
+        raise ValueError(f"{asked}: {error}") from error
+
+
+def _import(name: str) -> ModuleType:
+    """Import a module; ``ValueError``, in one line, if that fails for whatever reason."""
+    try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{asked}: {error}") from error
+        raise ValueError(str(error)) from error
     except Exception as error:
-        raise ValueError(f"{asked}: {where(error)}") from error
+        raise ValueError(where(error)) from error
 
 
 def where(error: Exception) -> str:

@@ -3,11 +3,13 @@
 ``config.json`` says which rule the weights belong to and what they must look like::
 
     {"format_version": 1, "rule": "<name in RULES>", "hyperparameters": {<every field of the rule>},
-     "weights_sha256": "<64 hex digits>", "metadata": {<anything JSON>}}
+     "weights_sha256": "<64 hex digits>", "metadata": {<anything JSON>},
+     "card_sha256": "<64 hex digits, or null without a card>"}
 
-``README.md`` and ``training.json`` (free JSON: how the weights were made) may be missing.  Reading trusts nothing:
-sizes are bounded before memory is spent, every key, type and shape is checked against the rule that the folder names,
-and the tensors are hashed again.  Writing is durable, and whole or not at all.  Nothing is ever pickled.
+The last is of ``README.md`` as it was written, so that an edited one is never replaced.  ``README.md`` and
+``training.json`` (free JSON: how the weights were made) may be missing.  Reading trusts nothing: no link leads out of
+the folder, sizes are bounded before memory is spent, every key, type and shape is checked against the rule that the
+folder names, and the tensors are hashed again.  Writing is durable, and whole or not at all.  Nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -35,6 +37,7 @@ from .rules import RULES, UpdateRule, Weights
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, TRAINING_FILE = "model.safetensors", "config.json", "README.md", "training.json"
+FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, TRAINING_FILE)
 
 # The largest learned optimizers have a few million weights; anything beyond these sizes is not one of ours.
 MAX_WEIGHTS_BYTES = 64 * 2**20
@@ -62,6 +65,7 @@ class Config:
     hyperparameters: dict[str, Any]
     weights_sha256: str
     metadata: dict[str, Any]
+    card_sha256: str | None = None
 
     def build_rule(self) -> UpdateRule:
         """Return the rule with its hyper-parameters; ``ValueError`` if it is unknown or one of them does not fit."""
@@ -122,17 +126,26 @@ def read_bounded(path: Path, limit: int) -> bytes:
     return content
 
 
+def _read_own(path: Path, limit: int) -> bytes:
+    """Return the bytes of a file of a folder; a link to elsewhere is refused, as a stranger may have put it there."""
+    folder, file = path.parent.resolve(), Path(os.path.realpath(path))
+    is_snapshot = folder.parent.name == "snapshots"  # whose files are links, in the cache of huggingface_hub
+    if not (file.is_relative_to(folder) or is_snapshot and file.is_relative_to(folder.parents[1] / "blobs")):
+        raise ValueError(f"{path}: a link to a file outside of its folder: put the file itself there")
+    return read_bounded(path, limit)
+
+
 def _read_text(path: Path) -> str:
     """Read a text file of bounded size, naming it when it is not UTF-8."""
     try:
-        return read_bounded(path, MAX_TEXT_BYTES).decode()
+        return _read_own(path, MAX_TEXT_BYTES).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error}") from error
 
 
 def _read_weights(path: Path, rule: UpdateRule, sha256: str) -> Weights:
     """Read the tensors of a rule; names, dtypes and shapes are checked before any tensor is made."""
-    content = read_bounded(path, MAX_WEIGHTS_BYTES)
+    content = _read_own(path, MAX_WEIGHTS_BYTES)
     try:
         entries = dict(safetensors.deserialize(content))
         _check_layout(rule, {key: (entry["dtype"], entry["shape"]) for key, entry in entries.items()}, str(path))
@@ -158,8 +171,8 @@ def check_weights(rule: UpdateRule, weights: Weights) -> None:
 def _check_layout(rule: UpdateRule, layout: Mapping[str, tuple[Any, Iterable[Any]]], where: str) -> None:
     """Raise unless names, dtypes and shapes are those of the rule."""
     try:
-        expected = _expected_shapes(rule)
-    except (RuntimeError, TypeError) as error:
+        expected = _expected_shapes(_Hashable(json.dumps(asdict(rule), default=repr), type(rule), rule))
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: no weights have the 'hyperparameters' of {rule}: {error}") from error
     _check_keys(layout, expected, where)
     for key, (dtype, shape) in layout.items():
@@ -169,12 +182,21 @@ def _check_layout(rule: UpdateRule, layout: Mapping[str, tuple[Any, Iterable[Any
             raise ValueError(f"{where}: {key!r} must have shape {list(expected[key])}, got {shorten(list(shape))}")
 
 
+@dataclass(frozen=True)
+class _Hashable:
+    """A rule as a key: one with a hyper-parameter that can be changed has no hash of its own."""
+
+    hyperparameters: str
+    kind: type[UpdateRule]
+    rule: UpdateRule = field(compare=False)
+
+
 @lru_cache(maxsize=64)
-def _expected_shapes(rule: UpdateRule) -> dict[str, torch.Size]:
+def _expected_shapes(key: _Hashable) -> dict[str, torch.Size]:
     """Return the shapes of the weights of a rule; cached because operations without memory are slow."""
     generator = torch.Generator()  # its own: the global one belongs to the user
     with torch.device("meta"):  # shapes without memory, however large a hostile file says they are
-        return {key: value.shape for key, value in rule.init_weights(generator).items()}
+        return {name: value.shape for name, value in key.rule.init_weights(generator).items()}
 
 
 def _check_keys(found: Iterable[str], expected: Iterable[str], where: str) -> None:
@@ -218,11 +240,12 @@ def write_folder(folder: Path, content: Content, check: Callable[[Path], Any]) -
     """
     target = folder.resolve()
     _check_replaceable(target)
+    card_sha256 = _written_card(target, content.card.encode())
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     aside.mkdir()
     try:
-        for name, data in _serialize(content).items():
+        for name, data in _serialize(content, card_sha256).items():
             write_durably(aside / name, data)
         check(aside)
         sync_folder(aside)
@@ -232,13 +255,14 @@ def write_folder(folder: Path, content: Content, check: Callable[[Path], Any]) -
     sync_folder(target.parent)
 
 
-def _serialize(content: Content) -> dict[str, bytes]:
+def _serialize(content: Content, card_sha256: str | None) -> dict[str, bytes]:
     config = Config(
         format_version=FORMAT_VERSION,
         rule=content.rule.name,
-        hyperparameters={item.name: getattr(content.rule, item.name) for item in fields(content.rule)},
+        hyperparameters=asdict(content.rule),
         weights_sha256=weights_sha256(content.weights),
         metadata=content.metadata,
+        card_sha256=card_sha256,
     )
     files = {CONFIG_FILE: _to_json(vars(config)), WEIGHTS_FILE: _to_safetensors(content.weights)}
     if content.card:
@@ -281,7 +305,7 @@ def _check_replaceable(target: Path) -> None:
     if not target.is_dir():
         raise FileExistsError(f"{target} exists and is not a folder")
     names = {path.name for path in target.iterdir()}
-    foreign = sorted(names - {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, TRAINING_FILE})
+    foreign = sorted(names - {*FILES})
     if foreign:
         raise FileExistsError(f"{target} holds {foreign[0]!r}, which is not part of a saved rule: not replacing it")
     if names:
@@ -289,6 +313,19 @@ def _check_replaceable(target: Path) -> None:
             read_config(target / CONFIG_FILE)
         except (FileNotFoundError, ValueError) as error:
             raise FileExistsError(f"{target} is not a saved rule, not replacing it: {error}") from error
+
+
+def _written_card(target: Path, card: bytes) -> str | None:
+    """Return the digest of a card to be written; raise where it would replace one that somebody has edited."""
+    digest, path = hashlib.sha256(card).hexdigest() if card else None, target / CARD_FILE
+    if not path.exists():
+        return digest
+    written, there = read_config(target / CONFIG_FILE).card_sha256, _read_own(path, MAX_TEXT_BYTES)
+    if hashlib.sha256(there).hexdigest() == written:
+        return digest
+    if there != card:
+        raise FileExistsError(f"{path} was edited, not replacing it: move it elsewhere, or save in another folder")
+    return written  # loaded and saved again, it is still the edited one
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Folders to and from the Hugging Face Hub; what is in them is no business of this file.
+"""Files to and from the Hugging Face Hub; what is in them is no business of this file.
 
 A branch of a Hub repository can move between two downloads.  So ``org/name@revision`` is resolved once, to a commit,
 and every file comes from that commit.  A run can be repeated with ``revision=<commit>``, which needs no network once
@@ -10,7 +10,7 @@ the files are in the cache.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ class Access(NamedTuple):
 
 
 class PushResult(NamedTuple):
-    """Where a folder was published."""
+    """Where files were published."""
 
     url: str
     """Page of the commit, or of the pull request when one was asked for."""
@@ -79,7 +79,7 @@ def download(
 
 
 def upload(
-    folder: Path,
+    files: Mapping[str, Path | None],
     repo_id: str,
     *,
     revision: str | None = None,
@@ -89,14 +89,17 @@ def upload(
     commit_message: str,
     create_pr: bool = False,
 ) -> PushResult:
-    """Publish the files of a folder in one commit; arguments and errors as in :func:`flatopt.push_to_hub`."""
+    """Publish files by their names, ``None`` for one that must not be there, in one commit.
+
+    The other arguments and errors are as in :func:`flatopt.push_to_hub`.
+    """
     if not is_repo_id(repo_id):
         raise ValueError(f"repo_id must be 'org/name', got {repo_id!r}")
     for name, value in (("revision", revision), ("tag", tag)):
         check_ref(name, value)
         if create_pr and value is not None:
             raise ValueError(f"a pull request is to the default branch: {name}={value!r} cannot be used with it")
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(library_name="flatopt", token=token)
     with _explained(repo_id, revision):
@@ -107,10 +110,13 @@ def upload(
             raise FileExistsError(f"{_describe(repo_id, revision)}: there is a tag {tag!r} already")
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        unwanted = {name for name, path in files.items() if path is None}
+        stale = unwanted.intersection(api.list_repo_files(repo_id, revision=revision) if unwanted else ())
+        added = [CommitOperationAdd(name, path) for name, path in sorted(files.items()) if path is not None]
         # create_commit, because upload_folder may spread the files over several commits.
         info = api.create_commit(
             repo_id,
-            [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())],
+            [*added, *(CommitOperationDelete(name) for name in sorted(stale))],
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,

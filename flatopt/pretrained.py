@@ -19,6 +19,7 @@ from ._cards import address, model_card
 from ._folder import (
     CARD_FILE,
     CONFIG_FILE,
+    FILES,
     TRAINING_FILE,
     WEIGHTS_FILE,
     Content,
@@ -28,6 +29,7 @@ from ._folder import (
     weights_sha256,
     write_folder,
 )
+from ._warn import warn
 from .rules import UpdateRule, Weights
 
 
@@ -106,6 +108,8 @@ def push_to_hub(
 ) -> hub.PushResult:
     """Publish a learned rule on the Hugging Face Hub: weights, configuration and card in one commit.
 
+    Where there is no ``training``, one that an earlier push left in the repository is deleted.
+
     Args:
         learned: the learned rule, or whatever :func:`load_pretrained` takes: a shipped name, a folder, a repository.
         repo_id: ``"org/name"``; made if it does not exist.  The card will say how to load it from there.
@@ -131,12 +135,14 @@ def push_to_hub(
     """
     if not isinstance(learned, LearnedRule):
         learned = load_pretrained(learned, token=token)
+        _warn_of_other_files(learned.name or "")
     card = learned.card or model_card(learned.rule, learned.weights, name=repo_id)
     with tempfile.TemporaryDirectory() as folder:
         content = learned.content._replace(card=address(card, repo_id))
         write_folder(Path(folder), content, load_folder)
+        paths = {name: Path(folder, name) for name in FILES}
         return hub.upload(
-            Path(folder),
+            {name: path if path.exists() else None for name, path in paths.items()},
             repo_id,
             revision=revision,
             tag=tag,
@@ -145,6 +151,14 @@ def push_to_hub(
             commit_message=commit_message,
             create_pr=create_pr,
         )
+
+
+def _warn_of_other_files(source: str) -> None:
+    """Warn of the files of a folder that are not published; a card may show one."""
+    if os.path.isdir(source) and source not in list_pretrained():
+        others = sorted(name for name in os.listdir(source) if name not in FILES and not name.startswith("."))
+        if others:
+            warn(f"{source}: not published, only {', '.join(FILES)} are: {', '.join(others)}")
 
 
 _push_to_hub = push_to_hub  # inside the class, the name is that of its method
@@ -227,7 +241,7 @@ class LearnedRule:
             folder: where to write; parents are made.  An earlier folder of this format is replaced.
 
         Raises:
-            FileExistsError: if something else than a folder of this format is there.
+            FileExistsError: if something else than a folder of this format is there, or its ``README.md`` was edited.
             ValueError: if the rule or the metadata cannot be represented in JSON.
         """
         write_folder(Path(folder), self.content, load_folder)

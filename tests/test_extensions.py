@@ -131,12 +131,54 @@ def test_an_installed_package_needs_no_word(here, registries):
     forget(registries)
     with pytest.raises(ValueError, match="'learned-step' is unknown; .*flatopt.rules.RULES"):
         load_pretrained("export")
-    info = here / "mine-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[flatopt]\nmine = my_module\n")
-    importlib.invalidate_caches()
+    install(here, "mine", "my_module")
     assert load_pretrained("export").rule.name == "learned-step"
+
+
+def install(folder, package, module):
+    """Do what an installer does with a package that names a module in an entry point."""
+    info = folder / f"{package}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[flatopt]\n{package}-entry = {module}\n")
+    importlib.invalidate_caches()
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "reason"),
+    [
+        ("not_there_mod", None, "No module named 'not_there_mod'"),
+        ("broken_syntax", "def", "SyntaxError in broken_syntax.py, line 1: invalid syntax"),
+        ("broken_code", "1 / 0", "ZeroDivisionError in broken_code.py, line 1: division by zero"),
+        ("broken_attr:RULES", "RULES = {}", "No module named 'broken_attr:RULES'"),
+        ("broken_list", "RULES = ['x']", "broken_list: RULES must be a dict whose keys are names"),
+        (
+            "clashing",
+            "from flatopt.metatrain.families import FAMILIES as GIVEN\n"
+            "FAMILIES = {'theirs': GIVEN['cnn']}\nRECIPES = {'smoke': print}",
+            "clashing: there is something else called 'smoke' in RECIPES",
+        ),
+    ],
+)
+def test_a_package_that_fails_is_left_out_with_one_warning(here, registries, capsys, module, source, reason):
+    assert main(["--import", "my_module", "run", "learned-step", "--out", "run"]) == 0
+    assert main(["export", "run", "--to", "export"]) == 0
+    forget(registries)
+    if source:
+        (here / f"{module.partition(':')[0]}.py").write_text(source)
+    package = f"theirs-{module.partition(':')[0]}"  # each warns once
+    install(here, package, module)
+    install(here, "zmine", "my_module")
+    with pytest.warns(UserWarning) as caught:
+        assert main(["list"]) == 0
+    message = f"flatopt goes on without entry point '{package}-entry' of {package}: {reason}"
+    assert [str(one.message) for one in caught] == [message]
+    assert "learned-step" in capsys.readouterr().out
+    forget(registries)
+    assert load_pretrained("export").rule.name == "learned-step"
+    assert "theirs" not in FAMILIES
+    with pytest.raises(ValueError, match="--import no_module: No module named 'no_module'"):
+        extend(registries, ["no_module"])
 
 
 def test_a_module_that_is_not_there_or_takes_a_name_is_one_line(here, registries, capsys):
@@ -147,6 +189,11 @@ def test_a_module_that_is_not_there_or_takes_a_name_is_one_line(here, registries
             "from flatopt.rules import Adam\nRULES = {'rnnprop': Adam}",
             "my_module: RULES['rnnprop'] calls itself 'adam'",
         ),
+        ("RULES = ['x']", "my_module: RULES must be a dict whose keys are names"),
+        ("RULES = {1: 'x'}", "my_module: RULES must be a dict whose keys are names"),
+        ("class Rule: pass\nRULES = {'x': Rule}", "my_module: RULES['x'] must be a class with name = 'x'"),
+        ("from flatopt.rules import Adam\nRULES = {'adam': Adam()}", "my_module: RULES['adam'] must be a class with"),
+        ("RECIPES = {'x': 3}", "my_module: RECIPES['x'] must be a function that returns a MetaTrainConfig"),
         ("RECIPES = {'smoke': print}", "my_module: there is something else called 'smoke' in RECIPES"),
     ):
         sys.modules.pop("my_module", None)

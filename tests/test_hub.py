@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from flatopt import pretrained
-from flatopt._cards import address, model_card
+from flatopt._cards import address, model_card, write_card
 from flatopt.pretrained import LearnedRule, list_pretrained, load_pretrained, shipped_folder
 from flatopt.rules import OrthogonalizedMomentum
 
@@ -208,6 +208,21 @@ def test_the_command_line_pushes_a_folder_and_says_how_to_load_it(server, client
     assert usage == f'use it with: flatopt.FlatOpt(model.parameters(), pretrained="org/new", revision="{commit}")'
     reply = client.ask(f"__import__('flatopt.metatrain.cli').metatrain.cli.main({[*command[:3], '--pr']!r})")
     assert reply["value"] == 0 and repo.branches["refs/pr/1"] in reply["printed"]
+
+
+def test_a_push_without_a_recipe_deletes_the_one_of_earlier_weights_and_nothing_else(server, client, tmp_path):
+    for name, training in (("old", {"seed": 1}), ("new", {})):
+        dataclasses.replace(make_learned(), training=training).save_pretrained(tmp_path / name)
+    push = "push_to_hub({!r}, 'org/new', revision={!r}).commit"
+    for branch in ("main", "trial"):
+        first = client.value(push.format(str(tmp_path / "old"), branch))
+        repo = server.repos["org/new"]
+        assert "training.json" in repo.commits[first]
+        repo.commit({**repo.commits[first], "curve.png": b"mine"}, branch)
+        pushed = repo.commits[client.value(push.format(str(tmp_path / "new"), branch))]
+        assert set(pushed) == {"model.safetensors", "config.json", "README.md", "curve.png"}
+    loaded = f"load_pretrained('org/new', cache_dir={str(tmp_path / 'cache')!r}).training"
+    assert client.value(loaded) == {}
 
 
 def test_push_refusals_name_the_repository(server, client, stranded_client, tmp_path):
@@ -441,8 +456,29 @@ def test_a_card_of_ones_own_is_kept_and_gets_front_matter():
     assert address(written, "org/name") == written
     assert address(written.replace("\n", "\r\n"), "org/name") == written  # as some editors save it
     card = address("# Mine", "org/name")
-    assert card.startswith("---\nlibrary_name: flatopt\nlicense: apache-2.0\ntags:\n- flatopt\n")
+    assert card.startswith("---\nlibrary_name: flatopt\ntags:\n- flatopt\n")
     assert card.endswith("\n# Mine")
+
+
+def test_a_card_has_the_licence_that_somebody_chose_and_no_other():
+    learned = make_learned()
+    written = write_card("mine", purpose="Small networks.", facts={})
+    for card in ("# Mine", written, model_card(learned.rule, learned.weights)):
+        assert "license" not in address(card, "org/name")
+    chosen = written.replace("tags:", "license: mit\ntags:")
+    assert chosen == write_card("mine", purpose="Small networks.", facts={}, license="mit")
+    assert "\nlicense: mit\n" in address(chosen, "org/name")
+    for name in list_pretrained():
+        assert "\nlicense: apache-2.0\n" in address(load_pretrained(name).card, "org/name")
+
+
+def test_a_push_names_the_files_of_the_folder_that_it_leaves_out(server, client, tmp_path):
+    make_learned().save_pretrained(tmp_path / "rule")
+    for name in ("curve.png", ".gitattributes", "notes.txt"):
+        (tmp_path / "rule" / name).write_text("mine")
+    reply = client.ask(f"push_to_hub({str(tmp_path / 'rule')!r}, 'org/new').commit")
+    assert {"curve.png", "notes.txt"}.isdisjoint(server.repos["org/new"].commits[reply["value"]])
+    assert "UserWarning: " in reply["printed"] and "are: curve.png, notes.txt\n" in reply["printed"]
 
 
 def test_generated_model_card_begins_with_its_use_and_describes_the_rule():

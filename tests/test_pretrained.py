@@ -7,7 +7,7 @@ import os
 import random
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -19,10 +19,18 @@ from hypothesis import strategies as st
 
 from flatopt import FlatOpt, _folder, pretrained
 from flatopt.pretrained import LearnedRule, list_pretrained, load_folder, shipped_folder, weights_sha256
-from flatopt.rules import RULES, Adam, OrthogonalizedMomentum, UpdateRule
+from flatopt.rules import L2ODM, RULES, Adam, OrthogonalizedMomentum, UpdateRule
 
 settings.register_profile("disk", max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 disk = settings.get_profile("disk")
+
+
+@dataclass
+class Bounds:
+    """Hyper-parameters in a dataclass of their own, which has no hash."""
+
+    low: float = 0.0
+    steps: tuple[int, ...] = (1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,8 @@ class Toy(UpdateRule):
     decays: tuple[float, ...] = (0.9, 0.99)
     bounds: tuple[int, str] = (1, "x")
     limit: float | None = None
+    inner: Bounds = field(default_factory=Bounds)
+    optional: Bounds | None = None
 
     def __post_init__(self):
         if self.scale < 0:
@@ -94,6 +104,7 @@ def equal(first, second):
 # --- round trip ----------------------------------------------------------------------------------------------------
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
+bounds = st.builds(Bounds, low=finite, steps=st.lists(st.integers(-9, 9), max_size=2).map(tuple))
 rules = st.one_of(
     st.builds(Adam, lr=finite, betas=st.tuples(finite, finite), eps=finite),
     st.builds(OrthogonalizedMomentum, strip_size=st.integers(0, 5), base_step=st.floats(1e-300, 1e300)),
@@ -106,6 +117,8 @@ rules = st.one_of(
         decays=st.lists(finite, max_size=4).map(tuple),
         bounds=st.tuples(st.integers(-(2**53), 2**53), st.text(max_size=5)),
         limit=st.none() | finite,
+        inner=bounds,
+        optional=st.none() | bounds,
     ),
 )
 text = st.text(st.characters(codec="utf-8"), max_size=30)
@@ -277,12 +290,15 @@ def drop(*path):
         (put("hyperparameters", "decays", value=[0.9, "x"]), r"hyperparameters.decays\[1\] must be a number"),
         (put("hyperparameters", "decays", value=0.9), "hyperparameters.decays must be a list"),
         (put("hyperparameters", "bounds", value=[1]), "hyperparameters.bounds must be a list of 2"),
+        (put("hyperparameters", "inner", "low", value="x"), "hyperparameters.inner.low must be a number"),
+        (drop("hyperparameters", "inner", "low"), "missing key 'hyperparameters.inner.low'"),
         (put("hyperparameters", "limit", value="none"), "hyperparameters.limit must be a number or none"),
         (put("hyperparameters", value=[]), r"hyperparameters must be an object, not \[\]"),
         (put("weights_sha256", value="0" * 64), "'weights_sha256'"),
         (put("weights_sha256", value=None), "weights_sha256 must be text"),
         (put("metadata", value=[]), "metadata must be an object"),
         (drop("metadata"), "missing key 'metadata'"),
+        (put("card_sha256", value=1), "card_sha256 must be text or none"),
         (put("extra", value=1), "unknown key 'extra'"),
     ],
 )
@@ -293,6 +309,29 @@ def test_wrong_configuration_is_refused_naming_file_and_field(tmp_path, change, 
         load_folder(folder)
     assert str(folder) in str(caught.value)
     assert "config.json" in str(caught.value) or "model.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("by zero"), OverflowError("too large"), ValueError("no width"), IndexError("none")]
+)
+def test_hyperparameters_that_no_weights_can_have_are_refused(tmp_path, monkeypatch, error):
+    def refuse(rule, generator=None):
+        raise error
+
+    folder = save(tmp_path / "rule")
+    monkeypatch.setattr(Toy, "init_weights", refuse)
+    edit_config(folder, put("hyperparameters", "width", value=len(str(error))))  # not in the cache of shapes
+    with pytest.raises(ValueError, match=rf"no weights have the 'hyperparameters' of Toy.*: {error}$"):
+        load_folder(folder)
+
+
+def test_a_published_rule_without_hidden_units_is_refused(tmp_path):
+    folder = save(tmp_path / "rule", make_learned(L2ODM()))
+    edit_config(folder, put("hyperparameters", "hidden", value=0))
+    with pytest.raises(
+        ValueError, match=r"model.safetensors: no weights have the 'hyperparameters' of L2ODM\(.*hidden=0"
+    ):
+        load_folder(folder)
 
 
 def test_integer_is_accepted_for_a_float_and_becomes_one(tmp_path):
@@ -373,6 +412,33 @@ def test_readme_is_optional_and_other_files_are_ignored(tmp_path):
     assert load_folder(folder).card == ""
     (folder / "README.md").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="README.md"):
+        load_folder(folder)
+
+
+@pytest.mark.parametrize("name", _folder.FILES)
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path, name):
+    folder = save(tmp_path / "rule", make_learned(card="# Card", training={"seed": 1}))
+    (folder / name).rename(tmp_path / "private")
+    for target in (tmp_path / "private", "../private"):
+        (folder / name).symlink_to(target)
+        with pytest.raises(ValueError, match=f"{name}: a link to a file outside of its folder"):
+            load_folder(folder)
+        (folder / name).unlink()
+    (tmp_path / "private").rename(folder / "kept")
+    (folder / name).symlink_to("kept")
+    (tmp_path / "link").symlink_to(folder)
+    assert load_folder(tmp_path / "link").training == {"seed": 1}
+
+
+def test_only_a_snapshot_of_the_hub_has_its_files_among_the_blobs_beside_it(tmp_path):
+    folder = save(tmp_path / "snapshots" / "commit", make_learned(training={"seed": 1}))
+    (tmp_path / "blobs").mkdir()
+    (folder / "training.json").rename(tmp_path / "blobs" / "digest")
+    (folder / "training.json").symlink_to("../../blobs/digest")
+    assert load_folder(folder).training == {"seed": 1}
+    (tmp_path / "blobs").rename(tmp_path / "private")
+    (tmp_path / "blobs").symlink_to("private")
+    with pytest.raises(ValueError, match="training.json: a link to a file outside of its folder"):
         load_folder(folder)
 
 
@@ -522,6 +588,22 @@ def test_saving_replaces_the_earlier_rule_and_leaves_nothing_else(tmp_path):
     save(tmp_path / "rule", make_learned(Adam()))
     assert load_folder(tmp_path / "rule").rule == Adam()
     assert listing(tmp_path) == ["rule", "rule/config.json", "rule/model.safetensors"]
+
+
+@pytest.mark.parametrize("card", ["", "# Written"])
+def test_saving_never_replaces_a_card_that_was_edited(tmp_path, card):
+    folder = save(tmp_path / "rule", make_learned(card=card))
+    (folder / "README.md").write_text("# Measured")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for new in (make_learned(card="# New"), load_folder(folder), make_learned()):
+        if new.card == "# Measured":
+            save(folder, new)
+        else:
+            with pytest.raises(FileExistsError, match=r"README.md was edited, .* move it elsewhere"):
+                save(folder, new)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / "README.md").rename(tmp_path / "README.md")
+    assert load_folder(save(folder, make_learned(card="# New"))).card == "# New"
 
 
 def test_saving_makes_parents_and_accepts_an_empty_folder(tmp_path, monkeypatch):
