@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "_graphs": {"_torch", "_warn"},
     "_dtensor": {"rules"},
     "_abstract": {"_torch"},
-    "_groups": {"_abstract"},
+    "_groups": {"_abstract", "_dtensor"},
     "_watch": {"_groups", "_warn"},
     "_state": {"_abstract", "_dtensor", "_groups", "pretrained", "rules"},
     "_slots": {"_abstract", "_dtensor", "_state", "_torch", "rules"},
@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
         *{"_version", "pretrained", "rules", "tasks", "flatness"},
     },
     "evaluate": {
-        *{"_checks", "_extensions", "_version", "optimizer", "pretrained", "tasks", "flatness"},
+        *{"_checks", "_extensions", "_torch", "_version", "optimizer", "pretrained", "tasks", "flatness"},
     },
     "__init__": {"_version", "optimizer", "pretrained"},
     "__main__": {"_version", "pretrained"},
