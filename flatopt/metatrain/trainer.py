@@ -29,6 +29,7 @@ from ..rules import Weights
 from ._lock import LOCK, locked
 from ._log import Log, check_tensorboard, track
 from ._ranks import LostProcessError, Ranks, job, joined, own_device
+from ._saved import check_config
 from ._session import describe_session
 from ._stop import StopOnSignal, Stopped
 from .checkpoint import WRITING, RunState, latest, save
@@ -90,7 +91,7 @@ def train(
 
     Raises:
         ValueError: for an ``out`` that is not empty or in use, or holds no whole checkpoint or another run when
-            resuming, and for a device or an estimator that does
+            resuming, for a rule or a configuration that could not be saved, and for a device or an estimator that does
             not exist.
         TrainingInterrupted: after SIGINT or SIGTERM.
         RuntimeError: if one of several processes is gone.
@@ -150,6 +151,7 @@ def _start(config: MetaTrainConfig, out: Path) -> RunState:
 
 def _go_on(config: MetaTrainConfig, out: Path) -> RunState:
     """Return the state that a run goes on with."""
+    check_config(config)
     state = load_run(out)
     _check_resumable(state, config, out)
     state.config = config
