@@ -90,9 +90,8 @@ def train(
         ``config.ema_decay`` is positive, else the last ones.
 
     Raises:
-        ValueError: for an ``out`` that is not empty or in use, or holds no whole checkpoint or another run when
-            resuming, for a rule or a configuration that could not be saved, and for a device or an estimator that does
-            not exist.
+        ValueError: for an ``out`` that is in use, not empty, or when resuming without a whole checkpoint of this run;
+            for what could not be saved; for a device or an estimator that does not exist.
         TrainingInterrupted: after SIGINT or SIGTERM.
         RuntimeError: if one of several processes is gone.
     """
