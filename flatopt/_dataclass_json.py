@@ -127,7 +127,7 @@ def assign(data: dict[str, Any], hint: Any, assignment: str) -> None:
         else:
             raise ValueError(f"unknown key {key!r}: {prefix[:-1]} has no parts")
         if is_last:
-            place[part] = _parse(text, hint)
+            place[part] = _parse(text, hint, key)
         else:
             place = place.setdefault(part, {})
 
@@ -153,7 +153,7 @@ def parse_json(text: str | bytes, where: object) -> Any:
         return number
 
     def bounded(digits: str) -> int:
-        if len(digits) > 18:  # beyond int64, which no field of ours needs
+        if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
             raise ValueError(f"number out of range: {digits[:40]}")
         return int(digits)
 
@@ -168,7 +168,10 @@ def parse_json(text: str | bytes, where: object) -> Any:
 
 def shorten(value: object) -> str:
     """Return a repr that a hostile file cannot make long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deeply"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -229,7 +232,7 @@ def _entry_key(value: Any, where: str, index: int) -> str:
     return f"{where}.{value['name']}" if has_name else f"{where}[{index}]"
 
 
-def _parse(text: str, hint: Any) -> Any:
+def _parse(text: str, hint: Any, key: str) -> Any:
     """Read a value from the command line: plain text for ``str``, else JSON, with Python's ``None`` and numbers."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     word = text.lower()
@@ -238,9 +241,10 @@ def _parse(text: str, hint: Any) -> Any:
     if any(option is str or get_origin(option) is Literal for option in options):
         return text
     try:
-        return json.loads({"none": "null", "true": "true", "false": "false"}.get(word, text))
-    except json.JSONDecodeError:
-        pass
+        return parse_json({"none": "null", "true": "true", "false": "false"}.get(word, text), key)
+    except ValueError:
+        if text.lstrip().startswith(("[", "{")):  # nothing else than JSON
+            raise
     try:
         return float(text)  # 1e-3 is JSON, .5 and 1_000. are not
     except ValueError:

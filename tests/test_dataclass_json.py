@@ -42,7 +42,7 @@ wholes = st.builds(
     Whole,
     kind=st.sampled_from(["tanh", "relu"]),
     level=st.sampled_from([1, 2]),
-    mixed=st.booleans() | st.integers(-(2**53), 2**53) | st.lists(st.floats(-1, 1), max_size=3).map(tuple),
+    mixed=st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.lists(st.floats(-1, 1), max_size=3).map(tuple),
     share=st.floats(0, 1, exclude_max=True),
     pair=st.tuples(st.integers(0, 9), st.text(max_size=3)),
     options=st.dictionaries(st.text(max_size=3), st.none() | st.booleans() | st.text(max_size=3), max_size=3),
@@ -111,6 +111,8 @@ def test_complete_reading_wants_every_field_but_an_option_that_is_off():
         ("first.limit=none", ("first", "limit"), None),
         ("first.limit=.5", ("first", "limit"), 0.5),
         ("mixed=True", ("mixed",), True),
+        ("mixed=9223372036854775807", ("mixed",), 2**63 - 1),
+        ("share=10000000000000000000", ("share",), 1e19),
         ("mixed=[1, 2]", ("mixed",), [1, 2]),
         ("options.a.b=3", ("options", "a", "b"), 3),
         ("options.word=last", ("options", "word"), "last"),
@@ -139,3 +141,32 @@ def test_an_entry_of_a_list_is_assigned_by_its_name():
 def test_fields_made_in_python_are_checked_too():
     with pytest.raises(ValueError, match=r"Whole.share must be a number of at least 0 and below 1, not 1.0"):
         Whole(share=1.0, first=Part(name="a"))
+
+
+@pytest.mark.parametrize("digits", ["-9223372036854775809", "9223372036854775808", "1" + "0" * 30, "9" * 5000])
+def test_an_integer_beyond_64_bits_is_refused(digits):
+    with pytest.raises(ValueError, match="here: not valid JSON: number out of range"):
+        parse_json(digits, "here")
+
+
+def test_what_is_nested_without_end_is_one_short_line():
+    with pytest.raises(ValueError, match="pair: not valid JSON: maximum recursion depth"):
+        assign(asdict(Whole(first=Part(name="a"))), Whole, f"pair={'[' * 100_000}")
+    value: list[Any] = []
+    for _ in range(100_000):
+        value = [value]
+    with pytest.raises(ValueError, match="pair must be a list of 2, not a list nested too deeply"):
+        read(value, tuple[int, str], "pair")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1, "a": 2}', "options: not valid JSON: duplicate key 'a'"),
+        ("[1, 2", "options: not valid JSON: Expecting"),
+        ('{"a": NaN}', "options: not valid JSON: NaN is not JSON"),
+    ],
+)
+def test_an_assignment_is_strict_json_where_it_looks_like_it(text, message):
+    with pytest.raises(ValueError, match=message):
+        assign(asdict(Whole(first=Part(name="a"))), Whole, f"options={text}")

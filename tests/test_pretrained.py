@@ -278,7 +278,7 @@ def drop(*path):
         (put("hyperparameters", "width", value=True), "hyperparameters.width must be an integer, not True"),
         (put("hyperparameters", "width", value=-1), "no weights have the 'hyperparameters'"),
         (put("hyperparameters", "width", value=2**40), r"must have shape \[1099511627776"),
-        (put("hyperparameters", "width", value=2**62), "number out of range"),
+        (put("hyperparameters", "width", value=2**63), "number out of range"),
         (put("hyperparameters", "scale", value="0.5"), "hyperparameters.scale must be a number"),
         (put("hyperparameters", "scale", value=False), "hyperparameters.scale must be a number"),
         (put("hyperparameters", "scale", value=-1.0), "hyperparameters: scale must not be negative"),

@@ -106,18 +106,20 @@ class Log(AbstractContextManager["Log"]):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log but one that is half written; none where there is no file."""
+    """Return the lines of a log but those that are damaged; none where there is no file."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
+            metrics = json.loads(line)
         except ValueError:
-            break
+            continue
+        if isinstance(metrics, dict) and {"update", "loss"} <= metrics.keys():
+            lines.append(metrics)
     return lines
 
 
 def _open_metrics(path: Path, update: int) -> Any:
-    """Open the metrics for appending, without what was logged after the checkpoint or half written."""
+    """Open the metrics for appending, without what was logged after the checkpoint, and damaged lines."""
     kept = [line for line in read_metrics(path) if line["update"] <= update]
     aside = path.with_name(path.name + ".tmp")
     aside.write_text("".join(json.dumps(line) + "\n" for line in kept))

@@ -1,9 +1,9 @@
 """What a run of meta-training carries from update to update, and checkpoints of it: complete, atomic, without pickle.
 
 A checkpoint is a folder ``update-00000120`` with ``state.safetensors`` (every tensor, by its path in the state),
-``run.json`` (configuration, counters, form of the state) and ``manifest.json`` (size and SHA-256 of both).
-It is written aside as ``.writing-...``, flushed to disk and renamed, so that a folder of its final name is whole unless
-the disk itself failed; :func:`latest` checks the manifest and passes over what is not.
+``run.json`` (configuration and what its names stand for, counters, form of the state) and ``manifest.json`` (size and
+SHA-256 of both).  It is written aside as ``.writing-...``, flushed to disk and renamed, so that a folder of its final
+name is whole unless the disk itself failed; :func:`latest` checks the manifest and passes over what is not.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from .._dataclass_json import parse_json
 from .._folder import sync_folder, write_durably
 from ..rules import Weights
 from ..tasks import Problems
+from ._saved import check_config, check_definitions, check_rule, definitions
 from .config import MetaTrainConfig
 from .curriculum import Progress
 from .runs import Runs, map_tree
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 WRITING = ".writing-"
 """Prefix of what is not finished; may be removed by anyone who knows that no run is writing."""
 
@@ -46,7 +47,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class UnknownConfigurationError(ValueError):
-    """A checkpoint is whole, but of a rule or an option that is not known here."""
+    """A checkpoint is whole, but of a rule, a family, a measure or an option that is not known here, or is another."""
 
 
 @dataclass(kw_only=True)
@@ -82,11 +83,18 @@ class RunState:
 
     @classmethod
     def fresh(cls, config: MetaTrainConfig) -> RunState:
-        """Return the state before anything is done, on the CPU; ``ValueError`` if there is nothing to learn."""
+        """Return the state before anything is done, on the CPU.
+
+        Raises:
+            ValueError: if there is nothing to learn, or what is learned could not be saved.
+        """
+        check_config(config)
         generator = torch.Generator().manual_seed(config.seed)
-        weights = config.build_rule().init_weights(generator)
+        rule = config.build_rule()
+        weights = rule.init_weights(generator)
         if not weights:
             raise ValueError(f"rule={config.rule} has no weights to learn")
+        check_rule(rule, weights)
         average = {name: value.clone() for name, value in weights.items()} if config.ema_decay > 0 else {}
         return cls(config=config, weights=weights, average=average, generator=generator.get_state())
 
@@ -185,6 +193,7 @@ def load(path: Path) -> RunState:
     values |= _restore(record["form"], "", tensors)
     try:
         config = MetaTrainConfig.from_json(json.dumps(record["config"]))
+        check_definitions(config, record["definitions"])
     except ValueError as error:
         message = f"{path} is whole, but its configuration cannot be used here: {error}"
         raise UnknownConfigurationError(f"{message} (what is not part of flatopt needs --import MODULE)") from None
@@ -220,6 +229,7 @@ def _serialize(state: RunState) -> dict[str, bytes]:
         **{key: getattr(state, key) for key in _COUNTERS},
         "progress": state.progress._asdict(),
         "config": json.loads(state.config.to_json()),
+        "definitions": definitions(state.config),
         # safetensors sorts by dtype and name; sums over the weights depend on their order.
         "form": form,
     }

@@ -193,10 +193,8 @@ def _run(arguments: argparse.Namespace) -> None:
             check_tensorboard()
         for task in config.tasks:  # data that is not there would stop the run only after it has begun
             FAMILIES[task.name].data.table()
-        print("\n".join(settings(config)))
-        print(
-            f"{describe_run(RunState.fresh(config), check_device(arguments.device), arguments.out)} (nothing was done)"
-        )
+        would = describe_run(RunState.fresh(config), check_device(arguments.device), arguments.out)
+        print("\n".join([*settings(config), f"{would} (nothing was done)"]))
     else:
         train(config, arguments.out, device=arguments.device, command=arguments.line)
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from torch import Tensor
 
 from .._checks import check_device, check_folder
 from ..rules import Weights
+from ._lock import LOCK, locked
 from ._log import Log, check_tensorboard, track
 from ._ranks import LostProcessError, Ranks, job, joined, own_device
+from ._saved import check_config
 from ._session import describe_session
 from ._stop import StopOnSignal, Stopped
 from .checkpoint import WRITING, RunState, latest, save
@@ -87,8 +90,8 @@ def train(
         ``config.ema_decay`` is positive, else the last ones.
 
     Raises:
-        ValueError: for an ``out`` that is not empty, or holds no whole checkpoint or another run when resuming, and
-            for a device or an estimator that does not exist.
+        ValueError: for an ``out`` that is in use, not empty, or when resuming without a whole checkpoint of this run;
+            for what could not be saved; for a device or an estimator that does not exist.
         TrainingInterrupted: after SIGINT or SIGTERM.
         RuntimeError: if one of several processes is gone.
     """
@@ -98,8 +101,8 @@ def train(
     if estimator is None:
         check_families(task.name for task in config.tasks)
     device = check_device(own_device(device))
-    with joined(device) as ranks:
-        state = ranks.share(lambda: _begin(config, out, ranks, resume=resume))
+    with joined(device) as ranks, ExitStack() as held:
+        state = ranks.share(lambda: held.enter_context(_begin(config, out, ranks, resume=resume)))
         is_new = not state.sessions
         if ranks.is_main:
             print(describe_run(state, device, out, ranks.size), file=sys.stderr)
@@ -128,13 +131,26 @@ def _build_validation(config: MetaTrainConfig, device: torch.device, ranks: Rank
     return build_validation(config, config.build_rule(), device, ranks)
 
 
-def _begin(config: MetaTrainConfig, out: Path, ranks: Ranks, *, resume: bool) -> RunState:
-    """Return the state that a run begins or goes on with, on the CPU."""
+@contextmanager
+def _begin(config: MetaTrainConfig, out: Path, ranks: Ranks, *, resume: bool) -> Iterator[RunState]:
+    """Hold the folder of a run, and give the state that it begins or goes on with, on the CPU."""
     if ranks.size > 1 and config.estimator.name == "truncated-backprop":
         raise ValueError("estimator.name=truncated-backprop is not shared among processes: start one")
-    if not resume and not _is_restart(out):
-        check_unused(out)
-        return RunState.fresh(config)
+    find = partial(_go_on if resume or _is_restart(out) else _start, config, out)
+    find()  # refuses before anything is made
+    with locked(out):
+        yield find()  # now that nobody else writes
+
+
+def _start(config: MetaTrainConfig, out: Path) -> RunState:
+    """Return the state that a run begins with."""
+    check_unused(out)
+    return RunState.fresh(config)
+
+
+def _go_on(config: MetaTrainConfig, out: Path) -> RunState:
+    """Return the state that a run goes on with."""
+    check_config(config)
     state = load_run(out)
     _check_resumable(state, config, out)
     state.config = config
@@ -161,7 +177,8 @@ def check_unused(out: Path) -> None:
     """Raise ``ValueError`` unless a new run may start in ``out``."""
     check_folder(out)
     # A run killed before its first checkpoint leaves an unfinished one, which is nothing.
-    used = [path for path in out.rglob("*") if path.is_file() and not path.parent.name.startswith(WRITING)]
+    files = (path for path in out.rglob("*") if path.is_file() and path != out / LOCK)
+    used = [path for path in files if not path.parent.name.startswith(WRITING)]
     if used:
         raise ValueError(f"{out} is not empty: choose another folder, or go on with: flatopt-train resume {out}")
 

@@ -215,7 +215,7 @@ def test_a_checkpoint_of_another_format_version_is_refused(tmp_path, monkeypatch
     monkeypatch.setattr("flatopt.metatrain.checkpoint.FORMAT_VERSION", 1)
     path = save(make_state(), tmp_path)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="format_version 1 is not 5"):
+    with pytest.raises(ValueError, match="format_version 1 is not 6"):
         load(path)
 
 

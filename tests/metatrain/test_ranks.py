@@ -96,23 +96,32 @@ def test_only_the_torchrun_that_began_a_run_goes_on_with_it(tmp_path, monkeypatc
     state = RunState.fresh(config)
     state.update, state.sessions = 3, [describe_session(torch.device("cpu"), "test")]
     save(state, tmp_path / "checkpoints")
-    assert _begin(config, tmp_path, Ranks(), resume=False).update == 3
-    with pytest.raises(ValueError, match="another configuration"):
-        _begin(config.override(["seed=1"]), tmp_path, Ranks(), resume=False)
+    with _begin(config, tmp_path, Ranks(), resume=False) as found:
+        assert found.update == 3
+    with (
+        pytest.raises(ValueError, match="another configuration"),
+        _begin(config.override(["seed=1"]), tmp_path, Ranks(), resume=False),
+    ):
+        pass
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "5678")
-    with pytest.raises(ValueError, match="is not empty"):
-        _begin(config, tmp_path, Ranks(), resume=False)
+    with pytest.raises(ValueError, match="is not empty"), _begin(config, tmp_path, Ranks(), resume=False):
+        pass
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    with pytest.raises(ValueError, match="is not empty"):
-        _begin(config, tmp_path, Ranks(), resume=False)
-    assert _begin(config, tmp_path, Ranks(), resume=True).update == 3
+    with pytest.raises(ValueError, match="is not empty"), _begin(config, tmp_path, Ranks(), resume=False):
+        pass
+    with _begin(config, tmp_path, Ranks(), resume=True) as found:
+        assert found.update == 3
 
 
 def test_backpropagation_is_refused_where_every_process_would_do_the_same(tmp_path):
     config = RECIPES["l2o-dm"]()
-    with pytest.raises(ValueError, match="not shared among processes"):
-        _begin(config, tmp_path, Ranks(rank=0, size=2), resume=False)
-    assert _begin(config, tmp_path, Ranks(), resume=False).update == 0
+    with (
+        pytest.raises(ValueError, match="not shared among processes"),
+        _begin(config, tmp_path, Ranks(rank=0, size=2), resume=False),
+    ):
+        pass
+    with _begin(config, tmp_path, Ranks(), resume=False) as found:
+        assert found.update == 0
 
 
 def test_what_the_first_process_refuses_all_do_and_it_alone_says_why(monkeypatch, capsys, tmp_path):

@@ -213,6 +213,17 @@ def test_a_half_written_line_of_the_log_is_cut_on_resuming(tmp_path, reference):
     assert_same_end(tmp_path, reference)
 
 
+@pytest.mark.parametrize("damaged", [b"\xff\x00{", b'{"upda', b"3", b"null", b"{}"])
+def test_a_damaged_line_within_the_log_is_the_only_one_that_resuming_drops(tmp_path, reference, damaged):
+    with pytest.raises(ArithmeticError):
+        train(toy_config(), tmp_path, estimator=Crashing(calls=9, log=[]))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[:3], damaged, *lines[4:], b""]))
+    train(toy_config(), tmp_path, estimator=toy_estimator(), resume=True)
+    assert read_metrics(tmp_path) == [line for line in read_metrics(reference) if line["update"] != 4]
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
     before = train(toy_config(), tmp_path, estimator=toy_estimator())
     metrics = read_metrics(tmp_path)
