@@ -185,7 +185,7 @@ def main() -> None:
             "title": "Other kinds of problems",
             "note": f"Mean ± standard deviation over {NUM_SEEDS} seeds on the test split; lower is better. {FLATOPT}: "
             "nothing tuned. The others: the learning rate, of Muon the schedule too, that one run finds best on the "
-            "meta split, from five values and more where the best is at an edge. "
+            "meta split, from five values, and more where the best is at an edge. "
             f"Weights: {default_name()}, SHA-256 {learned.sha256[:12]}.",
             "command": "OMP_NUM_THREADS=1 python docs/experiments/workloads.py",
             "columns": ["problem", "measured", *shown],
@@ -195,7 +195,7 @@ def main() -> None:
             ],
         },
         {
-            "title": "On how many the mean is no worse",
+            "title": "On how many the mean, before it is rounded, is no worse",
             "columns": ["optimizer", f"than {REFERENCE}", "than all tuned ones"],
             "rows": [[name, no_worse(finished, name, [REFERENCE]), no_worse(finished, name, tuned)] for name in shown],
         },
