@@ -111,7 +111,7 @@ def measure(
     last_steps = {key: _measure(buckets.get(key, []), own, key.dtype, are_stamped) for key, own in states_of.items()}
     last = max(last_steps.values(), default=0.0)
     if last:  # without states the run begins anew
-        clock = max(group.get(CLOCK, 0) for group in groups)
+        clock = max((group.get(CLOCK, 0) for group in groups), default=0)
         last_steps = {key: max(step, clock) for key, step in last_steps.items()}
         last = max(last_steps.values())
     last_of_replicas = max((step for key, step in last_steps.items() if not key.is_of_one_rank), default=0.0)

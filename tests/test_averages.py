@@ -207,6 +207,13 @@ def test_a_run_whose_parts_take_turns_ends_on_its_averages(turns: list[list[int]
         step_with(opt, params, 0)
 
 
+def test_a_step_without_any_group_does_nothing() -> None:
+    params, opt = make()
+    step_with(opt, params, 0)
+    del opt.param_groups[0]
+    opt.step()
+
+
 def test_a_run_that_starts_anew_counts_from_its_first_step() -> None:
     params, opt = make()
     start = copy.deepcopy(opt.state_dict())
