@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ._groups import check_options, has_matrices, highest_lr, name_of, sharing_memory
@@ -19,6 +20,10 @@ SMALL_LR_STEPS = 100
 
 FLAT_NUMEL = 2**20
 """A vector this long beside no matrix looks like a flattened model: no bias is as long."""
+
+
+STACK_LENGTH = 16
+"""No kernel of a one-dimensional convolution is as long; an axis of a matrix is."""
 
 
 class Watch:
@@ -52,7 +57,7 @@ class Watch:
                     )
 
     def look_at_new(self, groups: Sequence[dict[str, Any]], *, needs_matrices: bool) -> None:
-        """Warn of a learning rate of another optimizer, of shared memory, of a vector that may have been matrices."""
+        """Warn of a learning rate of another optimizer, of shared memory, of what may be a stack or a flat model."""
         params = [param for group in groups for param in group["params"] if not is_lazy(param)]
         longest = max((param.numel() for param in params), default=0)
         if needs_matrices and longest >= FLAT_NUMEL and not has_matrices(groups):
@@ -60,6 +65,12 @@ class Watch:
                 f"no parameter is a matrix, and one is a vector of {longest:,} coordinates: if it holds the flattened "
                 "parameters of a model, FlatOpt cannot see its matrices and steps them like a bias; give the "
                 "parameters themselves, and shard with FSDP2 (torch.distributed.fsdp.fully_shard)"
+            )
+        stack = next(filter(_is_stack, params), None) if needs_matrices else None
+        if stack is not None:
+            warn(
+                f"{name_of(stack, groups)} has shape {list(stack.shape)} and is taken as one matrix of {len(stack)} "
+                "rows: a stack of matrices, as of fused experts, needs a parameter for each, or another optimizer"
             )
         if pair := sharing_memory(groups):
             one, other = (name_of(param, groups) for param in pair)
@@ -143,3 +154,8 @@ class Watch:
         """Forget a length that was adopted, and that the run went on beyond one; the new one may be the user's."""
         self.told.discard("over")
         self.adopted, self.is_given = None, is_given
+
+
+def _is_stack(param: Tensor) -> bool:
+    """Return whether a parameter looks like several matrices."""
+    return param.dim() == 3 and len(param) > 1 and min(param.shape[1:]) >= STACK_LENGTH

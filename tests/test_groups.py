@@ -457,6 +457,15 @@ def test_a_lone_vector_as_long_as_a_model_is_told_once() -> None:
     assert len(caught) == 1 and caught[0].filename == __file__
 
 
+def test_a_stack_of_matrices_in_one_parameter_is_told(toy: LearnedRule) -> None:
+    experts = nn.Parameter(torch.ones(8, 32, 16))
+    with pytest.warns(UserWarning, match=r"parameter 1 of group 0 has shape \[8, 32, 16\] and is taken as one matrix"):
+        FlatOpt([nn.Parameter(torch.ones(3)), experts])
+    FlatOpt([experts], pretrained=toy)  # a rule that looks at coordinates one by one
+    for shape in ((64, 32, 15), (1, 196, 64), (64, 3, 16, 16)):  # convolutions, positions
+        FlatOpt([nn.Parameter(torch.ones(shape))])
+
+
 def test_vectors_that_are_no_flattened_model_are_not_told(toy: LearnedRule) -> None:
     FlatOpt([nn.Parameter(torch.ones(2**20 - 1))])
     FlatOpt([nn.Parameter(torch.ones(2**20)), nn.Parameter(torch.ones(2, 2))])
