@@ -106,7 +106,7 @@ def refuse_flattened(param: Tensor, groups: Sequence[dict[str, Any]], longest: f
 
     A vector longer than the ``longest`` that once stood beside matrices is such a buffer if no matrix is left.
     """
-    is_buffer = not has_matrices(groups) and not is_lazy(param) and param.numel() > longest
+    is_buffer = not is_lazy(param) and param.numel() > longest and not has_matrices(groups)
     if is_buffer or any(hasattr(param, mark) for mark in _FLATTENED):
         raise RuntimeError(
             f"{name_of(param, groups)} is flattened, as by FSDP1 or DeepSpeed ZeRO, and FlatOpt needs the shapes of "
