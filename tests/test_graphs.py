@@ -91,7 +91,7 @@ def captures(opt: FlatOpt) -> list[int]:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:the gradient of parameter 2")
+@pytest.mark.filterwarnings("ignore:the gradient of parameter 2", "ignore:lr falls although num_steps is known")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
 @pytest.mark.parametrize("num_steps", [None, 44])
 def test_a_captured_step_is_the_plain_one_to_the_bit(dtype: torch.dtype, num_steps: int | None) -> None:

@@ -1,13 +1,13 @@
-"""A transformer of seven million parameters on text: FlatOpt, nothing tuned, against tuned AdamW and Muon, on a GPU.
+"""A transformer of seven million parameters on text: FlatOpt, nothing tuned, against tuned baselines, on a GPU.
 
 Characters of the standard library's own source, in windows of 256, 32 to a batch; 1,500 steps in bfloat16 autocast.
-AdamW and Muon (with AdamW for what is no matrix; decay 0.1 both) have a warm-up over a twentieth of the run and a
-cosine, and the learning rate that is best on the ``meta`` files.  FlatOpt is told the length of the run, or not.
-Printed is the loss on the ``meta`` and ``test`` files, per seed, in nats per character.  The entry of ``docs/log.md``
-of 2026-11-27 on GPUs quotes it.
+AdamW and Muon (with AdamW for what is no matrix) have a warm-up over a twentieth of the run and a cosine, Schedule-Free
+AdamW has the warm-up alone; decay 0.1 all.  Each has the learning rate that is best on the ``meta`` files.  FlatOpt is
+told the length of the run, or not, and takes matrices in strips, as it does by default, or whole.
+Printed is the loss on the ``meta`` and ``test`` files, per seed, in nats per character.  ``docs/log.md`` quotes it.
 
-Run as ``python docs/experiments/text_on_gpu.py [NUM_PROCESSES] [NUM_SEEDS]``: the runs go side by side.  ``--fast``
-takes a tiny network, five steps, one seed, and the CPU if there is no GPU.
+Run as ``python docs/experiments/text_on_gpu.py [NUM_PROCESSES] [NUM_SEEDS]``: the runs go side by side.  ``--large``
+takes a network of 57 million parameters, ``--fast`` a tiny one, five steps, one seed, and the CPU if there is no GPU.
 """
 
 from __future__ import annotations
@@ -15,32 +15,44 @@ from __future__ import annotations
 import math
 import multiprocessing
 import sys
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 
 import torch
+from schedulefree import AdamWScheduleFree
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from flatopt import FlatOpt, load_pretrained
+from flatopt import FlatOpt, LearnedRule, load_pretrained
 from flatopt.evaluate._training import build_model, cross_entropy
 from flatopt.evaluate.baselines import MuonWithAdamW
 from flatopt.evaluate.contestants import default_name, untrained
 from flatopt.evaluate.models import decoder
 from flatopt.tasks.text import load_text
 
-FAST = "--fast" in sys.argv
+FAST, LARGE = "--fast" in sys.argv, "--large" in sys.argv
 WORDS = [int(word) for word in sys.argv[1:] if not word.startswith("--")]
 NUM_PROCESSES, NUM_SEEDS = (*WORDS, *(12, 2)[len(WORDS) :]) if not FAST else (1, 1)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NUM_BYTES, LENGTH, WIDTH, DEPTH = (200_000, 16, 16, 1) if FAST else (10_000_000, 256, 384, 6)
+NUM_BYTES, LENGTH = (200_000, 16) if FAST else (10_000_000, 256)
+WIDTH, DEPTH = (16, 1) if FAST else (768, 12) if LARGE else (384, 6)
 NUM_STEPS, BATCH_SIZE, NUM_TEST_BATCHES = (5, 4, 2) if FAST else (1500, 32, 40)
 WARMUP = max(1, NUM_STEPS // 20)
 
-GRID = {"AdamW": (3e-4, 1e-3, 3e-3), "Muon": (1e-3, 3e-3, 1e-2)}
-LEARNED = ("FlatOpt, length told", "FlatOpt, length not told", "untrained core, length told")
+GRID = {
+    "AdamW": (3e-4, 1e-3, 3e-3, 1e-2),
+    "Muon": (3e-3, 1e-2, 3e-2, 1e-1),
+    "Schedule-Free AdamW": (1e-3, 3e-3, 1e-2, 3e-2),
+}
+LEARNED = (
+    "FlatOpt, length told",
+    "FlatOpt, length not told",
+    "FlatOpt, whole matrices",
+    "untrained core, length told",
+)
 RUNS = [(name, lr) for name, lrs in GRID.items() for lr in (lrs[1:2] if FAST else lrs)]
 RUNS += [(name, 1.0) for name in LEARNED]
 
@@ -51,9 +63,14 @@ def build(name: str, params: list[torch.nn.Parameter], lr: float) -> Optimizer:
         return AdamW(params, lr, weight_decay=0.1)
     if name == "Muon":
         return MuonWithAdamW(params, lr)
+    if name == "Schedule-Free AdamW":
+        return AdamWScheduleFree(params, lr, weight_decay=0.1, warmup_steps=WARMUP)
     learned = load_pretrained(default_name())
-    rule = untrained(learned) if name.startswith("untrained") else learned
-    return FlatOpt(params, pretrained=rule, num_steps=None if "not" in name else NUM_STEPS)
+    if "untrained" in name:
+        learned = untrained(learned)
+    if "whole" in name:
+        learned = LearnedRule(replace(learned.rule, strip_size=4096), learned.weights)
+    return FlatOpt(params, pretrained=learned, num_steps=None if "not" in name else NUM_STEPS)
 
 
 def make_model(seed: int) -> nn.Module:
@@ -74,7 +91,7 @@ def run(task: tuple[str, float, int]) -> tuple[float, float]:
         rise = min(1.0, (step + 1) / WARMUP)
         return rise * 0.5 * (1 + math.cos(math.pi * max(0, step - WARMUP) / (NUM_STEPS - WARMUP)))
 
-    schedule = LambdaLR(optimizer, factor) if name in GRID else None
+    schedule = LambdaLR(optimizer, factor) if name in ("AdamW", "Muon") else None
 
     def loss_of(text: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
         starts = torch.randint(len(text) - LENGTH - 1, (BATCH_SIZE,), generator=draws).to(DEVICE)
@@ -82,6 +99,8 @@ def run(task: tuple[str, float, int]) -> tuple[float, float]:
         with torch.autocast(DEVICE, torch.bfloat16):
             return cross_entropy(model(windows[:, :-1]).float(), windows[:, 1:])
 
+    if isinstance(optimizer, AdamWScheduleFree):
+        optimizer.train()
     for _ in range(NUM_STEPS):
         optimizer.zero_grad()
         loss = loss_of(splits[0], generator)
@@ -89,7 +108,7 @@ def run(task: tuple[str, float, int]) -> tuple[float, float]:
         optimizer.step(lambda loss=loss: loss)  # Muon's wrapper wants a closure
         if schedule is not None:
             schedule.step()
-    if "not" in name:
+    if isinstance(optimizer, FlatOpt | AdamWScheduleFree):
         optimizer.eval()
     model.eval()
     with torch.no_grad():
