@@ -2,7 +2,7 @@
 
 Networks of widths 256 and 512: on Fashion-MNIST reduced to 14 x 14 pixels, and on characters of the standard library's
 source.  The default rule with strips of at most 32, 64 and 128 rows, and as it is: strips of 64 rows at width 256, of
-128 at 512.  Printed is the score on the ``meta`` split (accuracy in per cent), mean and
+256 at 512.  Printed is the score on the ``meta`` split (accuracy in per cent), mean and
 standard deviation over seeds, and the mean logarithm of the loss, with the length of the run told and not.  The entry
 of ``docs/log.md`` of 2026-11-27 on strips quotes it.
 

@@ -111,21 +111,22 @@ class StripRows(NamedTuple):
     usual: int
     """Most rows, as long as a matrix then has at most ``number`` strips."""
     number: int
-    """Strips of a larger matrix, before rows are rounded up to a multiple of ``ROW_BLOCK``."""
+    """Most strips of such a matrix."""
     most: int
-    """Where they would have more rows, the number is doubled: shards on 2 or 4 devices seldom cut through a strip."""
+    """Most rows of a larger one, before they are rounded up to a multiple of ``ROW_BLOCK``.  It is whole, or cut into
+    2, 4, 8, ...: shards on as many devices seldom cut through a strip."""
 
     def of(self, short: int) -> int:
         """Return the rows of the strips of a matrix whose shorter axis is ``short``; the last may have fewer.
 
         Example:
-            >>> rows = StripRows(usual=64, number=4, most=128)
-            >>> [rows.of(short) for short in (20, 64, 100, 256, 320, 768, 1024)]
-            [20, 64, 50, 64, 80, 96, 128]
+            >>> rows = StripRows(usual=80, number=4, most=256)
+            >>> [rows.of(short) for short in (20, 64, 100, 320, 384, 768, 1024)]
+            [20, 64, 50, 80, 192, 192, 256]
         """
         number = -(-short // self.usual)
         if number > self.number:
-            number = self.number
+            number = 1
             while short > number * self.most:
                 number *= 2
         rows = -(-short // number)

@@ -7,8 +7,8 @@ Per coordinate, with gradient :math:`g_t`,
     u_t = m_t / \sqrt{v_t}.
 
 A matrix ``[outputs, inputs]``, of :math:`(1 - \mu)\, m_t + \mu\, g_t`, is cut along its shorter axis into strips
-:math:`X`: up to four of 64 rows, then four of up to 128, then more (:class:`flatopt.rules.StripRows`).  Each is
-replaced by nearly the closest matrix with orthonormal rows, its polar factor :math:`(X X^\top)^{-1/2} X`, by three
+:math:`X`: up to four of 80 rows; beyond, two, four, eight, ... of up to 256 (:class:`flatopt.rules.StripRows`).  Each
+is replaced by nearly the closest matrix with orthonormal rows, its polar factor :math:`(X X^\top)^{-1/2} X`, by three
 Newton-Schulz iterations on the Gram matrix alone, which is small:
 
 .. math::
@@ -157,8 +157,8 @@ class OrthogonalizedMomentum(UpdateRule):
     vector_inputs: float = 64.0
     min_inputs: float = 8.0
     base_decay: float = 1.0
-    strip_size: int = 64
-    max_strip_size: int = 128
+    strip_size: int = 80
+    max_strip_size: int = 256
     betas: tuple[float, float] = (0.9, 0.99)
     momentum_mix: float = 0.1
     warmup_steps: float = 30.0
@@ -179,7 +179,7 @@ class OrthogonalizedMomentum(UpdateRule):
 
     @property
     def strip_rows(self) -> StripRows | None:
-        """Up to four strips of ``strip_size`` rows, then four of up to ``max_strip_size``, then more."""
+        """Up to four strips of ``strip_size`` rows; beyond, a power of two of up to ``max_strip_size``."""
         most = max(self.strip_size, self.max_strip_size)
         return StripRows(self.strip_size, FREE_STRIPS, most) if self.strip_size else None
 

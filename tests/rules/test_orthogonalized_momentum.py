@@ -16,11 +16,11 @@ from flatopt import FlatOpt, LearnedRule
 from flatopt.rules import OrthogonalizedMomentum, StripRows, Strips, TensorShape, apply_rule
 from flatopt.rules.orthogonalized_momentum import CONSTANT_SCALE, NEWTON_SCHULZ
 
-SHAPES = [(140, 70), (12, 3, 3, 3), (5,), (6, 1), (33, 34)]
+SHAPES = [(140, 90), (12, 3, 3, 3), (5,), (6, 1), (33, 34)]
 INF = math.inf
 
 
-def polar_by_hand(matrix: numpy.ndarray, size: int = 64) -> numpy.ndarray:
+def polar_by_hand(matrix: numpy.ndarray, size: int = 80) -> numpy.ndarray:
     """Return the strips of a matrix by Newton-Schulz on the strips themselves, at unit size if of full rank."""
     flat = matrix.reshape(len(matrix), -1)
     oriented = flat.T if flat.shape[1] < flat.shape[0] else flat
