@@ -5,8 +5,8 @@ Muon the schedule, that one run finds best on the ``meta`` split.  FlatOpt is us
 values of its ``lr``.  Nothing about it was chosen on these problems.  All that were tried are shown.
 
 Run as ``OMP_NUM_THREADS=1 python docs/experiments/workloads.py [NUM_PROCESSES]``; it writes
-``docs/results/workloads.json`` for ``docs/results/generate.py``.  ``--fast`` trains a few steps with one seed, and
-writes nothing.
+``docs/results/workloads.json`` for ``docs/results/generate.py``.  ``--games`` runs those of ``loops/games.py`` alone
+and replaces their tables, ``--fast`` trains a few steps with one seed, and writes nothing.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from loops import loss_of, numbers, pictures, sequences
+from loops import games, loss_of, numbers, pictures, sequences
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from flatopt import load_pretrained
@@ -82,6 +82,12 @@ WORKLOADS = (
     Workload("adding problem, GRU", sequences.adding_gru, 800),
     Workload("adding problem, RNN", sequences.adding_rnn, 800),
     Workload("reversal, transformer", sequences.reversal, 600),
+)
+GAMES = (
+    Workload("PPO, cart with a pole", games.cart, 1200),
+    Workload("PPO, pendulum", games.pendulum, 2400),
+    Workload("deep Q-learning, cart with a pole", games.q_learning, 2000),
+    Workload("GAN", games.adversarial, 1500),
 )
 
 
@@ -166,23 +172,34 @@ def no_worse(finished: Sequence[dict[str, Finished]], name: str, others: Sequenc
 
 
 def main() -> None:
-    """Run all, print every row, and write the tables."""
-    workloads = WORKLOADS[2:14:11] if FAST else WORKLOADS
+    """Run all, and write the tables."""
+    if FAST:
+        tables_of("", (*WORKLOADS[2:14:11], GAMES[2]))
+        return
+    games_only = "--games" in sys.argv
+    tables = [] if games_only else tables_of("Other kinds of problems", WORKLOADS)
+    tables += tables_of("Reinforcement learning, adversarial training", GAMES)
+    titles = {table["title"] for table in tables}
+    others = json.loads(OUT.read_text(encoding="utf-8"))["tables"] if games_only else []
+    tables = [table for table in others if table["title"] not in titles] + tables
+    OUT.write_text(json.dumps({"tables": tables}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def tables_of(title: str, workloads: Sequence[Workload]) -> list[dict[str, Any]]:
+    """Run some problems, print every row, and return the tables."""
     finished = []
     with ProcessPoolExecutor(NUM_PROCESSES) as pool:
         for workload, found in zip(workloads, pool.map(finish, workloads), strict=True):
             finished.append(found)
             cells = (f"{name} [{one.setting}] {one.text()}" for name, one in found.items())
             print(f"{workload.name}: {'; '.join(cells)}", flush=True)
-    if FAST:
-        return
     names = list(finished[0])
     tuned = [one.name for one in contestants() if one.extends]
     shown = [name for name in names if ", lr " not in name]
     learned = load_pretrained(default_name())
-    tables = [
+    return [
         {
-            "title": "Other kinds of problems",
+            "title": title,
             "note": f"Mean ± standard deviation over {NUM_SEEDS} seeds on the test split; lower is better. {FLATOPT}: "
             "nothing tuned. The others: the learning rate, of Muon the schedule too, that one run finds best on the "
             "meta split, from five values, and more where the best is at an edge. "
@@ -195,12 +212,12 @@ def main() -> None:
             ],
         },
         {
-            "title": "On how many the mean, before it is rounded, is no worse",
+            "title": f"{title}: on how many the mean, before it is rounded, is no worse",
             "columns": ["optimizer", f"than {REFERENCE}", "than all tuned ones"],
             "rows": [[name, no_worse(finished, name, [REFERENCE]), no_worse(finished, name, tuned)] for name in shown],
         },
         {
-            "title": f"{FLATOPT} at smaller values of lr, and the settings of the others",
+            "title": f"{title}: {FLATOPT} at smaller values of lr, and the settings of the others",
             "columns": ["problem", "lr 1", *(f"lr {lr:g}" for lr in SMALLER_LRS), *tuned],
             "rows": [
                 [
@@ -213,7 +230,6 @@ def main() -> None:
             ],
         },
     ]
-    OUT.write_text(json.dumps({"tables": tables}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
