@@ -100,11 +100,11 @@ LARGE: list[Placed] = [
     ((256, 700), [Shard(0)]),
     ((256, 700), [Shard(1)]),
     ((700, 256), [Shard(0)]),
-    ((130, 700), [Shard(0)]),
+    ((170, 700), [Shard(0)]),
     ((384, 400), [Shard(0)]),
     ((16, 4), [Shard(0)]),
 ]
-"""Strips of 64, 44, 192 and 4 rows; the shards are handled in pieces, those of the fourth cut through a strip."""
+"""Strips of 64, 57, 192 and 4 rows; the shards are handled in pieces, those of the fourth cut through a strip."""
 
 
 def check_placements(

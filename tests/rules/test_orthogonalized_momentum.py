@@ -201,10 +201,20 @@ def test_no_direction_is_longer_where_there_are_few(shape: tuple[int, int], rank
 
 
 @pytest.mark.parametrize(
-    ("shape", "number"), [((64, 96), 1), ((128, 160), 2), ((256, 500), 4), ((320, 512), 4), ((600, 600), 8)]
+    ("shape", "number"),
+    [
+        ((64, 96), 1),
+        ((128, 160), 2),
+        ((256, 500), 4),
+        ((320, 512), 4),
+        ((384, 400), 2),
+        ((600, 600), 4),
+        ((1100, 1100), 8),
+    ],
 )
 def test_strips_that_share_a_direction_add_up_to_no_more_than_four(shape: tuple[int, int], number: int) -> None:
     """They made wide networks without normalisation diverge."""
+    assert Strips.of(TensorShape.of(shape), OrthogonalizedMomentum().strip_rows).number == number
     generator = torch.Generator().manual_seed(0)
     param = torch.nn.Parameter(torch.zeros(shape))
     opt = FlatOpt([param], pretrained=learned(OrthogonalizedMomentum(base_decay=0.0, warmup_steps=1.0)), num_steps=1000)

@@ -264,7 +264,7 @@ def test_a_batch_of_models_is_each_of_them(name, pack_size):
         ("orthogonalized-momentum", [((4, 5), 1, 3)]),  # wide, along the sums
         ("orthogonalized-momentum, strips of 3", [((6, 7), 0, 3)]),  # wide, between its strips
         ("orthogonalized-momentum, strips of 3", [((9, 6), 1, 3)]),  # tall, between its strips
-        # Strips of 4, 64, 192 and 75 rows, three batches of them.
+        # Strips of 4, 64, 192 and 75 rows, four batches of them.
         ("orthogonalized-momentum", [((4, 5), 1, 3), ((128, 130), 0, 64), ((390, 384), 1, 192), ((300, 310), 1, 7)]),
     ],
 )
