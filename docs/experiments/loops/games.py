@@ -6,7 +6,8 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from flatopt.tasks import Batch
 
 from . import SEED_OF_DATA, generator, made, pretrain
 from .numbers import perceptron
-from .pictures import classification, clothes
+from .pictures import classification, pixels
 
 LENGTH = 200
 """Steps after which an episode ends."""
@@ -181,7 +182,7 @@ def q_learning(seed: int, split: str = "test") -> Problem:
         random, older = generator(seed), copy.deepcopy(model)
         memory: deque[Tensor] = deque(maxlen=1500)
         state, age = CART.start(8, random), torch.zeros(8, dtype=torch.long)
-        for step in range(10**9):
+        for step in count():
             with torch.no_grad():
                 blind = torch.rand(8, generator=random) < max(0.05, 1 - step / 500)
                 action = torch.where(blind, torch.randint(2, (8,), generator=random), model(state).argmax(-1))
@@ -219,18 +220,18 @@ def _features() -> nn.Module:
 
 def frechet_distance(one: Tensor, other: Tensor) -> Tensor:
     """Return the distance of two normal distributions, fitted to rows (Heusel et al., 2017)."""
-    both = torch.linalg.eigvals(one.double().T.cov() @ other.double().T.cov()).real.clamp(min=0).sqrt().sum()
+    covariances = [part.double().T.cov() for part in (one, other)]
+    both = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt().sum()
     between = (one.mean(0) - other.mean(0)).square().sum()
-    return (between + one.T.cov().trace() + other.T.cov().trace() - 2 * both).float()
+    return (between + sum(part.trace() for part in covariances) - 2 * both).float()
 
 
 def adversarial(seed: int, split: str = "test", width: int = 128, code: int = 32) -> Problem:
     """Return a GAN (Goodfellow et al., 2014) on clothes, both networks in one step; the distance of features."""
     features = _features()
     torch.manual_seed(seed)
-    pixels = {name: part.inputs.flatten(1) for name, part in clothes().items()}
-    low, high = pixels["train"].aminmax()
-    leaky = lambda: nn.LeakyReLU(0.2)  # noqa: E731
+    images, low, high = pixels()
+    leaky = partial(nn.LeakyReLU, 0.2)
     model = nn.ModuleDict(
         {
             "maker": nn.Sequential(*perceptron(code, width, width, 196, activation=leaky), nn.Sigmoid()),
@@ -239,16 +240,16 @@ def adversarial(seed: int, split: str = "test", width: int = 128, code: int = 32
     )
 
     def draw(name: str, number: int, random: torch.Generator) -> Batch:
-        rows = torch.randint(len(pixels[name]), (number,), generator=random)
-        return Batch(torch.randn(number, code, generator=random), (pixels[name][rows] - low) / (high - low))
+        rows = torch.randint(len(images[name]), (number,), generator=random)
+        return Batch(torch.randn(number, code, generator=random), (images[name][rows] - low) / (high - low))
 
     def loss_fn(model: nn.ModuleDict, batch: Batch) -> Tensor:
-        images = model["maker"](batch.inputs)
+        made_up = model["maker"](batch.inputs)
         if not torch.is_grad_enabled():
-            return frechet_distance(*(features(low + (high - low) * part) for part in (images, batch.targets)))
+            return frechet_distance(*(features(low + (high - low) * part) for part in (made_up, batch.targets)))
         judge = {name: param.detach() for name, param in model["judge"].named_parameters()}
-        fooled = F.softplus(-torch.func.functional_call(model["judge"], judge, (images,))).mean()
-        found = F.softplus(model["judge"](images.detach())) + F.softplus(-model["judge"](batch.targets))
+        fooled = F.softplus(-torch.func.functional_call(model["judge"], judge, (made_up,))).mean()
+        found = F.softplus(model["judge"](made_up.detach())) + F.softplus(-model["judge"](batch.targets))
         return fooled + found.mean()
 
     measured = [draw(split, 2000, generator(SEED_OF_DATA))]

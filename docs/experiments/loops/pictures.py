@@ -26,6 +26,12 @@ def clothes(num_train: int = 12_000, size: int = 14) -> dict[str, Batch]:
     return {name: Batch(part.inputs[: most[name], None], part.targets[: most[name]]) for name, part in parts}
 
 
+def pixels() -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Return the images as rows, by split, and the least and the largest number that is trained on."""
+    rows = {name: part.inputs.flatten(1) for name, part in clothes().items()}
+    return rows, *rows["train"].aminmax()
+
+
 def classification(model: nn.Module, split: str, seed: int, num_train: int = 12_000) -> Problem:
     """Return the problem of naming the class of an image."""
     data = clothes(num_train)
@@ -155,12 +161,11 @@ class VAE(nn.Module):
 def vae(seed: int, split: str = "test") -> Problem:
     """Return a VAE (Kingma and Welling, 2014), and its negative evidence bound, in nats."""
     torch.manual_seed(seed)
-    pixels = {name: part.inputs.flatten(1) for name, part in clothes().items()}
-    low, high = pixels["train"].aminmax()
+    images, low, high = pixels()
 
     def draw(name: str, random: torch.Generator) -> Batch:
-        rows = torch.randint(len(pixels[name]), (64 if name == "train" else 250,), generator=random)
-        return Batch((pixels[name][rows] - low) / (high - low), torch.randn(len(rows), 16, generator=random))
+        rows = torch.randint(len(images[name]), (64 if name == "train" else 250,), generator=random)
+        return Batch((images[name][rows] - low) / (high - low), torch.randn(len(rows), 16, generator=random))
 
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
         logits, mean, log_variance = model(*batch)
