@@ -115,7 +115,7 @@ class Group(NamedTuple):
 GROUPS = (
     Group("--networks", "Other kinds of problems", WORKLOADS),
     Group("--games", "Reinforcement learning, adversarial training", GAMES),
-    Group("--direct", "Parameters that are no network's", DIRECT, LARGER_LRS),
+    Group("--direct", "Direct fitting", DIRECT, LARGER_LRS),
 )
 
 

@@ -1,4 +1,4 @@
-"""Parameters that are no network's, fitted directly: kernels, poses, pictures, factors.
+"""Direct fitting of parameters that are not those of a network: kernels, poses, pictures, factors.
 
 All of the problem is in each step, and what is measured is the loss at the end.  The seed decides the problem too;
 those of the ``meta`` split have other seeds.
