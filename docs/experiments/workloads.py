@@ -6,8 +6,8 @@ values of its ``lr``.  Nothing about it was chosen on these problems.  All that 
 
 Run as ``OMP_NUM_THREADS=1 python docs/experiments/workloads.py [NUM_PROCESSES]``; it writes
 ``docs/results/workloads.json`` for ``docs/results/generate.py``.  ``--games`` runs those of ``loops/games.py`` alone
-and replaces their tables, ``--direct`` those of ``loops/direct.py``; ``--fast`` trains a few steps with one seed, and
-writes nothing.
+and replaces their tables, ``--direct`` those of ``loops/direct.py``, ``--long`` those of ``loops/long.py``;
+``--fast`` trains a few steps with one seed, and writes nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
-from loops import direct, games, loss_of, numbers, pictures, sequences
+from loops import direct, games, long, loss_of, numbers, pictures, sequences
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from flatopt import load_pretrained
@@ -100,6 +100,12 @@ DIRECT = (
     Workload("factors of a tensor", direct.tensor_factors, 1000),
     Workload("map of distances", direct.map_of_distances, 500),
 )
+LONG = (
+    Workload("MLP, 50,000 images", long.perceptron, 5000),
+    Workload("BatchNorm CNN, 50,000 images", long.convolutions, 5000),
+    Workload("transformer, 3 million characters", long.characters, 5000),
+    Workload("smooth function, 20,000 rows", long.function, 10_000),
+)
 
 
 class Group(NamedTuple):
@@ -116,6 +122,7 @@ GROUPS = (
     Group("--networks", "Other kinds of problems", WORKLOADS),
     Group("--games", "Reinforcement learning, adversarial training", GAMES),
     Group("--direct", "Direct fitting", DIRECT, LARGER_LRS),
+    Group("--long", "Long runs", LONG, (0.3, 3.0)),
 )
 
 
@@ -211,6 +218,11 @@ def main() -> None:
     OUT.write_text(json.dumps({"tables": tables}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def kind_of(lrs: Sequence[float]) -> str:
+    """Return how values of ``lr`` differ from 1."""
+    return "larger" if min(lrs) > 1 else "smaller" if max(lrs) < 1 else "other"
+
+
 def tables_of(group: Group) -> list[dict[str, Any]]:
     """Run some problems, print every row, and return the tables."""
     _, title, workloads, other_lrs = group
@@ -244,8 +256,7 @@ def tables_of(group: Group) -> list[dict[str, Any]]:
             "rows": [[name, no_worse(finished, name, [REFERENCE]), no_worse(finished, name, tuned)] for name in shown],
         },
         {
-            "title": f"{title}: {FLATOPT} at {'larger' if max(other_lrs) > 1 else 'smaller'} values of lr, and the "
-            "settings of the others",
+            "title": f"{title}: {FLATOPT} at {kind_of(other_lrs)} values of lr, and the settings of the others",
             "columns": ["problem", "lr 1", *(f"lr {lr:g}" for lr in other_lrs), *tuned],
             "rows": [
                 [

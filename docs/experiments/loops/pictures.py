@@ -19,10 +19,10 @@ NUM_CLASSES = 10
 
 
 @lru_cache(maxsize=4)
-def clothes(num_train: int = 12_000, size: int = 14) -> dict[str, Batch]:
+def clothes(num_train: int = 12_000, num_eval: int = 2000, size: int = 14) -> dict[str, Batch]:
     """Return images ``[n, 1, size, size]`` with their labels, by split."""
     parts = zip(("train", "meta", "test"), load_images("fashion-mnist", size), strict=True)
-    most = {"train": num_train, "meta": 2000, "test": 2000}
+    most = {"train": num_train, "meta": num_eval, "test": num_eval}
     return {name: Batch(part.inputs[: most[name], None], part.targets[: most[name]]) for name, part in parts}
 
 
@@ -32,9 +32,9 @@ def pixels() -> tuple[dict[str, Tensor], Tensor, Tensor]:
     return rows, *rows["train"].aminmax()
 
 
-def classification(model: nn.Module, split: str, seed: int, num_train: int = 12_000) -> Problem:
+def classification(model: nn.Module, split: str, seed: int, num_train: int = 12_000, num_eval: int = 2000) -> Problem:
     """Return the problem of naming the class of an image."""
-    data = clothes(num_train)
+    data = clothes(num_train, num_eval)
     return Problem(model, endless(data["train"], 64, seed), pieces(data[split]), classify)
 
 
