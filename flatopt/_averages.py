@@ -92,6 +92,12 @@ class Averaging(Optimizer):
         # The exchange adds keys and takes them away: not in a state that somebody holds.
         return {**packed, "state": {key: copy(state) for key, state in packed["state"].items()}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if any(group.get(SHOWS_AVERAGES) for group in self.param_groups):  # a copy, or a loaded state
+            with _lock:
+                _showing.add(self)
+
     def _checked_states(self, groups: Sequence[dict[str, Any]]) -> list[tuple[Tensor, MutableMapping[str, Any]]]:
         """Return the parameters that have a state, with it; raise ``ValueError`` if it is of another shape."""
         params = [param for group in groups for param in group["params"] if param in self.state]

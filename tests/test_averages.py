@@ -473,6 +473,26 @@ def test_an_optimizer_goes_on_from_the_average_that_an_earlier_one_shows() -> No
     step_with(first, params, 0)
 
 
+@pytest.mark.parametrize("how", ["copy", "pickle", "load"])
+def test_an_optimizer_goes_on_from_the_average_that_a_copy_or_a_loaded_state_shows(how: str) -> None:
+    params, first = make()
+    for seed in range(3):
+        step_with(first, params, seed)
+    first.eval()
+    if how == "load":
+        state = copy.deepcopy(first.state_dict())
+        first = FlatOpt(params)
+        first.load_state_dict(state)
+    else:
+        params, first = copy.deepcopy((params, first)) if how == "copy" else pickle.loads(pickle.dumps((params, first)))
+    second = FlatOpt(params)
+    for seed in range(3):
+        step_with(second, params, seed)
+    last = values(params)
+    first.train()  # which has nothing to put back any more
+    assert same(params, last)
+
+
 def test_models_may_be_trained_in_threads() -> None:
     weights, failed = learned(OrthogonalizedMomentum()), []
 
