@@ -203,7 +203,7 @@ class FlatOpt(Averaging):
                 context = step, self._watch.length(self.param_groups, step)
                 with without_autocast(key.device):  # a step taken inside autocast keeps its precision
                     self._update(usable, context)
-                clocks |= {slot.param: (slot.step + 1, *context) for slot in usable}
+                clocks |= {slot.param: slot.clock(*context) for slot in usable}
         advance_clock(self.param_groups, clocks)
         if clocks and self.learned.rule.average is not None:
             advance_averages(states, clocks, self.learned.rule.average)

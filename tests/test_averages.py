@@ -258,6 +258,19 @@ def test_a_parameter_without_a_gradient_does_not_land() -> None:
     assert torch.equal(params[1], opt.state[params[1]]["param_average"])
 
 
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)])
+def test_a_group_without_a_learning_rate_does_not_land(lr: float | Tensor) -> None:
+    params = make_params("network")
+    opt = FlatOpt([{"params": params[:1]}, {"params": params[1:]}], num_steps=10)
+    for seed in range(9):
+        step_with(opt, params, seed)
+    opt.param_groups[0]["lr"] = lr
+    last = values(params)
+    step_with(opt, params, 9)
+    assert torch.equal(params[0], last[0])
+    assert torch.equal(params[1], opt.state[params[1]]["param_average"])
+
+
 def test_the_average_goes_on_whatever_is_known_of_the_length() -> None:
     params, opt = make()
     history = []
