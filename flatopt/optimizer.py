@@ -152,12 +152,12 @@ class FlatOpt(Averaging):
         if state_dtype is not None and not self.learned.rule.compressible_state:
             raise ValueError(f"Invalid state_dtype value: all state of {self.learned.rule.name!r} needs full precision")
         self._state_dtype, self._compile, self._allow_other_weights = state_dtype, compile, allow_other_weights
-        self._watch = Watch()
+        self._watch = Watch(needs_matrices=self.learned.rule.strip_rows is not None)
         self._prepare()
         # Inert: OneCycleLR and CyclicLR write their momentum here, and refuse optimizers that have none.
         options |= {"momentum": 0.0, SHOWS_AVERAGES: 0, CLOCK: 0} | record_of(self.learned)
         super().__init__(params, options)
-        self._watch.look_at_new(self.param_groups, needs_matrices=self.learned.rule.strip_rows is not None)
+        self._watch.look_at_new(self.param_groups, self.defaults["num_steps"])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -254,11 +254,10 @@ class FlatOpt(Averaging):
             ValueError: if an option is out of range.
             RuntimeError: if a parameter is flattened.
         """
-        index = len(self.param_groups)
         if isinstance(param_group, dict):
-            check_options(param_group, f" in parameter group {index}")
+            check_options(param_group, f" in parameter group {len(self.param_groups)}")
         super().add_param_group(param_group)
-        group = self.param_groups[index]
+        group = self.param_groups[-1]
         try:
             for param in group["params"]:
                 refuse_flattened(param, self.param_groups, math.inf)
@@ -267,6 +266,7 @@ class FlatOpt(Averaging):
             raise
         group.update(record_of(self.learned))  # a dict that another optimizer was made from holds another one
         self._longest_vector = longest_vector(self.param_groups)
+        self._watch.look_at_added([group], self.param_groups)
 
     def set_num_steps(self, num_steps: int | None) -> None:
         """Set the length of the run in the middle of it, as writing ``num_steps`` into every parameter group does.
