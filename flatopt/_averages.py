@@ -18,10 +18,12 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import _dtensor as dtensor
+from ._abstract import is_abstract
 from ._groups import name_of
 from ._slots import is_of_one_rank, local_values
 from ._state import AVERAGE, ITERATE, SHOWS_AVERAGES, check_average_shapes, copy_of
 from ._torch import foreach_lerp_
+from ._warn import warn
 from .rules import PolynomialAverage
 
 _showing: weakref.WeakSet[Averaging] = weakref.WeakSet()
@@ -77,10 +79,18 @@ class Averaging(Optimizer):
     def train(self) -> None:
         """Put the parameters themselves back, to go on after :meth:`eval`; without effect otherwise.
 
+        Warns of one that does not hold its average any more, as where other weights were loaded: those are lost.
+
         Raises:
             ValueError: if a parameter has another shape than what is to be put back.
         """
         exchanged = [(p, s) for p, s in self._checked_states(self.param_groups) if ITERATE in s]
+        changed = [param for param, state in exchanged if AVERAGE in state and not _holds(param, state[AVERAGE])]
+        if changed:
+            warn(
+                f"{name_of(changed[0], self.param_groups)} has changed since eval(): train() puts back what it was "
+                "before, and what was loaded or trained since is lost"
+            )
         for param, state in exchanged:
             local_values(param).copy_(dtensor.local_view(state[ITERATE]))
             del state[ITERATE]
@@ -203,6 +213,13 @@ def advance_averages(
         foreach_lerp_(averages, targets, weight)
     for values, average, share in landing:
         _move(values, average, share)
+
+
+def _holds(param: Tensor, average: Tensor) -> bool:
+    """Return whether a parameter is what :func:`_move` makes of it at last."""
+    values, average = local_values(param), dtensor.local_view(average)
+    is_there = (values == average.to(values.dtype)) | ~torch.isfinite(average)
+    return is_abstract(values) or bool(is_there.all())
 
 
 def _move(values: Tensor, average: Tensor, share: float) -> None:

@@ -60,6 +60,26 @@ def test_eval_shows_the_mean_of_all_steps_with_polynomial_weights_and_train_take
     assert same(params, history[-1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_weights_that_train_would_overwrite_are_told(dtype: torch.dtype) -> None:
+    params, opt = make(dtype=dtype)
+    for seed in range(3):
+        step_with(opt, params, seed)
+    last = values(params)
+    opt.eval()
+    shown = values(params)
+    with torch.no_grad():
+        params[1].add_(1)  # weights are loaded, say
+    with pytest.warns(UserWarning, match="parameter 1 of group 0 has changed since eval") as caught:
+        opt.train()
+    assert same(params, last) and len(caught) == 1 and caught[0].filename == __file__
+    opt.eval()
+    with torch.no_grad():
+        params[1].add_(1)
+        params[1].copy_(shown[1])  # as a moving average that evaluates puts back what it found
+    opt.train()
+
+
 def test_both_may_be_called_at_any_time_and_twice() -> None:
     params, opt = make()
     before = values(params)
