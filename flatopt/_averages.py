@@ -130,11 +130,10 @@ class Averaging(Optimizer):
                         "call train() of that one first, or give the parameter to one optimizer only"
                     )
 
-    def _take_from_others(self) -> None:
+    def _take_from_others(self, params: Sequence[Tensor]) -> None:
         """Go on from averages that other optimizers show: those do not put anything in their place any more."""
         for other in self._others():
-            own = (param for group in self.param_groups for param in group["params"] if param.grad is not None)
-            for param in own:
+            for param in params:
                 other.state.get(param, {}).pop(ITERATE, None)
             if not any(ITERATE in state for state in other.state.values()):
                 other._show_no_more()

@@ -111,6 +111,7 @@ class Watch:
 
     def look_at_loaded(self, state_dict: dict[str, Any]) -> None:
         """Warn of an empty state that another optimizer has saved, whose options count, and of one of no parameter."""
+        self.highest_lr = -math.inf  # of steps that a search for a learning rate, say, takes back
         groups = state_dict["param_groups"]
         ids = [param_id for group in groups for param_id in group["params"]]
         if ids and state_dict["state"] and state_dict["state"].keys().isdisjoint(ids):

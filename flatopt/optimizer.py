@@ -187,7 +187,6 @@ class FlatOpt(Averaging):
 
         check_no_average(self.param_groups)  # again: the closure may have called eval()
         self._watch.look_at_step(self.param_groups)
-        self._take_from_others()
         slots = list(self._slots())  # whole: an error comes before anything is changed
         self._init_states([slot.param for slot in slots if slot.is_new])
         for slot in slots:
@@ -200,6 +199,7 @@ class FlatOpt(Averaging):
         for key, (members, step) in together.items():
             usable = [slot for slot in members if self._is_usable(slot, key.dtype)]
             if usable:
+                self._take_from_others([slot.param for slot in usable])
                 context = step, self._watch.length(self.param_groups, step)
                 with without_autocast(key.device):  # a step taken inside autocast keeps its precision
                     self._update(usable, context)
@@ -264,7 +264,7 @@ class FlatOpt(Averaging):
         except RuntimeError:
             self.param_groups.pop()
             raise
-        group.update(record_of(self.learned))  # a dict that another optimizer was made from holds another one
+        group.update(record_of(self.learned) | {CLOCK: 0})  # a dict of another optimizer holds that of another one
         self._longest_vector = longest_vector(self.param_groups)
         self._watch.look_at_added([group], self.param_groups)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import assert_same_state, learned, make_params, set_grads, step_with
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from flatopt import FlatOpt
 from flatopt.rules import RULES, OrthogonalizedMomentum, PolynomialAverage
@@ -523,6 +524,25 @@ def test_an_optimizer_goes_on_from_the_average_that_a_copy_or_a_loaded_state_sho
         step_with(second, params, seed)
     last = values(params)
     first.train()  # which has nothing to put back any more
+    assert same(params, last)
+
+
+def test_a_step_that_moves_nothing_takes_nothing_from_an_earlier_optimizer() -> None:
+    params, first = make()
+    for seed in range(3):
+        step_with(first, params, seed)
+    last = values(params)
+    first.eval()
+    first.zero_grad()
+    second = FlatOpt(params)
+    get_optimizer_state_dict(torch.nn.ParameterList(params), second)  # which takes a step with gradients of zeros
+    params[0].grad = torch.full_like(params[0], float("nan"))
+    with pytest.warns(RuntimeWarning, match="holds NaN"):
+        second.step()
+    params[0].grad = torch.ones_like(params[0]).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        second.step()
+    first.train()
     assert same(params, last)
 
 

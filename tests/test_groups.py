@@ -278,6 +278,17 @@ def test_the_clock_is_that_of_the_dtype_that_has_come_farthest(toy: LearnedRule)
         opt.step()
 
 
+def test_a_group_of_another_optimizer_brings_no_clock(toy: LearnedRule) -> None:
+    first, second = make_params("network")[:2]
+    other, opt = FlatOpt([first], pretrained=toy), FlatOpt([second], pretrained=toy)
+    for seed in range(5):
+        step_with(other, [first], seed)
+    step_with(opt, [second], 0)
+    opt.add_param_group(other.param_groups[0])
+    step_with(opt, [first, second], 1)
+    assert [group["steps_taken"] for group in opt.param_groups] == [2, 2]
+
+
 def test_a_call_that_can_use_no_gradient_does_not_count(toy: LearnedRule) -> None:
     params = make_params("network")
     opt = FlatOpt(params, pretrained=toy, num_steps=2)
@@ -348,6 +359,16 @@ def test_a_rate_lowered_by_hand_is_told_like_that_of_a_scheduler(
             step_with(opt, params, seed)
             opt.param_groups[0]["lr"] /= 2  # as ReduceLROnPlateau does, which leaves no other trace
     assert [str(warning.message)[:27] for warning in caught] == ["lr falls although num_steps"] * is_told
+
+
+def test_a_rate_that_a_search_tried_before_the_run_is_not_told(toy: LearnedRule) -> None:
+    params = make_params("network")
+    opt = FlatOpt(params, pretrained=toy, num_steps=10)
+    fresh = copy.deepcopy(opt.state_dict())
+    opt.param_groups[0]["lr"] = 10.0
+    step_with(opt, params, 0)
+    opt.load_state_dict(fresh)
+    step_with(opt, params, 1)  # without a warning that lr falls
 
 
 def write_lr_by_hand(opt: FlatOpt) -> Any:
