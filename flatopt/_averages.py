@@ -69,6 +69,7 @@ class Averaging(Optimizer):
             state[ITERATE] = copy_of(param)
         for param, state in exchanged:
             _move(local_values(param), dtensor.local_view(state[AVERAGE]), 1.0)
+        dtensor.forget_gathered(param for param, _ in exchanged)
         if exchanged:
             with _lock:
                 _showing.add(self)
@@ -94,6 +95,7 @@ class Averaging(Optimizer):
         for param, state in exchanged:
             local_values(param).copy_(dtensor.local_view(state[ITERATE]))
             del state[ITERATE]
+        dtensor.forget_gathered(param for param, _ in exchanged)
         self._show_no_more()
 
     def state_dict(self) -> dict[str, Any]:
