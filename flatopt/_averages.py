@@ -69,7 +69,7 @@ class Averaging(Optimizer):
             state[ITERATE] = copy_of(param)
         for param, state in exchanged:
             _move(local_values(param), dtensor.local_view(state[AVERAGE]), 1.0)
-        dtensor.forget_gathered(param for param, _ in exchanged)
+        _forget_copies([param for param, _ in exchanged])
         if exchanged:
             with _lock:
                 _showing.add(self)
@@ -95,7 +95,7 @@ class Averaging(Optimizer):
         for param, state in exchanged:
             local_values(param).copy_(dtensor.local_view(state[ITERATE]))
             del state[ITERATE]
-        dtensor.forget_gathered(param for param, _ in exchanged)
+        _forget_copies([param for param, _ in exchanged])
         self._show_no_more()
 
     def state_dict(self) -> dict[str, Any]:
@@ -221,6 +221,12 @@ def _holds(param: Tensor, average: Tensor) -> bool:
     values, average = local_values(param), dtensor.local_view(average)
     is_there = (values == average.to(values.dtype)) | ~torch.isfinite(average)
     return is_abstract(values) or bool(is_there.all())
+
+
+def _forget_copies(params: Sequence[Tensor]) -> None:
+    """Let nothing compute with what parameters were before: with what autocast cast, or FSDP2 gathered."""
+    torch.clear_autocast_cache()
+    dtensor.forget_gathered(params)
 
 
 def _move(values: Tensor, average: Tensor, share: float) -> None:

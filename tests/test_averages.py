@@ -99,6 +99,20 @@ def test_both_may_be_called_at_any_time_and_twice() -> None:
     assert same(params, last)
 
 
+def test_autocast_casts_anew_what_changed() -> None:
+    model = torch.nn.Linear(3, 2)
+    opt = FlatOpt(model.parameters())
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for seed in range(3):
+        step_with(opt, list(model.parameters()), seed)
+    with torch.autocast("cpu"), torch.no_grad():  # one context, in which the weights are cast once
+        seen = []
+        for change in (opt.train, opt.eval, opt.train):
+            change()
+            seen.append(model(x))
+    assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
+
+
 def test_looking_at_the_averages_does_not_change_the_run() -> None:
     (params, opt), (others, other) = make(), make()
     for seed in range(6):
