@@ -22,7 +22,7 @@ from ._abstract import is_abstract
 from ._groups import name_of
 from ._slots import is_of_one_rank, local_values
 from ._state import AVERAGE, ITERATE, SHOWS_AVERAGES, check_average_shapes, copy_of
-from ._torch import foreach_lerp_
+from ._torch import disable_dynamo, foreach_lerp_
 from ._warn import warn
 from .rules import PolynomialAverage
 
@@ -35,6 +35,7 @@ _lock = threading.Lock()
 class Averaging(Optimizer):
     """An optimizer whose parameters can be exchanged for their averages."""
 
+    @disable_dynamo
     @torch.no_grad()
     def eval(self) -> None:
         """Put the averages of the parameters in their place, to evaluate them, or to save the model.
@@ -76,6 +77,7 @@ class Averaging(Optimizer):
         for group in self.param_groups:
             group[SHOWS_AVERAGES] |= int(any(ITERATE in state for _, state in self._checked_states([group])))
 
+    @disable_dynamo
     @torch.no_grad()
     def train(self) -> None:
         """Put the parameters themselves back, to go on after :meth:`eval`; without effect otherwise.
