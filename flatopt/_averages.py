@@ -165,7 +165,8 @@ def check_iterates(state_dict: Mapping[str, Any]) -> None:
         if group.get(SHOWS_AVERAGES) and any(AVERAGE in state and ITERATE not in state for state in states):
             raise ValueError(
                 "this state was saved while the parameters held their averages, by something that did not save the "
-                "parameters to go on from: save distributed checkpoints after optimizer.train()"
+                "parameters to go on from: save distributed checkpoints after optimizer.train(); to read this one, "
+                "call get_optimizer_state_dict(model, optimizer) and optimizer.eval() before it is loaded"
             )
 
 

@@ -10,12 +10,14 @@ import pickle
 import threading
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from helpers import assert_same_state, learned, make_params, set_grads, step_with
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from flatopt import FlatOpt
 from flatopt.rules import RULES, OrthogonalizedMomentum, PolynomialAverage
@@ -463,6 +465,32 @@ def test_a_state_of_averages_without_the_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match=r"save distributed checkpoints after optimizer.train\(\)"):
         other.load_state_dict(state)
     assert not other.state
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.parametrize("is_ready", [False, True])
+def test_a_distributed_checkpoint_of_averages_is_read_after_eval(is_ready: bool, tmp_path: Path) -> None:
+    params, opt = make()
+    others, fresh_opt = make()
+    model, fresh = torch.nn.ParameterList(params), torch.nn.ParameterList(others)
+    for seed in range(3):
+        step_with(opt, params, seed)
+    opt.eval()
+    dcp.save({"model": model.state_dict(), "opt": get_optimizer_state_dict(model, opt)}, checkpoint_id=tmp_path)
+    if is_ready:
+        get_optimizer_state_dict(fresh, fresh_opt)
+        fresh_opt.eval()
+    state = {"model": fresh.state_dict(), "opt": get_optimizer_state_dict(fresh, fresh_opt)}
+    dcp.load(state, checkpoint_id=tmp_path)
+    if not is_ready:
+        with pytest.raises(ValueError, match=r"to read this one, call get_optimizer_state_dict\(model, optimizer\)"):
+            set_optimizer_state_dict(fresh, fresh_opt, state["opt"])
+        return
+    set_optimizer_state_dict(fresh, fresh_opt, state["opt"])
+    for one, its in ((opt, model), (fresh_opt, fresh)):
+        one.train()
+        step_with(one, list(its), 3)
+    assert same(list(fresh), params)
 
 
 def test_parameters_that_share_their_storage_come_back() -> None:
