@@ -41,7 +41,7 @@ class Averaging(Optimizer):
         """Put the averages of the parameters in their place, to evaluate them, or to save the model.
 
         A run of known length ends on them by itself.  Without effect where there are none: with rules other than the
-        flagship's, or before the first step.  The Trainer of transformers calls it before it evaluates.  Statistics of
+        default one, or before the first step.  The Trainer of transformers calls it before it evaluates.  Statistics of
         BatchNorm are still those of the parameters before: a few batches in training mode bring them up to date
         (:func:`torch.optim.swa_utils.update_bn`).
 

@@ -87,7 +87,7 @@ class FlatOpt(Averaging):
         local_files_only: never download.
         maximize: go up instead of down.
         compile: on a CPU, ``True`` compiles the arithmetic with ``torch.compile``: half a minute at first, for steps
-            up to 1.3 times as fast on large models.  On a GPU, it launches the kernels of a step as one CUDA graph:
+            1.1 times as fast on large models.  On a GPU, it launches the kernels of a step as one CUDA graph:
             the same bits, several times as fast, and a copy of the gradients is kept; ``None`` does so for two tensors
             and more, up to 256 MiB of gradients, ``False`` never.  Eager, with a warning, where it is not possible.
         state_dtype: ``torch.bfloat16`` keeps the accumulators in ``UpdateRule.compressible_state`` in half precision

@@ -98,14 +98,14 @@ SMALL: list[Placed] = [
 """Uneven and empty shards, along either axis, replicas and plain tensors; the last is made complex."""
 
 LARGE: list[Placed] = [
-    ((256, 700), [Shard(0)]),
+    ((320, 700), [Shard(0)]),
     ((256, 700), [Shard(1)]),
-    ((700, 256), [Shard(0)]),
+    ((700, 320), [Shard(0)]),
     ((170, 700), [Shard(0)]),
     ((384, 400), [Shard(0)]),
     ((16, 4), [Shard(0)]),
 ]
-"""Strips of 64, 57, 192 and 4 rows; the shards are handled in pieces, those of the fourth cut through a strip."""
+"""Strips of 80, 128, 96, 192 and 4 rows; the shards are handled in pieces, those of the fourth cut through a strip."""
 
 
 def check_placements(

@@ -1,7 +1,7 @@
 """How many rows the strips of a matrix should have, in networks wider than any of the benchmark.
 
 Networks of widths 256 to 1024: on Fashion-MNIST reduced to 14 x 14 pixels, and on characters of the standard library's
-source.  The default rule with strips of at most 32, 64 and 128 rows, and as it is: strips of 64 rows at width 256, of
+source.  The default rule with strips of at most 32, 64 and 128 rows, and as it is: strips of 128 rows at width 256, of
 192 at 384 and 768, of 256 at 512 and 1024.  Printed is the score on the ``meta`` split (accuracy in per cent), mean and
 standard deviation over seeds, and the mean logarithm of the loss, with the length of the run told and not.  Entries
 of ``docs/log.md`` of 2026-11-27 on strips quote it.

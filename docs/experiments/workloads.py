@@ -1,12 +1,13 @@
 """FlatOpt on problems of other kinds than those of the benchmark: fine-tuning, generative models, ratings, ...
 
 All problems of ``docs/experiments/loops`` with all optimizers, three seeds.  The baselines have the learning rate, and
-Muon the schedule, that one run finds best on the ``meta`` split.  FlatOpt is used as it comes, and again at smaller
+Muon the schedule, that one run finds best on the ``meta`` split.  FlatOpt is used as it comes, and again at other
 values of its ``lr``.  Nothing about it was chosen on these problems.  All that were tried are shown.
 
 Run as ``OMP_NUM_THREADS=1 python docs/experiments/workloads.py [NUM_PROCESSES]``; it writes
 ``docs/results/workloads.json`` for ``docs/results/generate.py``.  ``--games`` runs those of ``loops/games.py`` alone
-and replaces their tables, ``--fast`` trains a few steps with one seed, and writes nothing.
+and replaces their tables, ``--direct`` those of ``loops/direct.py``; ``--fast`` trains a few steps with one seed, and
+writes nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
-from loops import games, loss_of, numbers, pictures, sequences
+from loops import direct, games, loss_of, numbers, pictures, sequences
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from flatopt import load_pretrained
@@ -46,7 +47,7 @@ FAST = "--fast" in sys.argv
 WORDS = [int(word) for word in sys.argv[1:] if not word.startswith("--")]
 NUM_PROCESSES, NUM_SEEDS = (1, 1) if FAST else (WORDS[0] if WORDS else 2, 3)
 OUT = Path(__file__).parents[1] / "results" / "workloads.json"
-SMALLER_LRS = (0.3, 0.1, 0.03)
+SMALLER_LRS, LARGER_LRS = (0.3, 0.1, 0.03), (3.0, 10.0, 30.0)
 FLATOPT = "FlatOpt"
 
 
@@ -88,6 +89,33 @@ GAMES = (
     Workload("PPO, pendulum", games.pendulum, 2400),
     Workload("deep Q-learning, cart with a pole", games.q_learning, 2000),
     Workload("GAN", games.adversarial, 1500),
+)
+DIRECT = (
+    Workload("Gaussian process, 6 parameters", direct.gaussian_process, 300),
+    Workload("pose, 6 parameters", direct.pose, 500),
+    Workload("picture with given features", direct.picture, 400),
+    Workload("Rosenbrock's function, 50 parameters", direct.banana, 2000),
+    Workload("logistic regression, inputs not scaled", direct.scaled_logistic, 500),
+    Workload("positive matrix factors", direct.positive_factors, 1000),
+    Workload("factors of a tensor", direct.tensor_factors, 1000),
+    Workload("map of distances", direct.map_of_distances, 500),
+)
+
+
+class Group(NamedTuple):
+    """Problems with tables of their own."""
+
+    flag: str
+    """Runs them alone."""
+    title: str
+    workloads: tuple[Workload, ...]
+    other_lrs: tuple[float, ...] = SMALLER_LRS
+
+
+GROUPS = (
+    Group("--networks", "Other kinds of problems", WORKLOADS),
+    Group("--games", "Reinforcement learning, adversarial training", GAMES),
+    Group("--direct", "Parameters that are no network's", DIRECT, LARGER_LRS),
 )
 
 
@@ -138,25 +166,24 @@ class Finished(NamedTuple):
         return f"{fmean(self.values):.3g}{spread}"
 
 
-def contestants() -> list[Contestant]:
-    """Return FlatOpt, with the length of the run known and not; three tuned baselines; FlatOpt at smaller values."""
+def contestants(other_lrs: Sequence[float]) -> list[Contestant]:
+    """Return FlatOpt, with the length of the run known and not; three tuned baselines; FlatOpt at other values."""
     learned = load_pretrained(default_name())
     told, untold = (one for one in learned_contestants(default_name())[:2])
     tuned = [one for one in baselines() if one.name in (REFERENCE, "Schedule-Free AdamW", "Muon")]
-    smaller = [
-        replace(learned_contestant(f"{FLATOPT}, lr {lr:g}", learned, horizon_known=True), lrs=(lr,))
-        for lr in SMALLER_LRS
+    others = [
+        replace(learned_contestant(f"{FLATOPT}, lr {lr:g}", learned, horizon_known=True), lrs=(lr,)) for lr in other_lrs
     ]
     if FAST:
         tuned = [replace(one, lrs=one.lrs[1:2], cosines=(True,), extends=False) for one in tuned]
-    return [told, untold, *tuned, *smaller]
+    return [told, untold, *tuned, *others]
 
 
-def finish(workload: Workload) -> dict[str, Finished]:
+def finish(other_lrs: Sequence[float], workload: Workload) -> dict[str, Finished]:
     """Return what every optimizer reached on a problem."""
     warnings.simplefilter("ignore")
     found = {}
-    for contestant in contestants():
+    for contestant in contestants(other_lrs):
         setting = best_setting(
             contestant, lambda setting, who=contestant: (-run(workload, who, setting, 0, "meta")[1],)
         )
@@ -174,27 +201,27 @@ def no_worse(finished: Sequence[dict[str, Finished]], name: str, others: Sequenc
 def main() -> None:
     """Run all, and write the tables."""
     if FAST:
-        tables_of("", (*WORKLOADS[2:14:11], GAMES[2]))
+        tables_of(Group("", "", (*WORKLOADS[2:14:11], GAMES[2], DIRECT[1])))
         return
-    games_only = "--games" in sys.argv
-    tables = [] if games_only else tables_of("Other kinds of problems", WORKLOADS)
-    tables += tables_of("Reinforcement learning, adversarial training", GAMES)
+    groups = [group for group in GROUPS if group.flag in sys.argv] or GROUPS
+    tables = [table for group in groups for table in tables_of(group)]
     titles = {table["title"] for table in tables}
-    others = json.loads(OUT.read_text(encoding="utf-8"))["tables"] if games_only else []
+    others = json.loads(OUT.read_text(encoding="utf-8"))["tables"] if len(groups) < len(GROUPS) else []
     tables = [table for table in others if table["title"] not in titles] + tables
     OUT.write_text(json.dumps({"tables": tables}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def tables_of(title: str, workloads: Sequence[Workload]) -> list[dict[str, Any]]:
+def tables_of(group: Group) -> list[dict[str, Any]]:
     """Run some problems, print every row, and return the tables."""
+    _, title, workloads, other_lrs = group
     finished = []
     with ProcessPoolExecutor(NUM_PROCESSES) as pool:
-        for workload, found in zip(workloads, pool.map(finish, workloads), strict=True):
+        for workload, found in zip(workloads, pool.map(partial(finish, other_lrs), workloads), strict=True):
             finished.append(found)
             cells = (f"{name} [{one.setting}] {one.text()}" for name, one in found.items())
             print(f"{workload.name}: {'; '.join(cells)}", flush=True)
     names = list(finished[0])
-    tuned = [one.name for one in contestants() if one.extends]
+    tuned = [one.name for one in contestants(other_lrs) if one.extends]
     shown = [name for name in names if ", lr " not in name]
     learned = load_pretrained(default_name())
     return [
@@ -217,13 +244,14 @@ def tables_of(title: str, workloads: Sequence[Workload]) -> list[dict[str, Any]]
             "rows": [[name, no_worse(finished, name, [REFERENCE]), no_worse(finished, name, tuned)] for name in shown],
         },
         {
-            "title": f"{title}: {FLATOPT} at smaller values of lr, and the settings of the others",
-            "columns": ["problem", "lr 1", *(f"lr {lr:g}" for lr in SMALLER_LRS), *tuned],
+            "title": f"{title}: {FLATOPT} at {'larger' if max(other_lrs) > 1 else 'smaller'} values of lr, and the "
+            "settings of the others",
+            "columns": ["problem", "lr 1", *(f"lr {lr:g}" for lr in other_lrs), *tuned],
             "rows": [
                 [
                     workload.name,
                     found[FLATOPT].text(),
-                    *(found[f"{FLATOPT}, lr {lr:g}"].text() for lr in SMALLER_LRS),
+                    *(found[f"{FLATOPT}, lr {lr:g}"].text() for lr in other_lrs),
                     *(found[name].setting for name in tuned),
                 ]
                 for workload, found in zip(workloads, finished, strict=True)

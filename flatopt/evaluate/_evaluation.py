@@ -43,6 +43,8 @@ def add_options(parser: argparse.ArgumentParser, evaluation: type[Evaluation]) -
     hints = get_type_hints(evaluation)
     for one in fields(evaluation):
         name, hint, text = "--" + one.name.replace("_", "-"), hints[one.name], one.metadata["help"]
+        defaults = [str(value) for value in (one.default if get_origin(hint) is tuple else [one.default])]
+        with_default = f"{text} (default: {' '.join(defaults)})" if defaults else text
         if one.metadata.get("positional"):
             parser.add_argument(one.name, help=text)
         elif hint is bool and not one.default:
@@ -50,13 +52,13 @@ def add_options(parser: argparse.ArgumentParser, evaluation: type[Evaluation]) -
         elif hint is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=True, help=text)
         elif hint is int:
-            parser.add_argument(name, type=integer, default=one.default, help=f"{text} (default: %(default)s)")
+            parser.add_argument(name, type=integer, default=one.default, help=with_default)
         elif get_origin(hint) is Literal:
-            parser.add_argument(name, choices=get_args(hint), default=one.default, help=text)
+            parser.add_argument(name, choices=get_args(hint), default=one.default, help=with_default)
         elif get_origin(hint) is tuple:
-            parser.add_argument(name, nargs="+", default=one.default, metavar="NAME", help=text)
+            parser.add_argument(name, nargs="+", default=one.default, metavar="NAME", help=with_default)
         else:
-            parser.add_argument(name, default=one.default, help=text)
+            parser.add_argument(name, default=one.default, help=with_default)
 
 
 def read_options(evaluation: type[Evaluation], chosen: argparse.Namespace) -> Evaluation:

@@ -66,7 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, evaluation in EVALUATIONS.items():
         command = commands.add_parser(name, help=evaluation.summary, description=evaluation.summary)
-        command.add_argument("--out", type=Path, help=f"folder of results (default: runs/eval/{name}, -fast added)")
+        command.add_argument(
+            "--out", type=Path, help=f"folder of results (default: runs/eval/{name}, {name}-fast with --fast)"
+        )
         command.add_argument("--cache", type=Path, help="folder of finished runs, if not --out (to share tuning)")
         add_options(command, evaluation)
     return parser

@@ -67,7 +67,7 @@ class Compare(Evaluation):
     seeds: int = option(3, "runs per optimizer")
     steps: int = option(500, "steps per run")
     lrs: tuple[str, ...] = option(("3e-4", "1e-3", "3e-3", "1e-2"), "learning rates of Adam")
-    pretrained: str = option(default_name(), "weights of FlatOpt: name, folder or Hub id (default: %(default)s)")
+    pretrained: str = option(default_name(), "weights of FlatOpt: name, folder or Hub id")
 
     def report(self, cache: RunCache) -> Report:
         """Train with every optimizer and seed; nothing is kept, since the code of the problem is not known here."""

@@ -51,7 +51,7 @@ class Flatness(Quality):
 
     summary = "flatness of the minima that each optimizer reaches"
 
-    seeds: int = option(3, "runs per cell; give the cache of a quality table to use its settings")
+    seeds: int = option(3, "runs per cell; --cache of a quality table brings its settings")
 
     def report(self, cache: RunCache) -> Report:
         """Train with the settings that were chosen, measure the minima, and compare them with the reference's."""

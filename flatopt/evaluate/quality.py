@@ -33,7 +33,7 @@ class Quality(Evaluation):
 
     tasks: tuple[str, ...] = option((), "parts of the names of the tasks to run (default: all)")
     optimizers: tuple[str, ...] = option((), "parts of the names of the optimizers to run (default: all)")
-    pretrained: str = option(default_name(), "weights of FlatOpt: name, folder or Hub id (default: %(default)s)")
+    pretrained: str = option(default_name(), "weights of FlatOpt: name, folder or Hub id")
     learned: bool = option(True, "run FlatOpt and its untrained core, or the baselines alone")
     split: Literal["test", "meta"] = option("test", "split of the tables; meta has tasks of its own")
     jobs: int = option(1, "processes side by side, of one thread each")

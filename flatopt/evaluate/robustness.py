@@ -68,7 +68,7 @@ class Robustness(Evaluation):
     summary = "divergence over widths, depths, batch sizes and architectures"
 
     seeds: int = option(1, "runs per cell")
-    pretrained: str = option(default_name(), "weights of FlatOpt: name, folder or Hub id (default: %(default)s)")
+    pretrained: str = option(default_name(), "weights of FlatOpt: name, folder or Hub id")
 
     def report(self, cache: RunCache) -> Report:
         """Count on how many cells each optimizer diverges."""

@@ -54,8 +54,8 @@ class StepTime(Evaluation):
 
     summary = "time and memory of one step against AdamW"
 
-    pretrained: str = option(default_name(), "weights of FlatOpt: name, folder or Hub id (default: %(default)s)")
-    device: str = option("cpu", "where to measure, for example cuda (default: cpu)")
+    pretrained: str = option(default_name(), "weights of FlatOpt: name, folder or Hub id")
+    device: str = option("cpu", "where to measure, for example cuda")
 
     def report(self, cache: RunCache) -> Report:
         """Measure the step of FlatOpt, eager and with ``compile=True``, against ``torch.optim.AdamW``."""

@@ -168,12 +168,13 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 def _list(arguments: argparse.Namespace) -> None:
     print("\n".join(recipe_table(RECIPES)))
-    print("took, on: the run behind the shipped set of that name; more of one: flatopt-train show RECIPE")
+    print("took, on: the run behind the shipped set of that name. flatopt-train show RECIPE says more.")
 
 
 def _show(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
-    print(textwrap.dedent(f"    {RECIPES[arguments.recipe].__doc__ or ''}").strip().replace("Return", "Is", 1))
+    purpose = textwrap.dedent(f"    {RECIPES[arguments.recipe].__doc__ or ''}").strip().removeprefix("Return ")
+    print(purpose[:1].upper() + purpose[1:])
     print("\n".join(settings(config)))
 
 

@@ -109,24 +109,26 @@ class StripRows(NamedTuple):
     """How many rows the strips of a rule have."""
 
     usual: int
-    """Most rows, as long as a matrix then has at most ``number`` strips."""
-    number: int
-    """Most strips of such a matrix."""
+    """A matrix of up to so many rows is not cut."""
     most: int
-    """Most rows of a larger one, before they are rounded up to a multiple of ``ROW_BLOCK``.  It is whole, or cut into
-    2, 4, 8, ...: shards on as many devices seldom cut through a strip."""
+    """One of up to so many is halved.  A larger one has up to ``number`` strips of ``usual`` rows, and one that is
+    too large for these 2, 4, 8, ... strips of up to so many: shards on as many devices seldom cut through a strip."""
+    number: int
+    """Between the two, where the strips of a half would be dear on a CPU: most strips of ``usual`` rows."""
 
     def of(self, short: int) -> int:
         """Return the rows of the strips of a matrix whose shorter axis is ``short``; the last may have fewer.
 
+        More than ``usual`` are rounded up to a multiple of ``ROW_BLOCK``.
+
         Example:
-            >>> rows = StripRows(usual=80, number=4, most=256)
-            >>> [rows.of(short) for short in (20, 64, 100, 320, 384, 768, 1024)]
-            [20, 64, 50, 80, 192, 192, 256]
+            >>> rows = StripRows(usual=80, most=256, number=4)
+            >>> [rows.of(short) for short in (20, 64, 100, 256, 320, 384, 768, 1024)]
+            [20, 64, 50, 128, 80, 192, 192, 256]
         """
         number = -(-short // self.usual)
-        if number > self.number:
-            number = 1
+        if number > 1 and (short <= self.most or number > self.number):
+            number = 2
             while short > number * self.most:
                 number *= 2
         rows = -(-short // number)

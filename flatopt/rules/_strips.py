@@ -39,7 +39,7 @@ class Strips(NamedTuple):
         """Return how a tensor is cut, ``None`` for a vector or a rule without strips.
 
         Example:
-            >>> Strips.of(TensorShape(200, 100), StripRows(usual=80, number=4, most=256))
+            >>> Strips.of(TensorShape(200, 100), StripRows(usual=80, most=256, number=4))
             Strips(is_tall=True, size=50, number=2, padded=50)
         """
         if rows is None or not shape.is_matrix:

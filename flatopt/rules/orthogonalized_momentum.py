@@ -7,9 +7,9 @@ Per coordinate, with gradient :math:`g_t`,
     u_t = m_t / \sqrt{v_t}.
 
 A matrix ``[outputs, inputs]``, of :math:`(1 - \mu)\, m_t + \mu\, g_t`, is cut along its shorter axis into strips
-:math:`X`: up to four of 80 rows; beyond, two, four, eight, ... of up to 256 (:class:`flatopt.rules.StripRows`).  Each
-is replaced by nearly the closest matrix with orthonormal rows, its polar factor :math:`(X X^\top)^{-1/2} X`, by three
-Newton-Schulz iterations on the Gram matrix alone, which is small:
+:math:`X`: one of up to 80 rows, two up to 256 rows, four up to 320; beyond, two, four, eight, ... of up to 256 each
+(:class:`flatopt.rules.StripRows`).  Each is replaced by nearly the closest matrix with orthonormal rows, its polar
+factor :math:`(X X^\top)^{-1/2} X`, by three Newton-Schulz iterations on the Gram matrix alone, which is small:
 
 .. math::
     A_0 = X X^\top / \lVert X X^\top \rVert_F \qquad Q_i = a_i + b_i A_i + c_i A_i^2 \qquad
@@ -131,8 +131,8 @@ class OrthogonalizedMomentum(UpdateRule):
         vector_inputs: inputs assumed for vectors (biases, gains).
         min_inputs: fewer inputs count as this.
         base_decay: decay of the parameters, as a multiple of the step.
-        strip_size: most rows of a strip as long as four are enough; 0 to treat matrices like vectors, as Adam does.
-        max_strip_size: most rows of a strip of a larger matrix, rounded up to a multiple of 16.
+        strip_size: most rows of a matrix that is not cut, and of four strips; 0: matrices are like vectors, as in Adam.
+        max_strip_size: most rows of a matrix that is halved, and of a strip of one that is too large for four.
         betas: decays of the momentum and of the second moment, before learning.
         momentum_mix: share of the gradient in what is orthogonalised (Nesterov), before learning.
         warmup_steps: length of the linear warm-up, before learning; as little as half of it in a short run.
@@ -179,9 +179,9 @@ class OrthogonalizedMomentum(UpdateRule):
 
     @property
     def strip_rows(self) -> StripRows | None:
-        """Up to four strips of ``strip_size`` rows; beyond, a power of two of up to ``max_strip_size``."""
+        """One strip of ``strip_size`` rows, a halved matrix of ``max_strip_size``, or more strips."""
         most = max(self.strip_size, self.max_strip_size)
-        return StripRows(self.strip_size, FREE_STRIPS, most) if self.strip_size else None
+        return StripRows(self.strip_size, most, FREE_STRIPS) if self.strip_size else None
 
     def init_weights(self, generator: torch.Generator | None = None) -> Weights:
         """Return zeros: the untrained rule."""

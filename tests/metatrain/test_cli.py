@@ -200,7 +200,7 @@ def test_every_setting_that_is_shown_can_be_given_back(recipe):
 def test_show_takes_settings_and_says_what_the_recipe_is(capsys):
     assert main(["show", "smoke", "tasks.tabular.num_tasks=7"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("Is a whole run with several checkpoints")
+    assert out.startswith("A whole run with several checkpoints")
     assert "\ntasks.tabular.num_tasks=7\n" in out
 
 
