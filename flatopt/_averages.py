@@ -221,9 +221,11 @@ def advance_averages(
 
 def _holds(param: Tensor, average: Tensor) -> bool:
     """Return whether a parameter is what :func:`_move` makes of it at last."""
-    values, average = local_values(param), dtensor.local_view(average)
-    is_there = (values == average.to(values.dtype)) | ~torch.isfinite(average)
-    return is_abstract(values) or bool(is_there.all())
+    values = local_values(param)
+    if is_abstract(values):
+        return True
+    average = dtensor.local_view(average).to(values)  # a state may wait elsewhere
+    return bool(((values == average) | ~torch.isfinite(average)).all())
 
 
 def _forget_copies(params: Sequence[Tensor]) -> None:
