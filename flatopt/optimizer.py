@@ -264,7 +264,7 @@ class FlatOpt(Averaging):
         except RuntimeError:
             self.param_groups.pop()
             raise
-        group.update(record_of(self.learned) | {CLOCK: 0})  # a dict of another optimizer holds that of another one
+        group.update(record_of(self.learned) | ({CLOCK: 0} if self.state else {}))  # it may be of another optimizer
         self._longest_vector = longest_vector(self.param_groups)
         self._watch.look_at_added([group], self.param_groups)
 
