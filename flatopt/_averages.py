@@ -18,10 +18,12 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import _dtensor as dtensor
+from ._abstract import is_abstract
 from ._groups import name_of
 from ._slots import is_of_one_rank, local_values
 from ._state import AVERAGE, ITERATE, SHOWS_AVERAGES, check_average_shapes, copy_of
-from ._torch import foreach_lerp_
+from ._torch import disable_dynamo, foreach_lerp_
+from ._warn import warn
 from .rules import PolynomialAverage
 
 _showing: weakref.WeakSet[Averaging] = weakref.WeakSet()
@@ -33,6 +35,7 @@ _lock = threading.Lock()
 class Averaging(Optimizer):
     """An optimizer whose parameters can be exchanged for their averages."""
 
+    @disable_dynamo
     @torch.no_grad()
     def eval(self) -> None:
         """Put the averages of the parameters in their place, to evaluate them, or to save the model.
@@ -67,23 +70,34 @@ class Averaging(Optimizer):
             state[ITERATE] = copy_of(param)
         for param, state in exchanged:
             _move(local_values(param), dtensor.local_view(state[AVERAGE]), 1.0)
+        _forget_copies([param for param, _ in exchanged])
         if exchanged:
             with _lock:
                 _showing.add(self)
         for group in self.param_groups:
             group[SHOWS_AVERAGES] |= int(any(ITERATE in state for _, state in self._checked_states([group])))
 
+    @disable_dynamo
     @torch.no_grad()
     def train(self) -> None:
         """Put the parameters themselves back, to go on after :meth:`eval`; without effect otherwise.
+
+        Warns of one that does not hold its average any more, as where other weights were loaded: those are lost.
 
         Raises:
             ValueError: if a parameter has another shape than what is to be put back.
         """
         exchanged = [(p, s) for p, s in self._checked_states(self.param_groups) if ITERATE in s]
+        changed = [param for param, state in exchanged if AVERAGE in state and not _holds(param, state[AVERAGE])]
+        if changed:
+            warn(
+                f"{name_of(changed[0], self.param_groups)} has changed since eval(): train() puts back what it was "
+                "before, and what was loaded or trained since is lost"
+            )
         for param, state in exchanged:
             local_values(param).copy_(dtensor.local_view(state[ITERATE]))
             del state[ITERATE]
+        _forget_copies([param for param, _ in exchanged])
         self._show_no_more()
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,6 +105,12 @@ class Averaging(Optimizer):
         packed = super().state_dict()
         # The exchange adds keys and takes them away: not in a state that somebody holds.
         return {**packed, "state": {key: copy(state) for key, state in packed["state"].items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if any(group.get(SHOWS_AVERAGES) for group in self.param_groups):  # a copy, or a loaded state
+            with _lock:
+                _showing.add(self)
 
     def _checked_states(self, groups: Sequence[dict[str, Any]]) -> list[tuple[Tensor, MutableMapping[str, Any]]]:
         """Return the parameters that have a state, with it; raise ``ValueError`` if it is of another shape."""
@@ -114,11 +134,10 @@ class Averaging(Optimizer):
                         "call train() of that one first, or give the parameter to one optimizer only"
                     )
 
-    def _take_from_others(self) -> None:
+    def _take_from_others(self, params: Sequence[Tensor]) -> None:
         """Go on from averages that other optimizers show: those do not put anything in their place any more."""
         for other in self._others():
-            own = (param for group in self.param_groups for param in group["params"] if param.grad is not None)
-            for param in own:
+            for param in params:
                 other.state.get(param, {}).pop(ITERATE, None)
             if not any(ITERATE in state for state in other.state.values()):
                 other._show_no_more()
@@ -146,7 +165,8 @@ def check_iterates(state_dict: Mapping[str, Any]) -> None:
         if group.get(SHOWS_AVERAGES) and any(AVERAGE in state and ITERATE not in state for state in states):
             raise ValueError(
                 "this state was saved while the parameters held their averages, by something that did not save the "
-                "parameters to go on from: save distributed checkpoints after optimizer.train()"
+                "parameters to go on from: save distributed checkpoints after optimizer.train(); to read this one, "
+                "call get_optimizer_state_dict(model, optimizer) and optimizer.eval() before it is loaded"
             )
 
 
@@ -197,6 +217,21 @@ def advance_averages(
         foreach_lerp_(averages, targets, weight)
     for values, average, share in landing:
         _move(values, average, share)
+
+
+def _holds(param: Tensor, average: Tensor) -> bool:
+    """Return whether a parameter is what :func:`_move` makes of it at last."""
+    values = local_values(param)
+    if is_abstract(values):
+        return True
+    average = dtensor.local_view(average).to(values)  # a state may wait elsewhere
+    return bool(((values == average) | ~torch.isfinite(average)).all())
+
+
+def _forget_copies(params: Sequence[Tensor]) -> None:
+    """Let nothing compute with what parameters were before: with what autocast cast, or FSDP2 gathered."""
+    torch.clear_autocast_cache()
+    dtensor.forget_gathered(params)
 
 
 def _move(values: Tensor, average: Tensor, share: float) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._torch import fsdp_modules
 from .rules import Strips
 
 
@@ -66,6 +67,15 @@ def placed_like(value: Any, param: Any) -> Tensor:
     return tensor.DTensor.from_local(
         local_copy(value), param.device_mesh, param.placements, shape=value.shape, stride=value.stride()
     )
+
+
+def forget_gathered(params: Iterable[Any]) -> None:
+    """Let FSDP2 gather anew parameters that changed between two forward passes.
+
+    It keeps what it gathered for a pass until the backward one, which evaluation has not.
+    """
+    for module in fsdp_modules() if any(map(is_dtensor, params)) else ():
+        module.reshard()
 
 
 def replicated_weights(param: Tensor) -> AbstractContextManager[Any]:

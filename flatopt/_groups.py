@@ -142,6 +142,7 @@ def name_of(param: Tensor, groups: Iterable[dict[str, Any]]) -> str:
     for group_index, group in enumerate(groups):
         for index, other in enumerate(group["params"]):
             if other is param:
-                names = group.get("param_names")
-                return f"parameter {index} of group {group_index}" if names is None else f"parameter {names[index]!r}"
+                names = group.get("param_names") or []
+                is_named = index < len(names)  # or was appended to the list by hand
+                return f"parameter {names[index]!r}" if is_named else f"parameter {index} of group {group_index}"
     return "a parameter of no group"

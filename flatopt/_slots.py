@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _dtensor as dtensor
 from ._abstract import is_abstract
+from ._groups import highest_lr
 from ._state import CLOCK, NUMEL, compute_dtype, real_view, shape_of
 from ._torch import foreach_norm
 from .rules import State, Strips, UpdateRule
@@ -46,6 +47,14 @@ class Slot:
     """Steps that the parameter has taken."""
     made_for: float | None = None
     """Coordinates that the state was made for, ``None`` where that is not known."""
+
+    def clock(self, step: float, num_steps: float) -> tuple[float, float, float]:
+        """Return steps taken, number of the step, and length of the run, as if unknown where ``lr=0`` holds in place.
+
+        A tensor on a device is not looked at.
+        """
+        is_held = num_steps < math.inf and highest_lr([self.group]) == 0
+        return self.step + 1, step, math.inf if is_held else num_steps
 
 
 class Shard:

@@ -104,7 +104,7 @@ class StateLayout:
     def check_shapes(self, state: Mapping[str, Any], param: Tensor, groups: Groups) -> None:
         """Raise ``ValueError`` unless all is there and every value per coordinate has the parameter's shape; cheap."""
         for key, expected in self.shapes_of(param).items():
-            found = getattr(state.get(key), "shape", None)
+            found = value.shape if isinstance(value := state.get(key), Tensor) else None
             if found != expected:
                 _refuse(key, found, expected, param, groups)
         check_average_shapes(state, param, groups)

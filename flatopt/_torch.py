@@ -6,6 +6,7 @@ Another version of torch is checked here first.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,14 @@ def is_fake(tensor: Tensor) -> bool:
     """Tell if a tensor was made in a ``FakeTensorMode``, which takes no tensors from outside."""
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return module is not None and isinstance(tensor, module.FakeTensor)
+
+
+def fsdp_modules() -> list[Any]:
+    """Return all modules that FSDP2 has sharded in this process."""
+    states, fsdp = (sys.modules.get(f"torch.distributed.{name}") for name in ("_composable_state", "fsdp"))
+    if states is None or fsdp is None:
+        return []
+    return [module for module in list(states._module_state_mapping) if isinstance(module, fsdp.FSDPModule)]
 
 
 def compile_errors() -> tuple[type[Exception], ...]:

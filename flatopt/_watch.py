@@ -13,7 +13,7 @@ from ._groups import check_options, has_matrices, highest_lr, name_of, sharing_m
 from ._warn import warn
 
 SMALL_LR = 0.01
-"""Below it, ``lr`` looks like a learning rate of Adam's."""
+"""Up to it, ``lr`` looks like a learning rate of Adam's."""
 
 SMALL_LR_STEPS = 100
 """Steps after which no warm-up explains such a learning rate any more."""
@@ -21,18 +21,24 @@ SMALL_LR_STEPS = 100
 FLAT_NUMEL = 2**20
 """A vector this long beside no matrix looks like a flattened model: no bias is as long."""
 
-
 STACK_LENGTH = 16
 """No kernel of a one-dimensional convolution is as long; an axis of a matrix is."""
+
+UNUSED = ("betas", "eps", "amsgrad", "nesterov", "pretrained", "state_dtype", "compile")
+"""Options of other optimizers and of the constructor, which mean nothing in a group; ``momentum`` is OneCycleLR's."""
 
 
 class Watch:
     """Looks at the parameter groups of one optimizer."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, needs_matrices: bool) -> None:
         self.told: set[str] = set()
         self.highest_lr = -math.inf
         self.steps_seen = 0
+        self.needs_matrices = needs_matrices
+        """Whether the rule treats matrices as such."""
+        self.has_groups = False
+        """Whether the optimizer is made, so that groups are added to those that it was made with."""
         self.adopted: float | None = None
         """Length of the run that came with a state, not from the user."""
         self.is_given = False
@@ -56,35 +62,63 @@ class Watch:
                         "the value of group 0 counts for all",
                     )
 
-    def look_at_new(self, groups: Sequence[dict[str, Any]], *, needs_matrices: bool) -> None:
-        """Warn of a learning rate of another optimizer, of shared memory, of what may be a stack or a flat model."""
+    def look_at_new(self, groups: Sequence[dict[str, Any]], num_steps: float) -> None:
+        """Warn of what does not fit in the groups an optimizer is made with, or beside the ``num_steps`` given."""
+        self.has_groups = True
         params = [param for group in groups for param in group["params"] if not is_lazy(param)]
         longest = max((param.numel() for param in params), default=0)
-        if needs_matrices and longest >= FLAT_NUMEL and not has_matrices(groups):
+        if self.needs_matrices and longest >= FLAT_NUMEL and not has_matrices(groups):
             warn(
                 f"no parameter is a matrix, and one is a vector of {longest:,} coordinates: if it holds the flattened "
                 "parameters of a model, FlatOpt cannot see its matrices and steps them like a bias; give the "
                 "parameters themselves, and shard with FSDP2 (torch.distributed.fsdp.fully_shard)"
             )
-        stack = next(filter(_is_stack, params), None) if needs_matrices else None
-        if stack is not None:
+        if num_steps < math.inf and num_steps != groups[0]["num_steps"]:
             warn(
+                f"parameter group 0 has num_steps={groups[0]['num_steps']} of its own, as where another optimizer was "
+                f"made from the same dict: it takes the place of num_steps={num_steps}"
+            )
+        self.look_at_added(groups, groups)
+        lr = highest_lr(groups)
+        if lr is not None and 0 < lr <= SMALL_LR:
+            self._tell_small(lr)
+
+    def look_at_added(self, added: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
+        """Warn of options without effect and of what may be a stack in new groups, and of shared memory in any."""
+        if not self.has_groups:
+            return
+        if unused := sorted({key for group in added for key in UNUSED if group.get(key)}):
+            self.tell(
+                "unused",
+                f"parameter groups have {', '.join(unused)}, which FlatOpt does not look at there: it has no such "
+                "option, or one for all groups together, given to the constructor",
+            )
+        params = (param for group in added for param in group["params"] if not is_lazy(param))
+        stack = next(filter(_is_stack, params), None) if self.needs_matrices else None
+        if stack is not None:
+            self.tell(
+                "stack",
                 f"{name_of(stack, groups)} has shape {list(stack.shape)} and is taken as one matrix of {len(stack)} "
-                "rows: a stack of matrices, as of fused experts, needs a parameter for each, or another optimizer"
+                "rows: a stack of matrices, as of fused experts, needs a parameter for each, or another optimizer",
             )
         if pair := sharing_memory(groups):
             one, other = (name_of(param, groups) for param in pair)
-            warn(
+            self.tell(
+                "memory",
                 f"{one} and {other} share their memory, so that a step of the one is lost where the other is written: "
-                "use one parameter twice"
+                "use one parameter twice",
             )
-        lr = highest_lr(groups)
-        if lr is not None and 0 < lr < SMALL_LR:
-            self._tell_small(lr)
 
     def look_at_loaded(self, state_dict: dict[str, Any]) -> None:
-        """Warn of an empty state that another optimizer has saved: its options are taken over all the same."""
+        """Warn of an empty state that another optimizer has saved, whose options count, and of one of no parameter."""
+        self.highest_lr = -math.inf  # of steps that a search for a learning rate, say, takes back
         groups = state_dict["param_groups"]
+        ids = [param_id for group in groups for param_id in group["params"]]
+        if ids and state_dict["state"] and state_dict["state"].keys().isdisjoint(ids):
+            warn(
+                f"the state that was loaded belongs to {next(iter(state_dict['state']))!r} and others, but its groups "
+                f"name parameters like {ids[0]!r}: all begin anew"
+            )
         if not state_dict["state"] and groups and all("num_steps" not in group for group in groups):
             warn(
                 f"an empty state of another optimizer was loaded, with its lr={groups[0].get('lr')}: FlatOpt's lr is "
@@ -105,9 +139,9 @@ class Watch:
             )
         self.steps_seen += 1
         self.highest_lr = max(self.highest_lr, lr)
-        if self.steps_seen == SMALL_LR_STEPS and self.highest_lr < SMALL_LR:
+        if self.steps_seen == SMALL_LR_STEPS and self.highest_lr <= SMALL_LR:
             first = highest_lr({"lr": group.get("initial_lr", 0.0)} for group in groups)  # of a long warm-up, say
-            if first is not None and first < SMALL_LR:
+            if first is not None and first <= SMALL_LR:
                 self._tell_small(self.highest_lr)
 
     def _tell_small(self, lr: float) -> None:

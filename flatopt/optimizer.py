@@ -152,12 +152,12 @@ class FlatOpt(Averaging):
         if state_dtype is not None and not self.learned.rule.compressible_state:
             raise ValueError(f"Invalid state_dtype value: all state of {self.learned.rule.name!r} needs full precision")
         self._state_dtype, self._compile, self._allow_other_weights = state_dtype, compile, allow_other_weights
-        self._watch = Watch()
+        self._watch = Watch(needs_matrices=self.learned.rule.strip_rows is not None)
         self._prepare()
         # Inert: OneCycleLR and CyclicLR write their momentum here, and refuse optimizers that have none.
         options |= {"momentum": 0.0, SHOWS_AVERAGES: 0, CLOCK: 0} | record_of(self.learned)
         super().__init__(params, options)
-        self._watch.look_at_new(self.param_groups, needs_matrices=self.learned.rule.strip_rows is not None)
+        self._watch.look_at_new(self.param_groups, self.defaults["num_steps"])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -187,7 +187,6 @@ class FlatOpt(Averaging):
 
         check_no_average(self.param_groups)  # again: the closure may have called eval()
         self._watch.look_at_step(self.param_groups)
-        self._take_from_others()
         slots = list(self._slots())  # whole: an error comes before anything is changed
         self._init_states([slot.param for slot in slots if slot.is_new])
         for slot in slots:
@@ -200,10 +199,11 @@ class FlatOpt(Averaging):
         for key, (members, step) in together.items():
             usable = [slot for slot in members if self._is_usable(slot, key.dtype)]
             if usable:
+                self._take_from_others([slot.param for slot in usable])
                 context = step, self._watch.length(self.param_groups, step)
                 with without_autocast(key.device):  # a step taken inside autocast keeps its precision
                     self._update(usable, context)
-                clocks |= {slot.param: (slot.step + 1, *context) for slot in usable}
+                clocks |= {slot.param: slot.clock(*context) for slot in usable}
         advance_clock(self.param_groups, clocks)
         if clocks and self.learned.rule.average is not None:
             advance_averages(states, clocks, self.learned.rule.average)
@@ -254,19 +254,19 @@ class FlatOpt(Averaging):
             ValueError: if an option is out of range.
             RuntimeError: if a parameter is flattened.
         """
-        index = len(self.param_groups)
         if isinstance(param_group, dict):
-            check_options(param_group, f" in parameter group {index}")
+            check_options(param_group, f" in parameter group {len(self.param_groups)}")
         super().add_param_group(param_group)
-        group = self.param_groups[index]
+        group = self.param_groups[-1]
         try:
             for param in group["params"]:
                 refuse_flattened(param, self.param_groups, math.inf)
         except RuntimeError:
             self.param_groups.pop()
             raise
-        group.update(record_of(self.learned))  # a dict that another optimizer was made from holds another one
+        group.update(record_of(self.learned) | ({CLOCK: 0} if self.state else {}))  # it may be of another optimizer
         self._longest_vector = longest_vector(self.param_groups)
+        self._watch.look_at_added([group], self.param_groups)
 
     def set_num_steps(self, num_steps: int | None) -> None:
         """Set the length of the run in the middle of it, as writing ``num_steps`` into every parameter group does.

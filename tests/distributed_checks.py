@@ -39,6 +39,7 @@ def run_all(rank: int, world_size: int, folder: str) -> None:
         check_placements("orthogonalized-momentum", mesh, LARGE, torch.float32)
         check_averages_of_shards(mesh, Path(folder) / "averages")
         check_averages_of_shards(mesh, Path(folder) / "landing", num_steps=7)
+        check_forward_passes_around_averages(mesh)
         check_bad_gradient_on_one_rank(mesh)
         check_ddp()
         for name in ("orthogonalized-momentum", "rnnprop", "l2o-scale"):
@@ -212,6 +213,22 @@ def check_averages_of_shards(mesh: DeviceMesh, folder: Path, num_steps: int | No
     equal = [torch.equal(full(param), old) for param, old in zip(other.parameters(), landed, strict=True)]
     assert all(equal) if num_steps else not all(equal)
     assert_same(other.parameters(), oracle.parameters())
+
+
+def check_forward_passes_around_averages(mesh: DeviceMesh) -> None:
+    """No pass computes with what was gathered before ``eval()`` or ``train()``, also where no backward pass was."""
+    oracle = make_model()
+    oracle_opt = FlatOpt(oracle.parameters())
+    model, opt = make_sharded(mesh)
+    for steps in (range(4), range(4, 6)):
+        train(oracle, oracle_opt, steps)
+        train(model, opt, steps)
+        for change in ("train", "eval", "train"):
+            for one in (oracle_opt, opt):
+                getattr(one, change)()
+            with torch.no_grad():
+                torch.testing.assert_close(model(batch(0)), oracle(batch(0)))
+    assert_same(opt.param_groups[0]["params"], oracle.parameters())
 
 
 def check_bad_gradient_on_one_rank(mesh: DeviceMesh) -> None:

@@ -10,11 +10,14 @@ import pickle
 import threading
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from helpers import assert_same_state, learned, make_params, set_grads, step_with
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from flatopt import FlatOpt
 from flatopt.rules import RULES, OrthogonalizedMomentum, PolynomialAverage
@@ -60,6 +63,26 @@ def test_eval_shows_the_mean_of_all_steps_with_polynomial_weights_and_train_take
     assert same(params, history[-1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_weights_that_train_would_overwrite_are_told(dtype: torch.dtype) -> None:
+    params, opt = make(dtype=dtype)
+    for seed in range(3):
+        step_with(opt, params, seed)
+    last = values(params)
+    opt.eval()
+    shown = values(params)
+    with torch.no_grad():
+        params[1].add_(1)  # weights are loaded, say
+    with pytest.warns(UserWarning, match="parameter 1 of group 0 has changed since eval") as caught:
+        opt.train()
+    assert same(params, last) and len(caught) == 1 and caught[0].filename == __file__
+    opt.eval()
+    with torch.no_grad():
+        params[1].add_(1)
+        params[1].copy_(shown[1])  # as a moving average that evaluates puts back what it found
+    opt.train()
+
+
 def test_both_may_be_called_at_any_time_and_twice() -> None:
     params, opt = make()
     before = values(params)
@@ -76,6 +99,20 @@ def test_both_may_be_called_at_any_time_and_twice() -> None:
     opt.train()
     opt.train()
     assert same(params, last)
+
+
+def test_autocast_casts_anew_what_changed() -> None:
+    model = torch.nn.Linear(3, 2)
+    opt = FlatOpt(model.parameters())
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for seed in range(3):
+        step_with(opt, list(model.parameters()), seed)
+    with torch.autocast("cpu"), torch.no_grad():  # one context, in which the weights are cast once
+        seen = []
+        for change in (opt.train, opt.eval, opt.train):
+            change()
+            seen.append(model(x))
+    assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
 
 
 def test_looking_at_the_averages_does_not_change_the_run() -> None:
@@ -258,6 +295,19 @@ def test_a_parameter_without_a_gradient_does_not_land() -> None:
     assert torch.equal(params[1], opt.state[params[1]]["param_average"])
 
 
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)])
+def test_a_group_without_a_learning_rate_does_not_land(lr: float | Tensor) -> None:
+    params = make_params("network")
+    opt = FlatOpt([{"params": params[:1]}, {"params": params[1:]}], num_steps=10)
+    for seed in range(9):
+        step_with(opt, params, seed)
+    opt.param_groups[0]["lr"] = lr
+    last = values(params)
+    step_with(opt, params, 9)
+    assert torch.equal(params[0], last[0])
+    assert torch.equal(params[1], opt.state[params[1]]["param_average"])
+
+
 def test_the_average_goes_on_whatever_is_known_of_the_length() -> None:
     params, opt = make()
     history = []
@@ -417,6 +467,32 @@ def test_a_state_of_averages_without_the_parameters_is_refused() -> None:
     assert not other.state
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.parametrize("is_ready", [False, True])
+def test_a_distributed_checkpoint_of_averages_is_read_after_eval(is_ready: bool, tmp_path: Path) -> None:
+    params, opt = make()
+    others, fresh_opt = make()
+    model, fresh = torch.nn.ParameterList(params), torch.nn.ParameterList(others)
+    for seed in range(3):
+        step_with(opt, params, seed)
+    opt.eval()
+    dcp.save({"model": model.state_dict(), "opt": get_optimizer_state_dict(model, opt)}, checkpoint_id=tmp_path)
+    if is_ready:
+        get_optimizer_state_dict(fresh, fresh_opt)
+        fresh_opt.eval()
+    state = {"model": fresh.state_dict(), "opt": get_optimizer_state_dict(fresh, fresh_opt)}
+    dcp.load(state, checkpoint_id=tmp_path)
+    if not is_ready:
+        with pytest.raises(ValueError, match=r"to read this one, call get_optimizer_state_dict\(model, optimizer\)"):
+            set_optimizer_state_dict(fresh, fresh_opt, state["opt"])
+        return
+    set_optimizer_state_dict(fresh, fresh_opt, state["opt"])
+    for one, its in ((opt, model), (fresh_opt, fresh)):
+        one.train()
+        step_with(one, list(its), 3)
+    assert same(list(fresh), params)
+
+
 def test_parameters_that_share_their_storage_come_back() -> None:
     weight = torch.nn.Parameter(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))
     tied = torch.nn.Parameter(torch.empty(3, 3))
@@ -471,6 +547,45 @@ def test_an_optimizer_goes_on_from_the_average_that_an_earlier_one_shows() -> No
     first.train()  # puts back what the second has not trained
     assert same(params[1:], last[1:]) and same(params[:1], kept)
     step_with(first, params, 0)
+
+
+@pytest.mark.parametrize("how", ["copy", "pickle", "load"])
+def test_an_optimizer_goes_on_from_the_average_that_a_copy_or_a_loaded_state_shows(how: str) -> None:
+    params, first = make()
+    for seed in range(3):
+        step_with(first, params, seed)
+    first.eval()
+    if how == "load":
+        state = copy.deepcopy(first.state_dict())
+        first = FlatOpt(params)
+        first.load_state_dict(state)
+    else:
+        params, first = copy.deepcopy((params, first)) if how == "copy" else pickle.loads(pickle.dumps((params, first)))
+    second = FlatOpt(params)
+    for seed in range(3):
+        step_with(second, params, seed)
+    last = values(params)
+    first.train()  # which has nothing to put back any more
+    assert same(params, last)
+
+
+def test_a_step_that_moves_nothing_takes_nothing_from_an_earlier_optimizer() -> None:
+    params, first = make()
+    for seed in range(3):
+        step_with(first, params, seed)
+    last = values(params)
+    first.eval()
+    first.zero_grad()
+    second = FlatOpt(params)
+    get_optimizer_state_dict(torch.nn.ParameterList(params), second)  # which takes a step with gradients of zeros
+    params[0].grad = torch.full_like(params[0], float("nan"))
+    with pytest.warns(RuntimeWarning, match="holds NaN"):
+        second.step()
+    params[0].grad = torch.ones_like(params[0]).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        second.step()
+    first.train()
+    assert same(params, last)
 
 
 def test_models_may_be_trained_in_threads() -> None:

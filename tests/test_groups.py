@@ -278,6 +278,17 @@ def test_the_clock_is_that_of_the_dtype_that_has_come_farthest(toy: LearnedRule)
         opt.step()
 
 
+def test_a_group_of_another_optimizer_brings_no_clock(toy: LearnedRule) -> None:
+    first, second = make_params("network")[:2]
+    other, opt = FlatOpt([first], pretrained=toy), FlatOpt([second], pretrained=toy)
+    for seed in range(5):
+        step_with(other, [first], seed)
+    step_with(opt, [second], 0)
+    opt.add_param_group(other.param_groups[0])
+    step_with(opt, [first, second], 1)
+    assert [group["steps_taken"] for group in opt.param_groups] == [2, 2]
+
+
 def test_a_call_that_can_use_no_gradient_does_not_count(toy: LearnedRule) -> None:
     params = make_params("network")
     opt = FlatOpt(params, pretrained=toy, num_steps=2)
@@ -295,9 +306,9 @@ def test_a_call_that_can_use_no_gradient_does_not_count(toy: LearnedRule) -> Non
 # --- habits that do not fit ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3), np.float32(1e-3)])
+@pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3), np.float32(1e-3), 1e-2, torch.tensor(1e-2)])
 def test_a_learning_rate_of_adam_is_told(lr: Any, toy: LearnedRule) -> None:
-    with pytest.warns(UserWarning, match="lr=0.001 .* is 1.0 as learned") as caught:
+    with pytest.warns(UserWarning, match=r"lr=0.0+1 .* is 1.0 as learned") as caught:
         FlatOpt(make_params("network"), lr, pretrained=toy)
     assert len(caught) == 1 and caught[0].filename == __file__
 
@@ -305,7 +316,7 @@ def test_a_learning_rate_of_adam_is_told(lr: Any, toy: LearnedRule) -> None:
 def test_a_small_learning_rate_of_some_groups_is_not_told(toy: LearnedRule) -> None:
     params = make_params("network")
     FlatOpt([{"params": params[:2], "lr": 1e-4}, {"params": params[2:]}], pretrained=toy)
-    FlatOpt(params, 0.01, pretrained=toy)
+    FlatOpt(params, 0.02, pretrained=toy)
     FlatOpt(params, 0.0, pretrained=toy)
 
 
@@ -350,6 +361,16 @@ def test_a_rate_lowered_by_hand_is_told_like_that_of_a_scheduler(
     assert [str(warning.message)[:27] for warning in caught] == ["lr falls although num_steps"] * is_told
 
 
+def test_a_rate_that_a_search_tried_before_the_run_is_not_told(toy: LearnedRule) -> None:
+    params = make_params("network")
+    opt = FlatOpt(params, pretrained=toy, num_steps=10)
+    fresh = copy.deepcopy(opt.state_dict())
+    opt.param_groups[0]["lr"] = 10.0
+    step_with(opt, params, 0)
+    opt.load_state_dict(fresh)
+    step_with(opt, params, 1)  # without a warning that lr falls
+
+
 def write_lr_by_hand(opt: FlatOpt) -> Any:
     def write() -> None:
         opt.param_groups[0]["lr"] = 6e-4
@@ -381,6 +402,36 @@ def test_a_schedule_written_for_adam_is_told_once_no_warm_up_explains_it(
             step_with(opt, params, seed)
             schedule()
     assert ["a learning rate of Adam's" in str(warning.message) for warning in caught] == [True] * is_told
+
+
+@pytest.mark.parametrize("option", [{"betas": (0.9, 0.95)}, {"eps": 1e-6}, {"pretrained": "rnnprop"}])
+@pytest.mark.parametrize("is_added", [False, True])
+def test_options_without_effect_in_a_group_are_told(option: dict[str, Any], is_added: bool, toy: LearnedRule) -> None:
+    first, *others = make_params("network")
+    group = {"params": others, **option}
+    opt = FlatOpt([first], pretrained=toy)
+    with pytest.warns(
+        UserWarning, match=rf"groups have {next(iter(option))}, which FlatOpt does not look at"
+    ) as caught:
+        _ = opt.add_param_group(group) if is_added else FlatOpt([group], pretrained=toy)
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_options_of_schedulers_and_wrappers_in_a_group_are_not_told(toy: LearnedRule) -> None:
+    opt = FlatOpt([{"params": make_params("network"), "lr_scale": 0.5, "amsgrad": False}], pretrained=toy)
+    torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=1.0, total_steps=20)
+    FlatOpt(opt.param_groups, pretrained=toy)
+
+
+def test_a_length_that_a_reused_group_brings_is_told(toy: LearnedRule) -> None:
+    """Torch writes what an optimizer is given into the dicts that it is made from."""
+    groups = [{"params": make_params("network")}]
+    FlatOpt(groups, num_steps=20, pretrained=toy)
+    with pytest.warns(UserWarning, match=r"group 0 has num_steps=20 .* takes the place of num_steps=40") as caught:
+        FlatOpt(groups, num_steps=40, pretrained=toy)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    FlatOpt(groups, num_steps=20, pretrained=toy)
+    FlatOpt(groups, pretrained=toy)
 
 
 def test_an_empty_state_of_another_optimizer_is_told(toy: LearnedRule) -> None:
@@ -464,6 +515,24 @@ def test_a_stack_of_matrices_in_one_parameter_is_told(toy: LearnedRule) -> None:
     FlatOpt([experts], pretrained=toy)  # a rule that looks at coordinates one by one
     for shape in ((64, 32, 15), (1, 196, 64), (64, 3, 16, 16)):  # convolutions, positions
         FlatOpt([nn.Parameter(torch.ones(shape))])
+
+
+def test_what_is_added_is_looked_at_like_what_was_there() -> None:
+    matrix = nn.Parameter(torch.ones(32, 16))
+    opt = FlatOpt([matrix])
+    with pytest.warns(UserWarning, match=r"parameter 0 of group 1 has shape \[8, 32, 16\] and is taken as one matrix"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(8, 32, 16))]})
+    with pytest.warns(UserWarning, match="parameter 0 of group 0 and parameter 0 of group 2 share their memory"):
+        opt.add_param_group({"params": [nn.Parameter(matrix.detach().t())]})
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+
+
+def test_a_parameter_appended_to_those_with_names_has_a_number() -> None:
+    opt = FlatOpt([("matrix", nn.Parameter(torch.ones(3, 2)))])
+    opt.param_groups[0]["params"].append(added := nn.Parameter(torch.ones(2)))
+    added.grad = torch.full_like(added, float("nan"))
+    with pytest.warns(RuntimeWarning, match="gradient of parameter 1 of group 0 holds NaN"):
+        opt.step()
 
 
 def test_vectors_that_are_no_flattened_model_are_not_told(toy: LearnedRule) -> None:

@@ -183,6 +183,27 @@ def test_step_in_a_compiled_training_step_runs(toy: LearnedRule) -> None:
     assert_same_model(model, plain_loop(toy, 3))
 
 
+def test_the_exchange_for_averages_in_a_compiled_evaluation_runs() -> None:
+    model = make_model()
+    opt = FlatOpt(model.parameters())
+    for step in range(3):
+        opt.zero_grad()
+        loss_of(model, batch(step)).backward()
+        opt.step()
+    last = copy.deepcopy(model)
+
+    def evaluate(x: Tensor) -> Tensor:
+        opt.eval()
+        loss = loss_of(model, x).detach()
+        opt.train()
+        return loss
+
+    torch._dynamo.reset()
+    loss = torch.compile(evaluate, backend="eager")(batch(0))  # without warnings of what cannot be traced
+    assert_same_model(model, last)
+    assert float(loss) == float(evaluate(batch(0)))
+
+
 # --- the real ones, where installed; their own warnings are not ours ------------------------------------------------
 
 TABLE = Path(__file__).parent.parent / "docs" / "results" / "integrations.md"

@@ -253,6 +253,32 @@ def test_a_state_that_lost_a_key_is_refused(key: str) -> None:
         step_with(opt, params, 1)
 
 
+def test_a_state_of_arrays_is_refused() -> None:
+    params = make_params("network")
+    opt = FlatOpt(params)
+    step_with(opt, params, 0)
+    state = copy.deepcopy(opt.state_dict())
+    state["state"] = {
+        index: {key: value.numpy() for key, value in one.items()} for index, one in state["state"].items()
+    }
+    with pytest.raises(
+        ValueError, match="state of parameter 0 of group 0 has no tensor '.*', which the optimizer keeps"
+    ):
+        opt.load_state_dict(state)
+
+
+def test_a_state_that_belongs_to_no_parameter_is_told() -> None:
+    """As JSON and msgpack make it, whose keys are strings."""
+    params = make_params("network")
+    opt = FlatOpt(params)
+    step_with(opt, params, 0)
+    state = opt.state_dict()
+    state["state"] = {str(index): one for index, one in state["state"].items()}
+    with pytest.warns(UserWarning, match="belongs to '0' and others, but its groups name parameters like 0") as caught:
+        FlatOpt(params).load_state_dict(state)
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
 def test_a_step_that_a_wrapper_overwrote_is_refused() -> None:
     params, opt = stepped("orthogonalized-momentum", SHAPES)
     opt.state[params[0]]["step"] = 5  # type: ignore[assignment]
