@@ -99,7 +99,7 @@ class Watch:
             self.tell(
                 "stack",
                 f"{name_of(stack, groups)} has shape {list(stack.shape)} and is taken as one matrix of {len(stack)} "
-                "rows: a stack of matrices, as of fused experts, needs a parameter for each, or another optimizer",
+                "rows: a stack of matrices, as of fused experts, needs a parameter for each (recipe: docs/gotchas.md)",
             )
         if pair := sharing_memory(groups):
             one, other = (name_of(param, groups) for param in pair)

@@ -43,8 +43,9 @@ def add_options(parser: argparse.ArgumentParser, evaluation: type[Evaluation]) -
     hints = get_type_hints(evaluation)
     for one in fields(evaluation):
         name, hint, text = "--" + one.name.replace("_", "-"), hints[one.name], one.metadata["help"]
-        defaults = [str(value) for value in (one.default if get_origin(hint) is tuple else [one.default])]
-        with_default = f"{text} (default: {' '.join(defaults)})" if defaults else text
+        default: Any = one.default
+        defaults = map(str, default) if get_origin(hint) is tuple else [str(default)]
+        with_default = f"{text} (default: {shown})" if (shown := " ".join(defaults)) else text
         if one.metadata.get("positional"):
             parser.add_argument(one.name, help=text)
         elif hint is bool and not one.default:
