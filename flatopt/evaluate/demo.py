@@ -21,7 +21,6 @@ from flatopt.optimizer import FlatOpt
 from flatopt.pretrained import load_pretrained
 from flatopt.tasks import Batch, ImageSplits, load_images
 
-from . import models
 from ._cache import Record
 from ._evaluation import integer, one_line, progress
 from ._report import Figure, Report, mean_pm_std, write_report
@@ -36,7 +35,7 @@ Build = Callable[[Iterable[Tensor]], Optimizer]
 
 def digits_cnn(size: int) -> nn.Sequential:
     """Build two convolutions with pooling and one linear layer, for images ``[batch, size, size]``."""
-    first = [models.Channel(), nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    first = [nn.Unflatten(1, (1, size)), nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     second = [nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
     return nn.Sequential(*first, *second, nn.Linear(32 * (size // 4) ** 2, 10))
 
