@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from flatopt.tasks import Batch
+from flatopt.tasks import Batch, Splits
 
 from ._cache import Record, RunCache
 from ._code import code_hash, describe
-from ._data import SOURCES, Splits, data_hash
+from ._data import SOURCES, data_hash
 from .contestants import Contestant, Setting, neighbour
 from .curvature import MEASURES, Curvature
 

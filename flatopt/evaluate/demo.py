@@ -19,7 +19,7 @@ from flatopt import flatness
 from flatopt._checks import check_folder
 from flatopt.optimizer import FlatOpt
 from flatopt.pretrained import load_pretrained
-from flatopt.tasks import Batch, ImageSplits, load_images
+from flatopt.tasks import Batch, Splits, load_images
 
 from ._cache import Record
 from ._evaluation import integer, one_line, progress
@@ -77,7 +77,7 @@ def report(optimizers: dict[str, Build], num_seeds: int, num_steps: int) -> Repo
     )
 
 
-def run(name: str, build: Build, data: ImageSplits, seed: int, steps: int) -> Record:
+def run(name: str, build: Build, data: Splits, seed: int, steps: int) -> Record:
     """Train one model, with a progress bar, and return what the table and the figure need."""
     model = build_model(digits_cnn, 8, seed)
     batches = draw_batches(data.train, BATCH_SIZE, steps, torch.Generator().manual_seed(seed))
