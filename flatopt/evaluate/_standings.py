@@ -6,11 +6,11 @@ A record is a cell as :func:`flatopt.evaluate._cells.cell` returns it; higher sc
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from ._cache import Record
-from ._report import Interval, confidence_interval, mean_pm_std
+from ._report import Interval, Table, confidence_interval, mean_pm_std
 
 Cells = Mapping[tuple[str, str], Record]
 """Records by task and optimizer."""
@@ -26,13 +26,19 @@ def names(records: Sequence[Record], key: str) -> list[str]:
     return list(dict.fromkeys(record[key] for record in records))
 
 
-def grid(cells: Cells, records: Sequence[Record], key: str, digits: int) -> list[list[str]]:
-    """Lay out one measure as tasks x optimizers."""
+def table(
+    title: str, cells: Cells, tasks: Sequence[str], optimizers: Sequence[str], text: Callable[[Record], str]
+) -> Table:
+    """Lay out what ``text`` says of the cells as tasks x optimizers."""
+    rows = [
+        [task, *(text(cells[task, name]) if (task, name) in cells else "–" for name in optimizers)] for task in tasks
+    ]
+    return Table(title, ["task", *optimizers], rows)
 
-    def text(task: str, name: str) -> str:
-        return mean_pm_std(cells[task, name][key], digits) if (task, name) in cells else "–"
 
-    return [[task, *(text(task, name) for name in names(records, "optimizer"))] for task in names(records, "task")]
+def spread(key: str, digits: int) -> Callable[[Record], str]:
+    """Return what formats a measure of a cell, its mean and standard deviation over seeds."""
+    return lambda record: mean_pm_std(record[key], digits)
 
 
 def shared_tasks(cells: Cells, optimizers: Sequence[str], kinds: Sequence[str] = ()) -> list[str]:

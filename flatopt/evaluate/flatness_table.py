@@ -58,7 +58,8 @@ class Flatness(Quality):
         curvature = replace(CURVATURE, num_examples=50, num_matvecs=5) if self.fast else CURVATURE
         compute = partial(flatness_cell, num_seeds=self.seeds, split=self.split, curvature=curvature)
         records = self.computed(compute, cache)
-        cells, optimizers = _standings.by_cell(records), _standings.names(records, "optimizer")
+        cells = _standings.by_cell(records)
+        tasks, optimizers = _standings.names(records, "task"), _standings.names(records, "optimizer")
         return Report(
             title="Flatness of the minima",
             header=["optimizer", "score", "ln top eigenvalue", *(f"{one.title}: flatter" for one in COLUMNS.values())],
@@ -73,7 +74,7 @@ class Flatness(Quality):
             more_tables=[
                 _correlations(records),
                 *(
-                    Table(one.title, ["task", *optimizers], _standings.grid(cells, records, key, one.digits))
+                    _standings.table(one.title, cells, tasks, optimizers, _standings.spread(key, one.digits))
                     for key, one in COLUMNS.items()
                 ),
             ],
