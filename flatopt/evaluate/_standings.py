@@ -80,22 +80,15 @@ def best_tuned(cells: Cells, task: str) -> str | None:
     return max(scores, key=lambda name: scores[name]) if scores else None
 
 
-def at_least(cells: Cells, optimizer: str, other: str) -> tuple[int, int]:
-    """Return on how many tasks the mean score is at least that of another optimizer, and the number of tasks."""
-    tasks = shared_tasks(cells, [optimizer, other])
-    won = sum(mean_score(cells, task, optimizer) >= mean_score(cells, task, other) for task in tasks)
-    return won, len(tasks)
+def at_least(cells: Cells, optimizer: str, other: str | None = None) -> tuple[int, int]:
+    """Return on how many tasks the mean score is at least that of another optimizer, and the number of tasks.
 
-
-def at_least_best_tuned(cells: Cells, optimizer: str) -> tuple[int, int]:
-    """Return on how many tasks the mean score is at least that of every tuned family, and the number of tasks."""
-    won = count = 0
-    for task in shared_tasks(cells, [optimizer]):
-        best = best_tuned(cells, task)
-        if best is not None:
-            count += 1
-            won += mean_score(cells, task, optimizer) >= mean_score(cells, task, best)
-    return won, count
+    Where no other one is named, it is that of every tuned family.
+    """
+    rivals = {task: other or best_tuned(cells, task) for task in shared_tasks(cells, [optimizer])}
+    compared = [(task, rival) for task, rival in rivals.items() if rival and (task, rival) in cells]
+    won = sum(mean_score(cells, task, optimizer) >= mean_score(cells, task, rival) for task, rival in compared)
+    return won, len(compared)
 
 
 def mean_ranks(cells: Cells, optimizers: Sequence[str]) -> dict[str, float]:

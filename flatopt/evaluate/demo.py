@@ -23,6 +23,7 @@ from flatopt.tasks import Batch, Splits, load_images
 
 from ._cache import Record
 from ._evaluation import integer, one_line, progress
+from ._figures import smooth
 from ._report import Figure, Report, mean_pm_std, write_report
 from ._training import build_model, draw_batches, measure, train
 from .contestants import default_name
@@ -114,10 +115,10 @@ def _draw(figure: Figure, records: Sequence[Record]) -> None:
     curves, minima = figure.subplots(1, 2)
     for index, record in enumerate(records):
         colour = f"C{index}"
-        smooth = [_smooth(losses) for losses in record["losses"]]
-        for losses in smooth:
+        runs = [smooth(losses, 10) for losses in record["losses"]]
+        for losses in runs:
             curves.plot(losses, color=colour, alpha=0.25, linewidth=0.8)
-        mean = [fmean(values) for values in zip(*smooth, strict=False)]
+        mean = [fmean(values) for values in zip(*runs, strict=False)]
         curves.plot(mean, color=colour, label=record["optimizer"])
         accuracies = [100 * value for value in record["test_accuracy"]]
         minima.plot(record["top_eigenvalue"], accuracies, ".", color=colour, alpha=0.5)
@@ -127,7 +128,3 @@ def _draw(figure: Figure, records: Sequence[Record]) -> None:
         xlabel="top Hessian eigenvalue", ylabel="test accuracy %", title="Minima reached: flatter is to the left"
     )
     curves.legend()
-
-
-def _smooth(losses: Sequence[float], window: int = 10) -> list[float]:
-    return [fmean(losses[max(0, end - window) : end]) for end in range(1, len(losses) + 1)]

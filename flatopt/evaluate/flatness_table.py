@@ -13,7 +13,7 @@ from . import _standings
 from ._cache import Record, RunCache
 from ._cells import num_tuning_seeds
 from ._evaluation import option
-from ._figures import plain_name, point_scale
+from ._figures import plain_name, point_scale, task_rows
 from ._report import Figure, Report, Table, confidence_interval
 from ._training import Benchmark, run, tuned
 from .contestants import REFERENCE, Contestant
@@ -169,17 +169,13 @@ def _draw(figure: Figure, records: Sequence[Record]) -> None:
         curvature.plot(
             [], [], color=f"C{index % 10}", marker="os^"[index // 10], linestyle="none", label=plain_name(name)
         )
-    for row in range(0, len(tasks), 2):
-        for axes in (curvature, score):
-            axes.axhspan(row - 0.5, row + 0.5, color="0.95", zorder=0)
-    curvature.set_yticks(range(len(tasks)), tasks, fontsize=9)
-    curvature.set_ylim(len(tasks) - 0.5, -0.5)
+    for axes in (curvature, score):
+        task_rows(axes, tasks)
     curvature.set_xscale("log")
     curvature.grid(axis="x", alpha=0.25)
     missing = sum(not math.isfinite(value) for record in records for value in record["top_eigenvalue"])
     left_out = f"; without {missing} runs that have none" if missing else ""
     curvature.set_xlabel(f"top Hessian eigenvalue (left: flatter{left_out})")
-    score.axvline(0, color="0.5", linewidth=1)
     point_scale(score)
     score.set_xlabel(f"score less the mean of {optimizers[0]}, points")
     figure.legend(loc="outside upper center", ncols=5, fontsize=9)

@@ -141,7 +141,7 @@ def _summary(cells: _standings.Cells, name: str, optimizers: Sequence[str]) -> l
         f"{_standings.mean_ranks(cells, ranked)[name]:.2f}",
         str(_standings.wins(cells, ranked)[name]),
         "{} of {}".format(*_standings.at_least(cells, name, REFERENCE)),
-        "{} of {}".format(*_standings.at_least_best_tuned(cells, name)),
+        "{} of {}".format(*_standings.at_least(cells, name)),
         f"{fmean(lower):+.2f}",
         f"{fmean(higher):+.2f}",
         str(sum(record["num_diverged"] for record in own)),

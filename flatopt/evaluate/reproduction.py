@@ -27,7 +27,8 @@ from flatopt.pretrained import LearnedRule, list_pretrained, load_pretrained
 from . import _standings
 from ._cache import Record, RunCache
 from ._evaluation import Evaluation, matching, option, progress
-from ._report import Axes, Figure, Interval, Report, Table, confidence_interval, mean_and_std, mean_pm_std
+from ._figures import draw_interval
+from ._report import Figure, Interval, Report, Table, confidence_interval, mean_and_std, mean_pm_std
 from ._training import Benchmark, run, tuned
 from .contestants import Contestant, baselines, learned_contestant
 from .curvature import Curvature
@@ -316,7 +317,10 @@ def _draw_pairs(figure: Figure, comparisons: Sequence[Record]) -> None:
         for record in own:
             above = list(colours).index(record["optimizee"]) - len(names)
             height = labels.index(_label(record)) + 0.11 * above
-            _draw_interval(axes, height, record, COLUMNS[key], colours[record["optimizee"]])
+            scaled = Interval(*(COLUMNS[key].scale * end for end in _interval(record)))
+            large = {"markersize": 6, "linewidth": 2, "alpha": 1.0}
+            style = large if record["optimizee"] == MEAN else {"markersize": 3, "linewidth": 0.8, "alpha": 0.7}
+            draw_interval(axes, height, scaled, color=colours[record["optimizee"]], **style)
         # Intervals of single optimizees may be so wide that those of the means could not be seen.
         ends = [_interval(record) if record["optimizee"] == MEAN else (record["mean"],) for record in own]
         seen = [0.0, *(COLUMNS[key].scale * end for some in ends for end in some if math.isfinite(end))]
@@ -330,18 +334,3 @@ def _draw_pairs(figure: Figure, comparisons: Sequence[Record]) -> None:
     right.set_xlabel("difference of ln top eigenvalue (left: regularized is flatter)")
     handles = [Line2D([], [], color=colour, marker="o", label=name) for name, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
-
-
-def _draw_interval(axes: Axes, height: float, record: Record, column: Column, colour: str) -> None:
-    mean, low, high = (column.scale * end for end in _interval(record))
-    large = record["optimizee"] == MEAN
-    axes.errorbar(
-        mean,
-        height,
-        xerr=[[mean - low], [high - mean]] if math.isfinite(low) else None,
-        color=colour,
-        marker="o",
-        markersize=6 if large else 3,
-        linewidth=2 if large else 0.8,
-        alpha=1.0 if large else 0.7,
-    )
