@@ -57,34 +57,18 @@ def cnn(size: int, *, width: int = 16, depth: int = 2, normalise: bool = False, 
 
 def published_cnn(size: int) -> nn.Sequential:
     """Build the convolutional net of the published learned optimizers: BatchNorm, no padding, linear logits."""
+    first = [nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)]
+    second = [nn.Conv2d(16, 32, 5), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
     features = 32 * (((size - 2) // 2 - 4) // 2) ** 2
-    return nn.Sequential(
-        nn.Unflatten(1, (1, size)),
-        nn.Conv2d(1, 16, 3),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 5),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(features, NUM_CLASSES),
-    )
+    return nn.Sequential(nn.Unflatten(1, (1, size)), *first, *second, nn.Linear(features, NUM_CLASSES))
 
 
 def published_plain_cnn(size: int, *, stride: int = 2) -> nn.Sequential:
     """Build their other one, convolutions without bias, normalisation or pooling; they had a stride of 1."""
+    first = [nn.Conv2d(1, 8, 3, stride=stride, padding=1, bias=False), nn.ReLU()]
+    second = [nn.Conv2d(8, 8, 5, stride=stride, padding=2, bias=False), nn.ReLU(), nn.Flatten()]
     features = 8 * math.ceil(math.ceil(size / stride) / stride) ** 2
-    return nn.Sequential(
-        nn.Unflatten(1, (1, size)),
-        nn.Conv2d(1, 8, 3, stride=stride, padding=1, bias=False),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 5, stride=stride, padding=2, bias=False),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(features, NUM_CLASSES),
-    )
+    return nn.Sequential(nn.Unflatten(1, (1, size)), *first, *second, nn.Linear(features, NUM_CLASSES))
 
 
 def small_start(size: int, *, build: Callable[[int], nn.Module], std: float = 0.01) -> nn.Module:
@@ -132,15 +116,8 @@ def lstm(size: int, *, width: int = 32, depth: int = 1, normalise: bool = False)
 
 def autoencoder(size: int, *, width: int = 96, code: int = 16) -> nn.Sequential:
     """Build a dense autoencoder of images; returns ``[batch, size * size]``."""
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(size * size, width),
-        nn.GELU(),
-        nn.Linear(width, code),
-        nn.Linear(code, width),
-        nn.GELU(),
-        nn.Linear(width, size * size),
-    )
+    encoder = [nn.Flatten(), nn.Linear(size * size, width), nn.GELU(), nn.Linear(width, code)]
+    return nn.Sequential(*encoder, nn.Linear(code, width), nn.GELU(), nn.Linear(width, size * size))
 
 
 def pre_norm_mlp(size: int, *, width: int = 64, depth: int = 6) -> nn.Sequential:
