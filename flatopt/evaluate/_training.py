@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from flatopt.tasks import Batch, Splits
 
 from ._cache import Record, RunCache
-from ._code import code_hash, describe
+from ._code import code_hash, problem_identity
 from ._data import SOURCES, data_hash
 from .contestants import Contestant, Setting, neighbour
 from .curvature import MEASURES, Curvature
@@ -73,9 +73,7 @@ class Benchmark:
 
     def identity(self) -> Record:
         """Return everything about the problem that decides the result of a run."""
-        fields = {name: value for name, value in asdict(self).items() if name not in ("name", "build")}
-        model = {"build": describe(self.build), "code": code_hash(self.build)}
-        return fields | model | {"data": data_hash(self.source, self.size)}
+        return problem_identity(self) | {"data": data_hash(self.source, self.size)}
 
 
 class TrainedModel(NamedTuple):
