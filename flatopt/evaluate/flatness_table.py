@@ -152,12 +152,15 @@ def _draw(figure: Figure, records: Sequence[Record]) -> None:
     """Draw the top eigenvalue and the score of every task, seeds as small dots and means as large ones."""
     tasks, optimizers = _standings.names(records, "task"), _standings.names(records, "optimizer")
     reference = {record["task"]: fmean(record["score"]) for record in records if record["optimizer"] == optimizers[0]}
+    styles: dict[str, dict[str, Any]] = {
+        name: {"color": f"C{index % 10}", "marker": "os^"[index // 10], "linestyle": "none"}
+        for index, name in enumerate(optimizers)
+    }
     figure.set_size_inches(10, 1.8 + 0.3 * len(tasks))
     curvature, score = figure.subplots(1, 2, sharey=True)
     for record in records:
-        index = optimizers.index(record["optimizer"])
-        row = tasks.index(record["task"]) + 0.2 * (index - (len(optimizers) - 1) / 2)
-        style: dict[str, Any] = {"color": f"C{index % 10}", "marker": "os^"[index // 10], "linestyle": "none"}
+        style = styles[record["optimizer"]]
+        row = tasks.index(record["task"]) + 0.2 * (optimizers.index(record["optimizer"]) - (len(optimizers) - 1) / 2)
         gains = [value - reference.get(record["task"], 0.0) for value in record["score"]]
         eigenvalues = [
             max(value, MIN_DRAWN) if math.isfinite(value) else math.nan for value in record["top_eigenvalue"]
@@ -165,10 +168,8 @@ def _draw(figure: Figure, records: Sequence[Record]) -> None:
         for axes, values in ((curvature, eigenvalues), (score, gains)):  # what is not a number is not drawn
             axes.plot(values, [row] * len(values), markersize=3, alpha=0.4, **style)
             axes.plot([fmean(values)], [row], markersize=6, **style)
-    for index, name in enumerate(optimizers):
-        curvature.plot(
-            [], [], color=f"C{index % 10}", marker="os^"[index // 10], linestyle="none", label=plain_name(name)
-        )
+    for name in optimizers:
+        curvature.plot([], [], label=plain_name(name), **styles[name])
     for axes in (curvature, score):
         task_rows(axes, tasks)
     curvature.set_xscale("log")

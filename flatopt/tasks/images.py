@@ -187,15 +187,14 @@ def _find(dataset: str, root: str, name: str) -> Path:
     for file in (Path(root) / name, Path(root) / f"{name}.gz"):
         if file.is_file():
             return file
+    missing = f"no {name} or {name}.gz in {root}."
+    repository = f"or name there a data set repository that holds them as {HUB_PREFIX}org/name."
     if dataset == "mnist":
-        raise FileNotFoundError(
-            f"MNIST: no {name} or {name}.gz in {root}. Name the folder that holds its four IDX files in "
-            f"{MNIST_VARIABLE}, or name there a data set repository that holds them as {HUB_PREFIX}org/name."
-        )
+        named = f"Name the folder that holds its four IDX files in {MNIST_VARIABLE}"
+        raise FileNotFoundError(f"MNIST: {missing} {named}, {repository}")
     raise FileNotFoundError(
-        f"Fashion-MNIST: no {name} or {name}.gz in {root}. Install Debian's package dataset-fashion-mnist, or download "
-        f"the four IDX files of https://github.com/zalandoresearch/fashion-mnist and name their folder in "
-        f"{DATA_VARIABLE}, or name there a data set repository that holds them as {HUB_PREFIX}org/name."
+        f"Fashion-MNIST: {missing} Install Debian's package dataset-fashion-mnist, or download the four IDX files of "
+        f"https://github.com/zalandoresearch/fashion-mnist and name their folder in {DATA_VARIABLE}, {repository}"
     )
 
 
