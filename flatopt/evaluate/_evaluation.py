@@ -95,9 +95,7 @@ def progress(items: Iterable[T], name: str | Callable[[T], str], total: int | No
 def one_line(program: str, after_stop: str) -> Iterator[None]:
     """Turn what a user can mend, a missing extra, and Ctrl-C, into one line on the standard error.
 
-    Args:
-        program: what the line begins with.
-        after_stop: what it says after Ctrl-C.
+    The line begins with ``program``; after Ctrl-C it says ``after_stop``.
 
     Raises:
         SystemExit: with code 2, and with 130 after Ctrl-C.

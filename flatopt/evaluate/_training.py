@@ -115,14 +115,7 @@ def build_model(build: Callable[[int], nn.Module], size: int, seed: int) -> nn.M
 
 
 def draw_batches(data: Batch, batch_size: int, num_steps: int, generator: torch.Generator) -> Iterator[Batch]:
-    """Yield batches drawn without replacement, epoch after epoch.
-
-    Args:
-        data: examples to train on.
-        batch_size: examples per step.
-        num_steps: number of steps.
-        generator: source of the order of the examples.
-    """
+    """Yield the batches of ``num_steps`` steps, drawn without replacement, epoch after epoch."""
     order = torch.empty(0, dtype=torch.long)
     for _ in range(num_steps):
         if len(order) < min(batch_size, len(data.targets)):
@@ -141,18 +134,11 @@ def train(
     after_step: Callable[[int], None] | None = None,
     averages: bool = True,
 ) -> TrainedModel:
-    """Train a model on one batch after another; leave it in evaluation mode.
+    """Train a model in place, one step per batch, and leave it in evaluation mode.
 
-    Stops at the first loss that is not finite.
-
-    Args:
-        model: the model; trained in place.
-        optimizer: optimizer of its parameters.
-        batches: examples of each step.
-        loss_fn: mean loss of outputs and targets.
-        scheduler: schedule of the learning rate, advanced after each step.
-        after_step: called with the number of steps taken, after each.
-        averages: whether an optimizer that keeps averages of the parameters puts them in their place at the end.
+    Stops at the first loss that is not finite.  The scheduler is advanced after each step, and ``after_step`` is called
+    with the number of steps taken.  With ``averages``, an optimizer that keeps averages of the parameters puts them in
+    their place at the end.
     """
     modes = optimizer if averages else None
     set_mode(model, modes, training=True)

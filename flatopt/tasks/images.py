@@ -109,11 +109,7 @@ def load_images(name: str, size: int, root: str | None = None, *, standardize: b
 
 
 def read_idx(path: Path, num_dims: int) -> Tensor:
-    """Read an IDX file of unsigned bytes, plain or gzip by its ending, into a uint8 tensor.
-
-    Args:
-        path: the file.
-        num_dims: number of dimensions that it must have.
+    """Read an IDX file of unsigned bytes, plain or gzip by its ending, into a uint8 tensor of ``num_dims`` dimensions.
 
     Raises:
         ValueError: another magic number, or more or fewer bytes than the header says; names the file.
