@@ -247,5 +247,5 @@ def _draw(
                 axes.plot([fmean(points)] * 2, [height - 0.3, height + 0.3], color=f"C{height}", linewidth=3)
         point_scale(axes)
         axes.set_yticks(range(len(labels)), labels)
-        axes.set_xlabel(f"score less that of the {first}, points")
-        axes.set_title("length of the run unknown" if suffix else "length of the run known")
+        title = f"length of the run {'unknown' if suffix else 'known'}"
+        axes.set(title=title, xlabel=f"score less that of the {first}, points")

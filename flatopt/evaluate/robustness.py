@@ -262,11 +262,9 @@ def _draw(figure: Figure, records: Sequence[Record], names: Sequence[str]) -> No
             clip_on=False,
         )
     axes.axvspan(1, high, color="C3", alpha=0.08, zorder=0)
-    axes.set_xscale("log")
-    axes.set_xlim(low, high)
+    axes.set(xscale="log", xlim=(low, high), ylim=(-0.7, len(labels) - 0.3))
     axes.set_xticks([0.001, 0.01, 0.1, 1, 10], ["0.001 or less", "0.01", "0.1", "1", "10 or more"])
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    axes.set_ylim(-0.7, len(labels) - 0.3)
     axes.grid(alpha=0.25)
     axes.set_xlabel("final training loss / initial one: in the red band the run diverged")
     figure.legend(fontsize=9, loc="outside upper center", ncols=len(names))
