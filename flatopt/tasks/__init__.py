@@ -26,4 +26,4 @@ from .text import Text as Text
 from .text import TextSplits as TextSplits
 from .text import load_text as load_text
 from .transformer import Transformer as Transformer
-from .vision_transformer import VisionTransformer as VisionTransformer
+from .transformer import VisionTransformer as VisionTransformer
