@@ -42,21 +42,20 @@ def add_options(parser: argparse.ArgumentParser, evaluation: type[Evaluation]) -
     """Add an option for every field: flags, choices, numbers, texts and lists of texts."""
     hints = get_type_hints(evaluation)
     for one in fields(evaluation):
-        name, hint, text = "--" + one.name.replace("_", "-"), hints[one.name], one.metadata["help"]
+        hint, text = hints[one.name], one.metadata["help"]
         if one.metadata.get("positional"):
             parser.add_argument(one.name, help=text)
-        elif hint is bool and not one.default:
-            parser.add_argument(name, action="store_true", help=text)
-        elif hint is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=True, help=text)
+            continue
+        how: dict[str, Any] = {"default": one.default, "help": text}
+        if hint is bool:
+            how["action"] = argparse.BooleanOptionalAction if one.default else "store_true"
         elif hint is int:
-            parser.add_argument(name, type=integer, default=one.default, help=f"{text} (default: %(default)s)")
+            how |= {"type": integer, "help": f"{text} (default: %(default)s)"}
         elif get_origin(hint) is Literal:
-            parser.add_argument(name, choices=get_args(hint), default=one.default, help=text)
+            how["choices"] = get_args(hint)
         elif get_origin(hint) is tuple:
-            parser.add_argument(name, nargs="+", default=one.default, metavar="NAME", help=text)
-        else:
-            parser.add_argument(name, default=one.default, help=text)
+            how |= {"nargs": "+", "metavar": "NAME"}
+        parser.add_argument("--" + one.name.replace("_", "-"), **how)
 
 
 def read_options(evaluation: type[Evaluation], chosen: argparse.Namespace) -> Evaluation:

@@ -7,7 +7,8 @@ row by row.  ``dense`` takes rows of a table, ``decoder`` and ``text_gru`` take 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +20,23 @@ def mlp(
     size: int, *, width: int = 32, depth: int = 1, activation: type[nn.Module] = nn.ReLU, normalise: bool = False
 ) -> nn.Sequential:
     """Build a multi-layer perceptron with ``depth`` hidden layers, with LayerNorm after each when ``normalise``."""
-    hidden = _hidden_layers(size * size, width, depth, activation, normalise)
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, NUM_CLASSES))
+    widths = [size * size, *[width] * depth]
+    hidden = _hidden_layers(widths, activation, normalise)
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(widths[-1], NUM_CLASSES))
 
 
 def dense(size: int, *, width: int, num_outputs: int, depth: int = 2) -> nn.Sequential:
     """Build a multi-layer perceptron for rows of a table, ``[batch, size]``."""
-    return nn.Sequential(*_hidden_layers(size, width, depth), nn.Linear(width, num_outputs))
+    widths = [size, *[width] * depth]
+    return nn.Sequential(*_hidden_layers(widths), nn.Linear(widths[-1], num_outputs))
 
 
 def _hidden_layers(
-    num_inputs: int, width: int, depth: int, activation: type[nn.Module] = nn.ReLU, normalise: bool = False
+    widths: Sequence[int], activation: type[nn.Module] = nn.ReLU, normalise: bool = False
 ) -> list[nn.Module]:
     layers: list[nn.Module] = []
-    for size in (num_inputs, *[width] * (depth - 1)):
-        layers += [nn.Linear(size, width), *([nn.LayerNorm(width)] if normalise else []), activation()]
+    for num_inputs, width in pairwise(widths):
+        layers += [nn.Linear(num_inputs, width), *([nn.LayerNorm(width)] if normalise else []), activation()]
     return layers
 
 
@@ -43,14 +46,12 @@ def cnn(size: int, *, width: int = 16, depth: int = 2, normalise: bool = False, 
     After each BatchNorm when ``normalise``, or GroupNorm when there are ``num_groups``.
     """
     layers: list[nn.Module] = [nn.Unflatten(1, (1, size))]
-    num_channels = 1
-    for index in range(depth):
+    for index, num_channels in enumerate((1, *[width] * (depth - 1))):
         layers += [nn.Conv2d(num_channels, width, 3, padding=1)]
         layers += [nn.BatchNorm2d(width)] if normalise else []
         layers += [nn.GroupNorm(num_groups, width)] if num_groups else []
         layers += [nn.ReLU()]
         layers += [nn.MaxPool2d(2)] if index < 2 else []
-        num_channels = width
     features = width * (size // 2 ** min(depth, 2)) ** 2
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, NUM_CLASSES))
 
@@ -106,11 +107,9 @@ def transformer(size: int, *, width: int = 32, depth: int = 2, normalise: bool =
 def lstm(size: int, *, width: int = 32, depth: int = 1, normalise: bool = False) -> nn.Sequential:
     """Build an LSTM that reads an image row by row, with LayerNorm after each layer when ``normalise``."""
     layers: list[nn.Module] = []
-    num_inputs = size
-    for _ in range(depth):
+    for num_inputs in (size, *[width] * (depth - 1)):
         layers.append(Recurrent(nn.LSTM(num_inputs, width, batch_first=True)))
         layers += [nn.LayerNorm(width)] if normalise else []
-        num_inputs = width
     return nn.Sequential(*layers, LastRow(), nn.Linear(width, NUM_CLASSES))
 
 
