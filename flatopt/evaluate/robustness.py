@@ -60,6 +60,12 @@ class Cell(NamedTuple):
     batch_size: int
     normalise: bool
 
+    @property
+    def name(self) -> str:
+        """Name in the table."""
+        normal = "normalised" if self.normalise else "plain"
+        return f"{normal} {self.architecture}, width {self.width}, depth {self.depth}, batch {self.batch_size}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Robustness(Evaluation):
@@ -98,14 +104,12 @@ class Robustness(Evaluation):
 
     def _record(self, one: Cell | Stress, contestant: Contestant, cache: RunCache) -> Record:
         """Run one configuration with one optimizer: all of its learning rates, all seeds."""
-        about: Record
-        if isinstance(one, Stress):
-            about, outcome = {"stress": one.name, "configuration": one.name}, partial(_stress_outcome, one)
-        else:
-            about, outcome = one._asdict() | {"configuration": _describe(one)}, partial(_outcome, one, self.fast)
+        about: Record = {"stress": one.name} if isinstance(one, Stress) else one._asdict()
+        outcome = partial(_stress_outcome, one) if isinstance(one, Stress) else partial(_outcome, one, self.fast)
         settings = contestant.settings()
         outcomes = [[outcome(contestant, each, seed, cache) for each in settings] for seed in range(self.seeds)]
         return about | {
+            "configuration": one.name,
             "optimizer": contestant.name,
             "lrs": contestant.lrs,
             "outcomes": outcomes,
@@ -200,7 +204,7 @@ def _outcome(cell: Cell, fast: bool, contestant: Contestant, setting: Setting, s
     """Return the training loss of the first step, and its mean over the last ones, of one run."""
     steps = 10 if fast else max(MIN_STEPS, min(NUM_STEPS, int(SECONDS_PER_RUN / seconds_per_step(cell))))
     benchmark = Benchmark(
-        name=f"robustness {_describe(cell)}",
+        name=cell.name,
         source="digits",
         size=8,
         num_train=None,
@@ -215,11 +219,6 @@ def _outcome(cell: Cell, fast: bool, contestant: Contestant, setting: Setting, s
 
 def _diverged(outcome: Record) -> bool:
     return not outcome["final"] <= (1 + TOLERANCE) * outcome["initial"]
-
-
-def _describe(cell: Cell) -> str:
-    normal = "normalised" if cell.normalise else "plain"
-    return f"{normal} {cell.architecture}, width {cell.width}, depth {cell.depth}, batch {cell.batch_size}"
 
 
 def _rows(records: Sequence[Record], names: Sequence[str]) -> list[list[str]]:
