@@ -46,8 +46,8 @@ class Benchmark:
         name: name in tables; no part of what a run is known by in the cache.
         source: data, a key of ``SOURCES``.
         size: side of the images, number of features, or length of the text.
-        num_train: examples to train on, ``None`` for all.
         build: makes the model from ``size``.
+        num_train: examples to train on, ``None`` for all.
         batch_size: examples per step.
         num_steps: length of the run.
         kind: what the model is to do: name the class of its input, predict numbers, or give its input back.
@@ -58,8 +58,8 @@ class Benchmark:
     name: str
     source: str
     size: int
-    num_train: int | None
     build: Callable[[int], nn.Module]
+    num_train: int | None = None
     batch_size: int = 64
     num_steps: int = 600
     kind: Literal["classification", "regression", "reconstruction"] = "classification"

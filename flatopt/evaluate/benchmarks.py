@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -25,7 +25,7 @@ def _images(name: str, build: Callable[[int], nn.Module], size: int = 14, **fiel
 
 
 def _digits(name: str, build: Callable[[int], nn.Module]) -> Benchmark:
-    return Benchmark(name=name, source="digits", size=8, num_train=None, build=build, num_steps=400)
+    return Benchmark(name=name, source="digits", size=8, build=build, num_steps=400)
 
 
 def _text(name: str, build: Callable[[int], nn.Module], size: int = 32, source: str = "text") -> Benchmark:
@@ -38,15 +38,10 @@ def _table(
     name: str, source: str, size: int, num_outputs: int, *, batch_size: int = 32, num_steps: int = 400, **shape: Any
 ) -> Benchmark:
     """Return a problem on a table of ``size`` features, a regression if there is one output."""
+    build = partial(models.dense, num_outputs=num_outputs, **shape)
+    kind: Literal["regression", "classification"] = "regression" if num_outputs == 1 else "classification"
     return Benchmark(
-        name=name,
-        source=source,
-        size=size,
-        num_train=None,
-        build=partial(models.dense, num_outputs=num_outputs, **shape),
-        batch_size=batch_size,
-        num_steps=num_steps,
-        kind="regression" if num_outputs == 1 else "classification",
+        name=name, source=source, size=size, build=build, batch_size=batch_size, num_steps=num_steps, kind=kind
     )
 
 

@@ -207,7 +207,6 @@ def _outcome(cell: Cell, fast: bool, contestant: Contestant, setting: Setting, s
         name=cell.name,
         source="digits",
         size=8,
-        num_train=None,
         build=partial(ARCHITECTURES[cell.architecture], width=cell.width, depth=cell.depth, normalise=cell.normalise),
         batch_size=cell.batch_size,
         num_steps=steps,
