@@ -164,17 +164,13 @@ def _difference_table(cells: _standings.Cells, learned: Sequence[str], num_seeds
 def _learning_table(cells: _standings.Cells, learned: Sequence[str]) -> Table:
     """Return what the learned weights add to the untrained rule, over the classification tasks."""
     rows = []
+    over = _standings.interval_over_seeds, _standings.interval_over_tasks
     for horizon, suffix in (("told", ""), ("not told", UNKNOWN)):
-        pair = [name + suffix for name in ("FlatOpt", "untrained core")]
-        tasks = _standings.shared_tasks(cells, pair, CLASSIFICATION) if set(pair) <= set(learned) else []
+        ours, core = "FlatOpt" + suffix, "untrained core" + suffix
+        tasks = _standings.shared_tasks(cells, [ours, core], CLASSIFICATION) if {ours, core} <= set(learned) else []
         if tasks:
-            over = _standings.interval_over_seeds, _standings.interval_over_tasks
-            rows.append(
-                [
-                    horizon,
-                    *(one(cells, tasks, pair[0], pair[1], key).text() for key in ("score", "loss") for one in over),
-                ]
-            )
+            texts = [interval(cells, tasks, ours, core, key).text() for key in ("score", "loss") for interval in over]
+            rows.append([horizon, *texts])
     header = ["length of the run", "accuracy: over seeds", "over tasks", "test loss: over seeds", "over tasks"]
     return Table("FlatOpt less the same rule untrained, classification", header, rows)
 
