@@ -7,7 +7,8 @@ import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
+from contextlib import suppress
+from itertools import repeat
 from statistics import fmean
 
 import torch
@@ -28,9 +29,6 @@ Compute = Callable[[Benchmark, Contestant, RunCache], Record]
 
 It raises ``NotComputed`` where a run is missing from a cache that computes nothing.
 """
-
-Job = tuple[Benchmark, Contestant, Compute, Path]
-"""What goes to a process: a cell, what makes it, and the file of the cache."""
 
 
 def num_tuning_seeds(benchmark: Benchmark, num_seeds: int) -> int:
@@ -88,26 +86,30 @@ def compute_cells(work: Sequence[Work], compute: Compute, cache: RunCache, jobs:
         ChildProcessError: one of the processes died.
     """
     if cache.cached_only:
-        found = [record for one in work if (record := _cached(one, compute, cache)) is not None]
+        found: list[Record] = []
+        for one in work:
+            with suppress(NotComputed):
+                found.append(compute(*one, cache))
         if not found:
             raise ValueError(f"nothing that was asked for is finished in {cache.path}")
         return found
-    queue = [(*one, compute, cache.path) for one in work]
     if jobs == 1:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return [_compute(job) for job in progress(queue, lambda job: f"{job[0].name}, {job[1].name}")]
+            return [compute(*one, cache) for one in progress(work, lambda one: f"{one[0].name}, {one[1].name}")]
         finally:
             torch.set_num_threads(threads)
-    return _side_by_side(queue, cache, jobs)
+    return _side_by_side(work, compute, cache, jobs)
 
 
-def _side_by_side(queue: Sequence[Job], cache: RunCache, jobs: int) -> list[Record]:
+def _side_by_side(work: Sequence[Work], compute: Compute, cache: RunCache, jobs: int) -> list[Record]:
+    benchmarks, contestants = zip(*work, strict=True)
     others = multiprocessing.active_children()
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _prepare_worker) as pool:
         try:
-            return list(progress(pool.map(_compute, queue), "cells", total=len(queue)))
+            records = pool.map(compute, benchmarks, contestants, repeat(cache))
+            return list(progress(records, "cells", total=len(work)))
         except BaseException as error:  # Ctrl-C too
             for worker in multiprocessing.active_children():
                 if worker not in others:
@@ -118,18 +120,6 @@ def _side_by_side(queue: Sequence[Job], cache: RunCache, jobs: int) -> list[Reco
                     f"fewer --jobs, goes on from the finished runs in {cache.path}"
                 ) from None
             raise
-
-
-def _cached(one: Work, compute: Compute, cache: RunCache) -> Record | None:
-    try:
-        return compute(*one, cache)
-    except NotComputed:
-        return None
-
-
-def _compute(job: Job) -> Record:
-    benchmark, contestant, compute, path = job
-    return compute(benchmark, contestant, RunCache(path))
 
 
 def _prepare_worker() -> None:

@@ -11,6 +11,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache, partial
 from types import FunctionType, ModuleType
 from typing import Any
@@ -30,6 +31,12 @@ def describe(value: Any) -> Any:
         positional = {"args": [describe(argument) for argument in value.args]} if value.args else {}
         return {"call": describe(value.func), **positional, **arguments}
     return getattr(value, "__qualname__", value)
+
+
+def problem_identity(problem: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass but for its name, with what it builds in words and as a hash of the code."""
+    fields = {name: value for name, value in asdict(problem).items() if name not in ("name", "build")}
+    return fields | {"build": describe(problem.build), "code": code_hash(problem.build)}
 
 
 def code_hash(value: Callable[..., Any], room: str | tuple[str, ...] = "flatopt.evaluate") -> str:

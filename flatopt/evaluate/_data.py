@@ -9,27 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from flatopt.tasks import Batch, load_images, load_text
+from flatopt.tasks import Batch, Splits, load_images, load_text
+from flatopt.tasks.images import DATASETS
 
 TEXT_BYTES = 8_000_000
-
-
-class Splits(NamedTuple):
-    """Three disjoint sets of examples: to train on, to choose settings by, to report."""
-
-    train: Batch
-    meta: Batch
-    test: Batch
-
-
-def images(size: int, *, name: str, standardize: bool = True) -> Splits:
-    """Return images ``[n, size, size]`` with their labels."""
-    return Splits(*load_images(name, size, standardize=standardize))
 
 
 @lru_cache(maxsize=4)
@@ -51,16 +38,8 @@ def classes(size: int, *, num_train: int = 800, num_classes: int = 5) -> Splits:
     from sklearn.datasets import make_classification
 
     sizes = (num_train, 1000, 2000)
-    inputs, targets = make_classification(
-        sum(sizes),
-        size,
-        n_informative=size // 2,
-        n_redundant=size // 4,
-        n_classes=num_classes,
-        flip_y=0.05,
-        random_state=0,
-    )
-    return _table(torch.from_numpy(inputs), torch.from_numpy(targets), sizes)
+    informative = {"n_informative": size // 2, "n_redundant": size // 4, "n_classes": num_classes}
+    return _table(make_classification(sum(sizes), size, **informative, flip_y=0.05, random_state=0), sizes)
 
 
 @lru_cache(maxsize=4)
@@ -72,8 +51,7 @@ def bundled(size: int, *, name: str, sizes: tuple[int, ...]) -> Splits:
     """
     from sklearn import datasets
 
-    inputs, targets = map(torch.from_numpy, getattr(datasets, f"load_{name}")(return_X_y=True))
-    return _table(inputs, targets, sizes)
+    return _table(getattr(datasets, f"load_{name}")(return_X_y=True), sizes)
 
 
 @lru_cache(maxsize=4)
@@ -82,8 +60,7 @@ def friedman(size: int) -> Splits:
     from sklearn.datasets import make_friedman1
 
     sizes = (400, 500, 2000)
-    inputs, targets = make_friedman1(sum(sizes), size, noise=2.0, random_state=0)
-    return _table(torch.from_numpy(inputs), torch.from_numpy(targets), sizes)
+    return _table(make_friedman1(sum(sizes), size, noise=2.0, random_state=0), sizes)
 
 
 @lru_cache(maxsize=4)
@@ -95,16 +72,12 @@ def linear(size: int) -> Splits:
     sizes = (200, 500, 2000)
     inputs, targets = make_regression(sum(sizes), size, n_informative=size // 3, random_state=0)
     targets += targets.std() * np.random.default_rng(0).standard_normal(len(targets))
-    return _table(torch.from_numpy(inputs), torch.from_numpy(targets), sizes)
+    return _table((inputs, targets), sizes)
 
 
 SOURCES: dict[str, Callable[[int], Splits]] = {
-    "digits": partial(images, name="digits"),
-    "fashion-mnist": partial(images, name="fashion-mnist"),
-    "mnist": partial(images, name="mnist"),
-    "digits in [0, 1]": partial(images, name="digits", standardize=False),
-    "fashion-mnist in [0, 1]": partial(images, name="fashion-mnist", standardize=False),
-    "mnist in [0, 1]": partial(images, name="mnist", standardize=False),
+    **{name: partial(load_images, name, standardize=True) for name in DATASETS},
+    **{f"{name} in [0, 1]": partial(load_images, name) for name in DATASETS},
     "text": text,
     "text of meta-training": partial(text, validates=True),
     "classes": classes,
@@ -128,10 +101,10 @@ def data_hash(source: str, size: int) -> str:
     return digest.hexdigest()
 
 
-def _table(inputs: Tensor, targets: Tensor, sizes: Sequence[int]) -> Splits:
+def _table(arrays: tuple[Any, Any], sizes: Sequence[int]) -> Splits:
     """Shuffle and split rows; standardise features, and targets that are not labels, by the training rows."""
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
-    inputs, targets = inputs[order], targets[order]
+    order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(0))
+    inputs, targets = (torch.from_numpy(array)[order] for array in arrays)
     std, mean = torch.std_mean(inputs[: sizes[0]], 0)
     inputs = ((inputs - mean) / std).float()
     if targets.is_floating_point():

@@ -42,24 +42,23 @@ def add_options(parser: argparse.ArgumentParser, evaluation: type[Evaluation]) -
     """Add an option for every field: flags, choices, numbers, texts and lists of texts."""
     hints = get_type_hints(evaluation)
     for one in fields(evaluation):
-        name, hint, text = "--" + one.name.replace("_", "-"), hints[one.name], one.metadata["help"]
-        default: Any = one.default
-        defaults = map(str, default) if get_origin(hint) is tuple else [str(default)]
-        with_default = f"{text} (default: {shown})" if (shown := " ".join(defaults)) else text
+        hint, text = hints[one.name], one.metadata["help"]
         if one.metadata.get("positional"):
             parser.add_argument(one.name, help=text)
-        elif hint is bool and not one.default:
-            parser.add_argument(name, action="store_true", help=text)
-        elif hint is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=True, help=text)
-        elif hint is int:
-            parser.add_argument(name, type=integer, default=one.default, help=with_default)
+            continue
+        default: Any = one.default
+        how: dict[str, Any] = {"default": default, "help": text}
+        if hint is bool:
+            how["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        elif shown := " ".join(map(str, default)) if get_origin(hint) is tuple else str(default):
+            how["help"] = f"{text} (default: {shown})"
+        if hint is int:
+            how["type"] = integer
         elif get_origin(hint) is Literal:
-            parser.add_argument(name, choices=get_args(hint), default=one.default, help=with_default)
+            how["choices"] = get_args(hint)
         elif get_origin(hint) is tuple:
-            parser.add_argument(name, nargs="+", default=one.default, metavar="NAME", help=with_default)
-        else:
-            parser.add_argument(name, default=one.default, help=with_default)
+            how |= {"nargs": "+", "metavar": "NAME"}
+        parser.add_argument("--" + one.name.replace("_", "-"), **how)
 
 
 def read_options(evaluation: type[Evaluation], chosen: argparse.Namespace) -> Evaluation:
@@ -98,9 +97,7 @@ def progress(items: Iterable[T], name: str | Callable[[T], str], total: int | No
 def one_line(program: str, after_stop: str) -> Iterator[None]:
     """Turn what a user can mend, a missing extra, and Ctrl-C, into one line on the standard error.
 
-    Args:
-        program: what the line begins with.
-        after_stop: what it says after Ctrl-C.
+    The line begins with ``program``; after Ctrl-C it says ``after_stop``.
 
     Raises:
         SystemExit: with code 2, and with 130 after Ctrl-C.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 from . import _standings
 from ._cache import Record
-from ._report import Axes, Figure, confidence_interval
+from ._report import Axes, Figure, Interval, confidence_interval
 from .contestants import REFERENCE
 
 CURVE_TASKS = ("MLP 28x28", "CNN", "row LSTM", "text transformer")
@@ -103,25 +105,12 @@ def draw_differences(figure: Figure, records: Sequence[Record]) -> None:
         for row, task in enumerate(tasks):
             if (task, name) not in cells:
                 continue
-            mean, low, high = confidence_interval(_standings.differences(cells, task, name, REFERENCE))
+            interval = confidence_interval(_standings.differences(cells, task, name, REFERENCE))
             height = row + 0.16 * (index - (len(learned) - 1) / 2)
-            bars = [[mean - low], [high - mean]] if low == low else None
-            axes.errorbar(
-                mean,
-                height,
-                xerr=bars,
-                color=f"C{index}",
-                marker="o",
-                markersize=4,
-                linewidth=1,
-                label=plain_name(name) if row == 0 else None,
-            )
-    axes.axvline(0, color="0.5", linewidth=1)
+            label = plain_name(name) if row == 0 else None
+            draw_interval(axes, height, interval, color=f"C{index}", markersize=4, linewidth=1, label=label)
     point_scale(axes)
-    for row in range(0, len(tasks), 2):  # bands, to tell to which task an interval belongs
-        axes.axhspan(row - 0.5, row + 0.5, color="0.95", zorder=0)
-    axes.set_yticks(range(len(tasks)), tasks, fontsize=9)
-    axes.set_ylim(max(1, len(tasks)) - 0.5, -0.5)
+    task_rows(axes, tasks)
     axes.set_xlabel(f"score less that of tuned {REFERENCE}, points: FlatOpt is better on the right")
     if learned and tasks:
         figure.legend(fontsize=9, loc="outside upper center", ncols=2)
@@ -137,8 +126,34 @@ def plain_name(name: str) -> str:
     return name.replace("untrained core", "FlatOpt untrained")
 
 
+def draw_interval(axes: Axes, height: float, interval: Interval, **style: Any) -> None:
+    """Draw a mean as a dot, and its interval as a bar where there is one."""
+    mean, low, high = interval
+    bars = [[mean - low], [high - mean]] if math.isfinite(low) else None
+    axes.errorbar(mean, height, xerr=bars, marker="o", **style)
+
+
+def task_rows(axes: Axes, tasks: Sequence[str]) -> None:
+    """Label the rows of a figure with the tasks, the first at the top, on bands that tell one from the next."""
+    for row in range(0, len(tasks), 2):
+        axes.axhspan(row - 0.5, row + 0.5, color="0.95", zorder=0)
+    axes.set_yticks(range(len(tasks)), tasks, fontsize=9)
+    axes.set_ylim(max(1, len(tasks)) - 0.5, -0.5)
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Return the mean of each value and those before it, ``window`` of them.
+
+    Example:
+        >>> smooth([1.0, 3.0, 5.0], 2)
+        [1.0, 2.0, 4.0]
+    """
+    return [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
+
+
 def point_scale(axes: Axes) -> None:
-    """Let an axis of differences in points be linear around zero, logarithmic further out, and labelled in numbers."""
+    """Let an axis of differences in points be linear around its zero line, logarithmic further out, and in numbers."""
+    axes.axvline(0, color="0.5", linewidth=1)
     axes.set_xscale("symlog", linthresh=2)
     low, high = axes.get_xlim()
     ticks = [tick for tick in (-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100) if low <= tick <= high]

@@ -144,19 +144,11 @@ def write_report(report: Report, out: Path) -> str:
     for more in report.more_tables:
         text += f"\n## {more.title}\n\n{markdown_table(more.header, more.rows)}\n"
     (out / "table.md").write_text(text, encoding="utf-8")
-    results = json.dumps(_without_nonfinite(list(report.records)), indent=1, allow_nan=False)
-    (out / "results.json").write_text(results + "\n", encoding="utf-8")
+    # JSON has neither NaN nor infinities: they become null.
+    records = json.loads(json.dumps(list(report.records)), parse_constant=lambda _: None)
+    (out / "results.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     for name, draw in {"figure": report.draw, **report.more_figures}.items():
         figure = Figure(figsize=(9, 5), layout="constrained")
         draw(figure)
         figure.savefig(out / f"{name}.png", dpi=120)
     return text
-
-
-def _without_nonfinite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON does not have, by null."""
-    if isinstance(value, dict):
-        return {key: _without_nonfinite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nonfinite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

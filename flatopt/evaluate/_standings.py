@@ -6,11 +6,11 @@ A record is a cell as :func:`flatopt.evaluate._cells.cell` returns it; higher sc
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from ._cache import Record
-from ._report import Interval, confidence_interval, mean_pm_std
+from ._report import Interval, Table, confidence_interval, mean_pm_std
 
 Cells = Mapping[tuple[str, str], Record]
 """Records by task and optimizer."""
@@ -26,13 +26,19 @@ def names(records: Sequence[Record], key: str) -> list[str]:
     return list(dict.fromkeys(record[key] for record in records))
 
 
-def grid(cells: Cells, records: Sequence[Record], key: str, digits: int) -> list[list[str]]:
-    """Lay out one measure as tasks x optimizers."""
+def table(
+    title: str, cells: Cells, tasks: Sequence[str], optimizers: Sequence[str], text: Callable[[Record], str]
+) -> Table:
+    """Lay out what ``text`` says of the cells as tasks x optimizers."""
+    rows = [
+        [task, *(text(cells[task, name]) if (task, name) in cells else "–" for name in optimizers)] for task in tasks
+    ]
+    return Table(title, ["task", *optimizers], rows)
 
-    def text(task: str, name: str) -> str:
-        return mean_pm_std(cells[task, name][key], digits) if (task, name) in cells else "–"
 
-    return [[task, *(text(task, name) for name in names(records, "optimizer"))] for task in names(records, "task")]
+def spread(key: str, digits: int) -> Callable[[Record], str]:
+    """Return what formats a measure of a cell, its mean and standard deviation over seeds."""
+    return lambda record: mean_pm_std(record[key], digits)
 
 
 def shared_tasks(cells: Cells, optimizers: Sequence[str], kinds: Sequence[str] = ()) -> list[str]:
@@ -74,22 +80,15 @@ def best_tuned(cells: Cells, task: str) -> str | None:
     return max(scores, key=lambda name: scores[name]) if scores else None
 
 
-def at_least(cells: Cells, optimizer: str, other: str) -> tuple[int, int]:
-    """Return on how many tasks the mean score is at least that of another optimizer, and the number of tasks."""
-    tasks = shared_tasks(cells, [optimizer, other])
-    won = sum(mean_score(cells, task, optimizer) >= mean_score(cells, task, other) for task in tasks)
-    return won, len(tasks)
+def at_least(cells: Cells, optimizer: str, other: str | None = None) -> tuple[int, int]:
+    """Return on how many tasks the mean score is at least that of another optimizer, and the number of tasks.
 
-
-def at_least_best_tuned(cells: Cells, optimizer: str) -> tuple[int, int]:
-    """Return on how many tasks the mean score is at least that of every tuned family, and the number of tasks."""
-    won = count = 0
-    for task in shared_tasks(cells, [optimizer]):
-        best = best_tuned(cells, task)
-        if best is not None:
-            count += 1
-            won += mean_score(cells, task, optimizer) >= mean_score(cells, task, best)
-    return won, count
+    Where no other one is named, it is that of every tuned family.
+    """
+    rivals = {task: other or best_tuned(cells, task) for task in shared_tasks(cells, [optimizer])}
+    compared = [(task, rival) for task, rival in rivals.items() if rival and (task, rival) in cells]
+    won = sum(mean_score(cells, task, optimizer) >= mean_score(cells, task, rival) for task, rival in compared)
+    return won, len(compared)
 
 
 def mean_ranks(cells: Cells, optimizers: Sequence[str]) -> dict[str, float]:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from flatopt.tasks import Batch
+from flatopt.tasks import Batch, Splits
 
 from ._cache import Record, RunCache
-from ._code import code_hash, describe
-from ._data import SOURCES, Splits, data_hash
+from ._code import code_hash, problem_identity
+from ._data import SOURCES, data_hash
 from .contestants import Contestant, Setting, neighbour
 from .curvature import MEASURES, Curvature
 
@@ -46,8 +46,8 @@ class Benchmark:
         name: name in tables; no part of what a run is known by in the cache.
         source: data, a key of ``SOURCES``.
         size: side of the images, number of features, or length of the text.
-        num_train: examples to train on, ``None`` for all.
         build: makes the model from ``size``.
+        num_train: examples to train on, ``None`` for all.
         batch_size: examples per step.
         num_steps: length of the run.
         kind: what the model is to do: name the class of its input, predict numbers, or give its input back.
@@ -58,8 +58,8 @@ class Benchmark:
     name: str
     source: str
     size: int
-    num_train: int | None
     build: Callable[[int], nn.Module]
+    num_train: int | None = None
     batch_size: int = 64
     num_steps: int = 600
     kind: Literal["classification", "regression", "reconstruction"] = "classification"
@@ -73,9 +73,7 @@ class Benchmark:
 
     def identity(self) -> Record:
         """Return everything about the problem that decides the result of a run."""
-        fields = {name: value for name, value in asdict(self).items() if name not in ("name", "build")}
-        model = {"build": describe(self.build), "code": code_hash(self.build)}
-        return fields | model | {"data": data_hash(self.source, self.size)}
+        return problem_identity(self) | {"data": data_hash(self.source, self.size)}
 
 
 class TrainedModel(NamedTuple):
@@ -117,14 +115,7 @@ def build_model(build: Callable[[int], nn.Module], size: int, seed: int) -> nn.M
 
 
 def draw_batches(data: Batch, batch_size: int, num_steps: int, generator: torch.Generator) -> Iterator[Batch]:
-    """Yield batches drawn without replacement, epoch after epoch.
-
-    Args:
-        data: examples to train on.
-        batch_size: examples per step.
-        num_steps: number of steps.
-        generator: source of the order of the examples.
-    """
+    """Yield the batches of ``num_steps`` steps, drawn without replacement, epoch after epoch."""
     order = torch.empty(0, dtype=torch.long)
     for _ in range(num_steps):
         if len(order) < min(batch_size, len(data.targets)):
@@ -143,18 +134,11 @@ def train(
     after_step: Callable[[int], None] | None = None,
     averages: bool = True,
 ) -> TrainedModel:
-    """Train a model on one batch after another; leave it in evaluation mode.
+    """Train a model in place, one step per batch, and leave it in evaluation mode.
 
-    Stops at the first loss that is not finite.
-
-    Args:
-        model: the model; trained in place.
-        optimizer: optimizer of its parameters.
-        batches: examples of each step.
-        loss_fn: mean loss of outputs and targets.
-        scheduler: schedule of the learning rate, advanced after each step.
-        after_step: called with the number of steps taken, after each.
-        averages: whether an optimizer that keeps averages of the parameters puts them in their place at the end.
+    Stops at the first loss that is not finite.  The scheduler is advanced after each step, and ``after_step`` is called
+    with the number of steps taken.  With ``averages``, an optimizer that keeps averages of the parameters puts them in
+    their place at the end.
     """
     modes = optimizer if averages else None
     set_mode(model, modes, training=True)

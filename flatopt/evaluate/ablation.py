@@ -245,8 +245,7 @@ def _draw(
             axes.plot(points, [height] * len(points), "o", color=f"C{height}", alpha=0.5)
             if points:
                 axes.plot([fmean(points)] * 2, [height - 0.3, height + 0.3], color=f"C{height}", linewidth=3)
-        axes.axvline(0, color="0.5", linewidth=1)
         point_scale(axes)
         axes.set_yticks(range(len(labels)), labels)
-        axes.set_xlabel(f"score less that of the {first}, points")
-        axes.set_title("length of the run unknown" if suffix else "length of the run known")
+        title = f"length of the run {'unknown' if suffix else 'known'}"
+        axes.set(title=title, xlabel=f"score less that of the {first}, points")

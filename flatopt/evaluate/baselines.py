@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 
-class SAM(Optimizer):
+class SAM(SGD):
     """Sharpness-aware minimization on top of SGD with momentum; two gradients per step.
 
         e = rho g(w) / norm(g(w))      m <- momentum m + g(w + e)      w <- w - lr m
@@ -26,29 +26,24 @@ class SAM(Optimizer):
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, *, rho: float = 0.05, momentum: float = 0.9) -> None:
-        super().__init__(params, {"lr": lr, "rho": rho, "momentum": momentum})
+        super().__init__(params, lr, momentum=momentum)
+        self.rho = rho
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float]) -> float:  # type: ignore[override]
         """Take one step; ``closure`` clears the gradients, computes the loss and its gradient, and is called twice."""
         with torch.enable_grad():
             loss = closure()
-        moved = [
-            (group, param, param.grad)
-            for group in self.param_groups
-            for param in group["params"]
-            if param.grad is not None
-        ]
-        norm = torch.stack([grad.norm() for _, _, grad in moved]).norm()
-        originals = [param.clone() for _, param, _ in moved]
-        for group, param, grad in moved:
-            param.add_(grad * (group["rho"] / (norm + 1e-12)))
+        moved = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        originals = [param.clone() for param in moved]
+        norm = torch.stack([param.grad.norm() for param in moved]).norm()
+        for param in moved:
+            param.add_(param.grad * (self.rho / (norm + 1e-12)))
         with torch.enable_grad():
             closure()
-        for (group, param, _), original in zip(moved, originals, strict=True):
-            state = self.state[param]
-            state.setdefault("momentum_buffer", torch.zeros_like(param)).mul_(group["momentum"]).add_(param.grad)
-            param.copy_(original).sub_(state["momentum_buffer"], alpha=group["lr"])
+        for param, original in zip(moved, originals, strict=True):
+            param.copy_(original)
+        super().step()
         return loss
 
 

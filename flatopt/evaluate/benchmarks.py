@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -18,42 +18,19 @@ from ._evaluation import matching
 from ._training import Benchmark
 
 
-def _images(
-    name: str,
-    build: Callable[[int], nn.Module],
-    size: int = 14,
-    *,
-    num_train: int = 4000,
-    num_steps: int = 500,
-    label_noise: float = 0.0,
-) -> Benchmark:
+def _images(name: str, build: Callable[[int], nn.Module], size: int = 14, **fields: Any) -> Benchmark:
     """Return a problem on Fashion-MNIST."""
-    return Benchmark(
-        name=name,
-        source="fashion-mnist",
-        size=size,
-        num_train=num_train,
-        build=build,
-        num_steps=num_steps,
-        label_noise=label_noise,
-        num_eval=4000,
-    )
+    usual: dict[str, Any] = {"num_train": 4000, "num_steps": 500, "num_eval": 4000}
+    return Benchmark(name=name, source="fashion-mnist", size=size, build=build, **(usual | fields))
 
 
 def _digits(name: str, build: Callable[[int], nn.Module]) -> Benchmark:
-    return Benchmark(name=name, source="digits", size=8, num_train=None, build=build, num_steps=400)
+    return Benchmark(name=name, source="digits", size=8, build=build, num_steps=400)
 
 
-def _text(name: str, build: Callable[[int], nn.Module]) -> Benchmark:
+def _text(name: str, build: Callable[[int], nn.Module], size: int = 32, source: str = "text") -> Benchmark:
     return Benchmark(
-        name=name,
-        source="text",
-        size=32,
-        num_train=20_000,
-        build=build,
-        batch_size=16,
-        num_steps=400,
-        num_eval=500,
+        name=name, source=source, size=size, build=build, num_train=20_000, batch_size=16, num_steps=400, num_eval=500
     )
 
 
@@ -61,15 +38,10 @@ def _table(
     name: str, source: str, size: int, num_outputs: int, *, batch_size: int = 32, num_steps: int = 400, **shape: Any
 ) -> Benchmark:
     """Return a problem on a table of ``size`` features, a regression if there is one output."""
+    build = partial(models.dense, num_outputs=num_outputs, **shape)
+    kind: Literal["regression", "classification"] = "regression" if num_outputs == 1 else "classification"
     return Benchmark(
-        name=name,
-        source=source,
-        size=size,
-        num_train=None,
-        build=partial(models.dense, num_outputs=num_outputs, **shape),
-        batch_size=batch_size,
-        num_steps=num_steps,
-        kind="regression" if num_outputs == 1 else "classification",
+        name=name, source=source, size=size, build=build, batch_size=batch_size, num_steps=num_steps, kind=kind
     )
 
 
@@ -95,7 +67,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     _images("row transformer", models.transformer, num_steps=400),
     _images("ViT 28x28", partial(models.vit, width=32), 28, num_steps=400),
     _images("row LSTM", partial(models.lstm, width=64)),
-    replace(_images("autoencoder", models.autoencoder, num_steps=600), kind="reconstruction"),
+    _images("autoencoder", models.autoencoder, num_steps=600, kind="reconstruction"),
     _text("text transformer", models.decoder),
     _text("text GRU", models.text_gru),
 )
@@ -118,10 +90,8 @@ META_BENCHMARKS: tuple[Benchmark, ...] = (
     _table("tabular, 8 classes, 3,000 rows", "8 classes", 30, 8, width=128, depth=2, num_steps=600),
     _table("regression, linear", "linear", 15, 1, width=64, depth=2),
     _table("regression, friedman with 20 features", "friedman", 20, 1, width=96, depth=1, num_steps=600),
-    replace(
-        _text("text transformer, one layer", partial(models.decoder, width=64, depth=1)), source=_META_TEXT, size=24
-    ),
-    replace(_text("text GRU, narrow", partial(models.text_gru, width=48)), source=_META_TEXT, size=24),
+    _text("text transformer, one layer", partial(models.decoder, width=64, depth=1), 24, _META_TEXT),
+    _text("text GRU, narrow", partial(models.text_gru, width=48), 24, _META_TEXT),
     # As wide and as deep as the test tasks.
     _images("MLP 28x28, two wide layers", partial(models.mlp, width=192, depth=2), 28, num_train=10_000, num_steps=800),
     _images("deep MLP 14x14", partial(models.mlp, width=96, depth=5), num_steps=800),
@@ -134,12 +104,9 @@ META_BENCHMARKS: tuple[Benchmark, ...] = (
     _images("row transformer, three layers", partial(models.transformer, width=48, depth=3), num_steps=400),
     _images("ViT 14x14, three layers", partial(models.vit, width=64, depth=3, patch=2), num_steps=300),
     _images("row LSTM, wide", partial(models.lstm, width=96)),
-    replace(
-        _images("autoencoder 8x8", partial(models.autoencoder, width=64, code=8), 8, num_steps=600),
-        kind="reconstruction",
-    ),
-    replace(_text("text transformer, three layers", partial(models.decoder, width=64, depth=3)), source=_META_TEXT),
-    replace(_text("text GRU, wide", partial(models.text_gru, width=96)), source=_META_TEXT),
+    _images("autoencoder 8x8", partial(models.autoencoder, width=64, code=8), 8, num_steps=600, kind="reconstruction"),
+    _text("text transformer, three layers", partial(models.decoder, width=64, depth=3), source=_META_TEXT),
+    _text("text GRU, wide", partial(models.text_gru, width=96), source=_META_TEXT),
 )
 """Meta-validation: what weights and recipes are chosen by, on the ``meta`` split.  No row is one of the test tasks."""
 

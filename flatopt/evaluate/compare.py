@@ -39,6 +39,7 @@ from flatopt.optimizer import FlatOpt
 
 from ._cache import Record, RunCache
 from ._evaluation import Evaluation, option, progress
+from ._figures import smooth
 from ._report import Figure, Report, mean_pm_std
 from .contestants import default_name
 
@@ -233,10 +234,8 @@ def _draw(figure: Figure, records: Sequence[Record], best: str) -> None:
         chosen = record["optimizer"] in (best, "FlatOpt")
         colour = {"FlatOpt": "C1", best: "C0"}.get(record["optimizer"], "0.75")
         mean = [fmean(values) for values in zip(*record["losses"], strict=True)]
-        window = max(1, len(mean) // 20)
-        smooth = [fmean(mean[max(0, end - window) : end]) for end in range(1, len(mean) + 1)]
-        axes.plot(
-            smooth, color=colour, linewidth=2 if chosen else 1, label=record["optimizer"], zorder=3 if chosen else 1
-        )
+        width, order = (2, 3) if chosen else (1, 1)
+        smoothed = smooth(mean, max(1, len(mean) // 20))
+        axes.plot(smoothed, color=colour, label=record["optimizer"], linewidth=width, zorder=order)
     axes.set(xlabel="step", ylabel="training loss")
     axes.legend(fontsize=8)

@@ -99,29 +99,17 @@ def neighbour(setting: Setting, *, up: bool) -> Setting:
     return setting._replace(lr=float(f"{'3' if place % 2 else '1'}e{place // 2}"))
 
 
-def adam(params: Iterable[Tensor], lr: float, num_steps: int, seed: int) -> Optimizer:
-    """Build Adam."""
-    return Adam(params, lr)
-
-
-def adamw(params: Iterable[Tensor], lr: float, num_steps: int, seed: int, *, weight_decay: float) -> Optimizer:
-    """Build AdamW."""
-    return AdamW(params, lr, weight_decay=weight_decay)
-
-
-def sgd_momentum(params: Iterable[Tensor], lr: float, num_steps: int, seed: int) -> Optimizer:
-    """Build SGD with momentum 0.9."""
-    return SGD(params, lr, momentum=0.9)
-
-
-def sam(params: Iterable[Tensor], lr: float, num_steps: int, seed: int) -> Optimizer:
-    """Build SAM on SGD with momentum."""
-    return SAM(params, lr)
-
-
-def muon(params: Iterable[Tensor], lr: float, num_steps: int, seed: int) -> Optimizer:
-    """Build Muon for matrices and AdamW for the rest."""
-    return MuonWithAdamW(params, lr)
+def plain(
+    params: Iterable[Tensor],
+    lr: float,
+    num_steps: int,
+    seed: int,
+    *,
+    optimizer: Callable[..., Optimizer],
+    **options: float,
+) -> Optimizer:
+    """Build an optimizer that is told neither the length of the run nor the seed."""
+    return optimizer(params, lr, **options)
 
 
 def schedule_free(params: Iterable[Tensor], lr: float, num_steps: int, seed: int) -> Optimizer:
@@ -139,6 +127,7 @@ def prodigy(params: Iterable[Tensor], lr: float, num_steps: int, seed: int) -> O
 
 
 _ADAM_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+_LARGER_LRS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 _SGD_LRS = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 _DECAYS = tuple((("weight_decay", value),) for value in (0.01, 0.1, 1.0))
 _BOTH = (True, False)
@@ -146,27 +135,28 @@ _BOTH = (True, False)
 REFERENCE = "Adam + cosine"
 """The family that all others are compared with."""
 
+UNKNOWN = ", length unknown"
+NO_AVERAGE = ", no eval()"
+"""Marks the row that shows the last parameters where the averages are better."""
+
 
 def baselines() -> list[Contestant]:
     """Return the tuned families, the reference first; Muon where this torch has it.
 
     The reference is the part of Adam's grid with a cosine, so its runs are Adam's.
     """
+    family = partial(Contestant, extends=True)
+    adam, adamw, muon, sam = (partial(plain, optimizer=one) for one in (Adam, AdamW, MuonWithAdamW, SAM))
+    sgd = partial(plain, optimizer=SGD, momentum=0.9)
     found = [
-        Contestant(name=REFERENCE, build=adam, lrs=_ADAM_LRS, cosines=(True,), extends=True),
-        Contestant(name="Adam", build=adam, lrs=_ADAM_LRS, cosines=_BOTH, extends=True),
-        Contestant(
-            name="Schedule-Free AdamW",
-            build=schedule_free,
-            lrs=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-            averages=True,
-            extends=True,
-        ),
-        Contestant(name="SGD momentum", build=sgd_momentum, lrs=_SGD_LRS, cosines=_BOTH, extends=True),
-        Contestant(name="Prodigy", build=prodigy, lrs=(0.1, 0.3, 1.0, 3.0, 10.0), cosines=_BOTH, extends=True),
-        Contestant(name="Muon", build=muon, lrs=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1), cosines=_BOTH, extends=True),
-        Contestant(name="SAM", build=sam, lrs=_SGD_LRS, cosines=_BOTH, extends=True),
-        Contestant(name="AdamW", build=adamw, lrs=_ADAM_LRS, cosines=_BOTH, options=_DECAYS, extends=True),
+        family(name=REFERENCE, build=adam, lrs=_ADAM_LRS, cosines=(True,)),
+        family(name="Adam", build=adam, lrs=_ADAM_LRS, cosines=_BOTH),
+        family(name="Schedule-Free AdamW", build=schedule_free, lrs=_LARGER_LRS, averages=True),
+        family(name="SGD momentum", build=sgd, lrs=_SGD_LRS, cosines=_BOTH),
+        family(name="Prodigy", build=prodigy, lrs=(0.1, 0.3, 1.0, 3.0, 10.0), cosines=_BOTH),
+        family(name="Muon", build=muon, lrs=_LARGER_LRS, cosines=_BOTH),
+        family(name="SAM", build=sam, lrs=_SGD_LRS, cosines=_BOTH),
+        family(name="AdamW", build=adamw, lrs=_ADAM_LRS, cosines=_BOTH, options=_DECAYS),
     ]
     return [one for one in found if one.name != "Muon" or hasattr(torch.optim, "Muon")]
 
@@ -185,11 +175,6 @@ def learned_contestants(pretrained: str) -> list[Contestant]:
     ]
     last = [replace(found[1], name=found[1].name + NO_AVERAGE, averages=False)] if found[1].averages else []
     return [*found, *last]
-
-
-UNKNOWN = ", length unknown"
-NO_AVERAGE = ", no eval()"
-"""Marks the row that shows the last parameters where the averages are better."""
 
 
 def default_name() -> str:

@@ -19,11 +19,11 @@ from flatopt import flatness
 from flatopt._checks import check_folder
 from flatopt.optimizer import FlatOpt
 from flatopt.pretrained import load_pretrained
-from flatopt.tasks import Batch, ImageSplits, load_images
+from flatopt.tasks import Batch, Splits, load_images
 
-from . import models
 from ._cache import Record
 from ._evaluation import integer, one_line, progress
+from ._figures import smooth
 from ._report import Figure, Report, mean_pm_std, write_report
 from ._training import build_model, draw_batches, measure, train
 from .contestants import default_name
@@ -36,7 +36,7 @@ Build = Callable[[Iterable[Tensor]], Optimizer]
 
 def digits_cnn(size: int) -> nn.Sequential:
     """Build two convolutions with pooling and one linear layer, for images ``[batch, size, size]``."""
-    first = [models.Channel(), nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    first = [nn.Unflatten(1, (1, size)), nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     second = [nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
     return nn.Sequential(*first, *second, nn.Linear(32 * (size // 4) ** 2, 10))
 
@@ -78,7 +78,7 @@ def report(optimizers: dict[str, Build], num_seeds: int, num_steps: int) -> Repo
     )
 
 
-def run(name: str, build: Build, data: ImageSplits, seed: int, steps: int) -> Record:
+def run(name: str, build: Build, data: Splits, seed: int, steps: int) -> Record:
     """Train one model, with a progress bar, and return what the table and the figure need."""
     model = build_model(digits_cnn, 8, seed)
     batches = draw_batches(data.train, BATCH_SIZE, steps, torch.Generator().manual_seed(seed))
@@ -115,10 +115,10 @@ def _draw(figure: Figure, records: Sequence[Record]) -> None:
     curves, minima = figure.subplots(1, 2)
     for index, record in enumerate(records):
         colour = f"C{index}"
-        smooth = [_smooth(losses) for losses in record["losses"]]
-        for losses in smooth:
+        runs = [smooth(losses, 10) for losses in record["losses"]]
+        for losses in runs:
             curves.plot(losses, color=colour, alpha=0.25, linewidth=0.8)
-        mean = [fmean(values) for values in zip(*smooth, strict=False)]
+        mean = [fmean(values) for values in zip(*runs, strict=False)]
         curves.plot(mean, color=colour, label=record["optimizer"])
         accuracies = [100 * value for value in record["test_accuracy"]]
         minima.plot(record["top_eigenvalue"], accuracies, ".", color=colour, alpha=0.5)
@@ -128,7 +128,3 @@ def _draw(figure: Figure, records: Sequence[Record]) -> None:
         xlabel="top Hessian eigenvalue", ylabel="test accuracy %", title="Minima reached: flatter is to the left"
     )
     curves.legend()
-
-
-def _smooth(losses: Sequence[float], window: int = 10) -> list[float]:
-    return [fmean(losses[max(0, end - window) : end]) for end in range(1, len(losses) + 1)]

@@ -13,7 +13,7 @@ from . import _standings
 from ._cache import Record, RunCache
 from ._cells import num_tuning_seeds
 from ._evaluation import option
-from ._figures import plain_name, point_scale
+from ._figures import plain_name, point_scale, task_rows
 from ._report import Figure, Report, Table, confidence_interval
 from ._training import Benchmark, run, tuned
 from .contestants import REFERENCE, Contestant
@@ -58,7 +58,8 @@ class Flatness(Quality):
         curvature = replace(CURVATURE, num_examples=50, num_matvecs=5) if self.fast else CURVATURE
         compute = partial(flatness_cell, num_seeds=self.seeds, split=self.split, curvature=curvature)
         records = self.computed(compute, cache)
-        cells, optimizers = _standings.by_cell(records), _standings.names(records, "optimizer")
+        cells = _standings.by_cell(records)
+        tasks, optimizers = _standings.names(records, "task"), _standings.names(records, "optimizer")
         return Report(
             title="Flatness of the minima",
             header=["optimizer", "score", "ln top eigenvalue", *(f"{one.title}: flatter" for one in COLUMNS.values())],
@@ -73,7 +74,7 @@ class Flatness(Quality):
             more_tables=[
                 _correlations(records),
                 *(
-                    Table(one.title, ["task", *optimizers], _standings.grid(cells, records, key, one.digits))
+                    _standings.table(one.title, cells, tasks, optimizers, _standings.spread(key, one.digits))
                     for key, one in COLUMNS.items()
                 ),
             ],
@@ -151,12 +152,15 @@ def _draw(figure: Figure, records: Sequence[Record]) -> None:
     """Draw the top eigenvalue and the score of every task, seeds as small dots and means as large ones."""
     tasks, optimizers = _standings.names(records, "task"), _standings.names(records, "optimizer")
     reference = {record["task"]: fmean(record["score"]) for record in records if record["optimizer"] == optimizers[0]}
+    styles: dict[str, dict[str, Any]] = {
+        name: {"color": f"C{index % 10}", "marker": "os^"[index // 10], "linestyle": "none"}
+        for index, name in enumerate(optimizers)
+    }
     figure.set_size_inches(10, 1.8 + 0.3 * len(tasks))
     curvature, score = figure.subplots(1, 2, sharey=True)
     for record in records:
-        index = optimizers.index(record["optimizer"])
-        row = tasks.index(record["task"]) + 0.2 * (index - (len(optimizers) - 1) / 2)
-        style: dict[str, Any] = {"color": f"C{index % 10}", "marker": "os^"[index // 10], "linestyle": "none"}
+        style = styles[record["optimizer"]]
+        row = tasks.index(record["task"]) + 0.2 * (optimizers.index(record["optimizer"]) - (len(optimizers) - 1) / 2)
         gains = [value - reference.get(record["task"], 0.0) for value in record["score"]]
         eigenvalues = [
             max(value, MIN_DRAWN) if math.isfinite(value) else math.nan for value in record["top_eigenvalue"]
@@ -164,21 +168,15 @@ def _draw(figure: Figure, records: Sequence[Record]) -> None:
         for axes, values in ((curvature, eigenvalues), (score, gains)):  # what is not a number is not drawn
             axes.plot(values, [row] * len(values), markersize=3, alpha=0.4, **style)
             axes.plot([fmean(values)], [row], markersize=6, **style)
-    for index, name in enumerate(optimizers):
-        curvature.plot(
-            [], [], color=f"C{index % 10}", marker="os^"[index // 10], linestyle="none", label=plain_name(name)
-        )
-    for row in range(0, len(tasks), 2):
-        for axes in (curvature, score):
-            axes.axhspan(row - 0.5, row + 0.5, color="0.95", zorder=0)
-    curvature.set_yticks(range(len(tasks)), tasks, fontsize=9)
-    curvature.set_ylim(len(tasks) - 0.5, -0.5)
+    for name in optimizers:
+        curvature.plot([], [], label=plain_name(name), **styles[name])
+    for axes in (curvature, score):
+        task_rows(axes, tasks)
     curvature.set_xscale("log")
     curvature.grid(axis="x", alpha=0.25)
     missing = sum(not math.isfinite(value) for record in records for value in record["top_eigenvalue"])
     left_out = f"; without {missing} runs that have none" if missing else ""
     curvature.set_xlabel(f"top Hessian eigenvalue (left: flatter{left_out})")
-    score.axvline(0, color="0.5", linewidth=1)
     point_scale(score)
     score.set_xlabel(f"score less the mean of {optimizers[0]}, points")
     figure.legend(loc="outside upper center", ncols=5, fontsize=9)

@@ -20,6 +20,8 @@ from .contestants import REFERENCE, UNKNOWN, Contestant, baselines, default_name
 
 CLASSIFICATION, REGRESSION = ("classification",), ("regression", "reconstruction")
 
+SENSITIVITY = "What a third of the learning rate, and three times, do to the score"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quality(Evaluation):
@@ -43,13 +45,14 @@ class Quality(Evaluation):
         """Fill the table task by task, and compare."""
         compute = partial(cell, num_seeds=self.seeds, split=self.split)
         records = self.computed(compute, cache)
+        scores, *more_tables = _tables(records, self.seeds)
         return Report(
             title=f"Quality: scores on the {self.split} split",
-            header=["task", *_standings.names(records, "optimizer")],
-            rows=_standings.grid(_standings.by_cell(records), records, "score", 2),
+            header=scores.header,
+            rows=scores.rows,
             records=records,
             note=_note(self.seeds),
-            more_tables=_more_tables(records, self.seeds),
+            more_tables=more_tables,
             draw=lambda figure: _figures.draw_ranks(figure, records),
             more_figures={
                 "profile": lambda figure: _figures.draw_profile(figure, records),
@@ -81,28 +84,23 @@ class Quality(Evaluation):
         return kept
 
 
-def _more_tables(records: Sequence[Record], num_seeds: int) -> list[Table]:
-    """Lay out all tables but that of the scores."""
+def _tables(records: Sequence[Record], num_seeds: int) -> list[Table]:
+    """Lay out all tables, the scores first."""
     cells = _standings.by_cell(records)
     tasks, optimizers = _standings.names(records, "task"), _standings.names(records, "optimizer")
     tuned = [name for name in optimizers if any(r["tuned"] for r in records if r["optimizer"] == name)]
-    settings = [[task, *(_setting(cells, task, name) for name in tuned)] for task in tasks]
-    sensitivities = [[task, *_sensitivities(cells, task, optimizers)] for task in tasks]
-    tables = [
-        Table("Means and counts", _SUMMARY_HEADER, [_summary(cells, name, optimizers) for name in optimizers]),
-        Table("Loss", ["task", *optimizers], _standings.grid(cells, records, "loss", 3)),
-        Table("Settings that were chosen", ["task", *tuned], settings),
-        Table(
-            "What a third of the learning rate, and three times, do to the score", ["task", *optimizers], sensitivities
-        ),
-    ]
     learned = [name for name in optimizers if name not in tuned]
-    if learned and REFERENCE in optimizers:
-        tables.insert(1, _difference_table(cells, learned, num_seeds))
-        tables.append(_speed_table(cells, learned))
-    if {"FlatOpt", "untrained core"} <= set(learned):
-        tables.insert(1, _learning_table(cells, learned))
-    return tables
+    is_compared = learned and REFERENCE in optimizers
+    return [
+        _standings.table("Scores", cells, tasks, optimizers, _standings.spread("score", 2)),
+        Table("Means and counts", _SUMMARY_HEADER, [_summary(cells, name, optimizers) for name in optimizers]),
+        *([_learning_table(cells, learned)] if {"FlatOpt", "untrained core"} <= set(learned) else []),
+        *([_difference_table(cells, learned, num_seeds)] if is_compared else []),
+        _standings.table("Loss", cells, tasks, optimizers, _standings.spread("loss", 3)),
+        _standings.table("Settings that were chosen", cells, tasks, tuned, lambda one: one["setting"]),
+        _standings.table(SENSITIVITY, cells, tasks, optimizers, _sensitivity),
+        *([_speed_table(cells, learned)] if is_compared else []),
+    ]
 
 
 def _note(num_seeds: int) -> str:
@@ -143,7 +141,7 @@ def _summary(cells: _standings.Cells, name: str, optimizers: Sequence[str]) -> l
         f"{_standings.mean_ranks(cells, ranked)[name]:.2f}",
         str(_standings.wins(cells, ranked)[name]),
         "{} of {}".format(*_standings.at_least(cells, name, REFERENCE)),
-        "{} of {}".format(*_standings.at_least_best_tuned(cells, name)),
+        "{} of {}".format(*_standings.at_least(cells, name)),
         f"{fmean(lower):+.2f}",
         f"{fmean(higher):+.2f}",
         str(sum(record["num_diverged"] for record in own)),
@@ -166,32 +164,26 @@ def _difference_table(cells: _standings.Cells, learned: Sequence[str], num_seeds
 def _learning_table(cells: _standings.Cells, learned: Sequence[str]) -> Table:
     """Return what the learned weights add to the untrained rule, over the classification tasks."""
     rows = []
+    over = _standings.interval_over_seeds, _standings.interval_over_tasks
     for horizon, suffix in (("told", ""), ("not told", UNKNOWN)):
-        pair = [name + suffix for name in ("FlatOpt", "untrained core")]
-        tasks = _standings.shared_tasks(cells, pair, CLASSIFICATION) if set(pair) <= set(learned) else []
+        ours, core = "FlatOpt" + suffix, "untrained core" + suffix
+        tasks = _standings.shared_tasks(cells, [ours, core], CLASSIFICATION) if {ours, core} <= set(learned) else []
         if tasks:
-            over = _standings.interval_over_seeds, _standings.interval_over_tasks
-            rows.append(
-                [
-                    horizon,
-                    *(one(cells, tasks, pair[0], pair[1], key).text() for key in ("score", "loss") for one in over),
-                ]
-            )
+            texts = [interval(cells, tasks, ours, core, key).text() for key in ("score", "loss") for interval in over]
+            rows.append([horizon, *texts])
     header = ["length of the run", "accuracy: over seeds", "over tasks", "test loss: over seeds", "over tasks"]
     return Table("FlatOpt less the same rule untrained, classification", header, rows)
 
 
 def _speed_table(cells: _standings.Cells, learned: Sequence[str]) -> Table:
     """Return after which part of the run each learned optimizer has the training loss that the reference ends with."""
-    rows = []
-    for task in _standings.shared_tasks(cells, [REFERENCE]):
-        row = [task]
-        for name in learned:
-            found = (task, name) in cells
-            share = _standings.steps_to_reach(cells[task, name], cells[task, REFERENCE]) if found else math.nan
-            row.append(f"{100 * share:.0f} %" if math.isfinite(share) else "never" if found else "–")
-        rows.append(row)
-    return Table(f"Steps to the final training loss of {REFERENCE}, of its steps", ["task", *learned], rows)
+
+    def text(record: Record) -> str:
+        share = _standings.steps_to_reach(record, cells[record["task"], REFERENCE])
+        return f"{100 * share:.0f} %" if math.isfinite(share) else "never"
+
+    title = f"Steps to the final training loss of {REFERENCE}, of its steps"
+    return _standings.table(title, cells, _standings.shared_tasks(cells, [REFERENCE]), learned, text)
 
 
 def _difference(cells: _standings.Cells, task: str, name: str, other: str) -> str:
@@ -200,11 +192,5 @@ def _difference(cells: _standings.Cells, task: str, name: str, other: str) -> st
     return confidence_interval(_standings.differences(cells, task, name, other)).text()
 
 
-def _setting(cells: _standings.Cells, task: str, name: str) -> str:
-    return str(cells[task, name]["setting"]) if (task, name) in cells else "–"
-
-
-def _sensitivities(cells: _standings.Cells, task: str, optimizers: Sequence[str]) -> list[str]:
-    """Return a row: what a third, and three times, the learning rate does to the score."""
-    found = [_standings.sensitivity(cells[task, name]) if (task, name) in cells else None for name in optimizers]
-    return ["–" if one is None else f"{one[0]:+.1f}, {one[1]:+.1f}" for one in found]
+def _sensitivity(record: Record) -> str:
+    return "{:+.1f}, {:+.1f}".format(*_standings.sensitivity(record))

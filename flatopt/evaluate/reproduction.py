@@ -27,7 +27,8 @@ from flatopt.pretrained import LearnedRule, list_pretrained, load_pretrained
 from . import _standings
 from ._cache import Record, RunCache
 from ._evaluation import Evaluation, matching, option, progress
-from ._report import Axes, Figure, Interval, Report, Table, confidence_interval, mean_and_std, mean_pm_std
+from ._figures import draw_interval
+from ._report import Figure, Interval, Report, Table, confidence_interval, mean_and_std, mean_pm_std
 from ._training import Benchmark, run, tuned
 from .contestants import Contestant, baselines, learned_contestant
 from .curvature import Curvature
@@ -105,18 +106,12 @@ class Reproduction(Evaluation):
         records = [compare(*one, num_seeds, self.split, curvature, cache) for one in progress(cells, "reproduction")]
         pairs = pairs_of(learned)
         comparisons = compare_pairs(records, pairs)
-        variants = _variants(learned)
         return Report(
             title=f"Unseen optimizees: results on the {self.split} split",
-            header=[
-                "optimizee",
-                "optimizer",
-                "lr",
-                *(COLUMNS[key].name for key in COLUMNS if key not in _MEANS_ONLY),
-            ],
+            header=["optimizee", "optimizer", "lr", *(COLUMNS[key].name for key in _SHOWN)],
             rows=[_row(record) for record in records],
             records=[*records, *comparisons],
-            draw=lambda figure: _draw_minima(figure, records, variants),
+            draw=lambda figure: _draw_minima(figure, records, by_rule(learned)),
             note=f"Mean ± standard deviation over {num_seeds} seeds, which decide training images, initial "
             "weights, batches and the optimizer's own random numbers. Loss and accuracy: of the "
             f"{self.split} split, train loss: of all training images, gap: their difference. Curvature: Hessian of the "
@@ -153,7 +148,7 @@ class Reproduction(Evaluation):
         return chosen, [*sets, *families]
 
 
-_MEANS_ONLY = ("log_top_eigenvalue",)
+_SHOWN = [key for key in COLUMNS if key != "log_top_eigenvalue"]
 _SUMMARISED = ("train_loss", "accuracy", "loss", "gap", "log_top_eigenvalue", "local_entropy")
 MEAN = "mean"
 """Name of the mean over all optimizees, in place of the name of one."""
@@ -170,12 +165,17 @@ def load_sets(names: Sequence[str]) -> dict[str, LearnedRule]:
     return {name: load_pretrained(name) for name in names}
 
 
+def by_rule(learned: dict[str, LearnedRule]) -> list[list[str]]:
+    """Return the names of the sets, those of one rule together; of these the first one is the plain set."""
+    found: dict[str, list[str]] = {}
+    for name, one in learned.items():
+        found.setdefault(one.rule.name, []).append(name)
+    return list(found.values())
+
+
 def pairs_of(learned: dict[str, LearnedRule]) -> list[Pair]:
-    """Return each set with the first one of the same rule, which is the plain one."""
-    first: dict[str, str] = {}
-    for name, rule in learned.items():
-        first.setdefault(rule.rule.name, name)
-    return [Pair(first[rule.rule.name], name) for name, rule in learned.items() if first[rule.rule.name] != name]
+    """Return each regularized set with the plain one of the same rule."""
+    return [Pair(plain, name) for plain, *others in by_rule(learned) for name in others]
 
 
 def compare(
@@ -211,20 +211,18 @@ def _log(value: float) -> float:
 
 
 def _row(record: Record) -> list[str]:
-    cells = [
-        mean_pm_std(record[key], column.digits, column.scale)
-        for key, column in COLUMNS.items()
-        if key not in _MEANS_ONLY
-    ]
+    cells = [mean_pm_std(record[key], COLUMNS[key].digits, COLUMNS[key].scale) for key in _SHOWN]
     return [record["optimizee"], record["optimizer"], f"{record['lr']:g}", *cells]
 
 
 def _mean_row(records: Sequence[Record], optimizer: str) -> list[str]:
     """Return means over optimizees, and the spread of that mean over seeds."""
     own = [record for record in records if record["optimizer"] == optimizer]
-    cells = [[fmean(of_seed) for of_seed in zip(*(record[key] for record in own), strict=True)] for key in _SUMMARISED]
-    formats = [COLUMNS[key] for key in _SUMMARISED]
-    return [optimizer, *(mean_pm_std(cell, one.digits, one.scale) for cell, one in zip(cells, formats, strict=True))]
+    cells = []
+    for key in _SUMMARISED:
+        means = [fmean(of_seed) for of_seed in zip(*(record[key] for record in own), strict=True)]
+        cells.append(mean_pm_std(means, COLUMNS[key].digits, COLUMNS[key].scale))
+    return [optimizer, *cells]
 
 
 def _paired_table(comparisons: Sequence[Record], key: str, num_seeds: int) -> Table:
@@ -246,18 +244,7 @@ def _label(record: Record) -> str:
     return f"{record['regularized']} - {record['plain']}"
 
 
-def _variants(learned: dict[str, LearnedRule]) -> dict[str, tuple[int, int]]:
-    """Return the position of the rule of each set, and its own among those of the rule."""
-    rules = list(dict.fromkeys(rule.rule.name for rule in learned.values()))
-    counts = dict.fromkeys(rules, 0)
-    variants = {}
-    for name, rule in learned.items():
-        variants[name] = (rules.index(rule.rule.name), counts[rule.rule.name])
-        counts[rule.rule.name] += 1
-    return variants
-
-
-def _draw_minima(figure: Figure, records: Sequence[Record], variants: dict[str, tuple[int, int]]) -> None:
+def _draw_minima(figure: Figure, records: Sequence[Record], rules: Sequence[Sequence[str]]) -> None:
     """Draw accuracy against top eigenvalue, one panel per optimizee: means, with standard deviations as bars.
 
     Colours are rules, markers are their sets; baselines are grey.
@@ -265,13 +252,14 @@ def _draw_minima(figure: Figure, records: Sequence[Record], variants: dict[str, 
     from matplotlib.lines import Line2D
 
     names, optimizers = (_standings.names(records, key) for key in ("optimizee", "optimizer"))
-    others = [optimizer for optimizer in optimizers if optimizer not in variants]
-
-    def style(optimizer: str) -> dict[str, Any]:
-        if optimizer in others:
-            return {"color": "0.35", "marker": "DPX*"[others.index(optimizer) % 4]}
-        rule, variant = variants[optimizer]
-        return {"color": f"C{rule % 10}", "marker": "os^vp<>hd"[variant % 9]}
+    sets = [name for own in rules for name in own]
+    baseline = [name for name in optimizers if name not in sets]
+    style: dict[str, dict[str, Any]] = {
+        name: {"color": f"C{rule % 10}", "marker": "os^vp<>hd"[index % 9]}
+        for rule, own in enumerate(rules)
+        for index, name in enumerate(own)
+    }
+    style |= {name: {"color": "0.35", "marker": "DPX*"[index % 4]} for index, name in enumerate(baseline)}
 
     num_columns = min(3, len(names))
     num_rows = -(-len(names) // num_columns)
@@ -292,13 +280,13 @@ def _draw_minima(figure: Figure, records: Sequence[Record], variants: dict[str, 
                 elinewidth=0.7,
                 linestyle="none",
                 alpha=0.85,
-                **style(record["optimizer"]),
+                **style[record["optimizer"]],
             )
         axes.grid(alpha=0.25)
         axes.set_xlabel("log10 of the top Hessian eigenvalue", fontsize=8)
     for axes in every[::3]:
         axes.set_ylabel("accuracy %")
-    handles = [Line2D([], [], linestyle="none", label=optimizer, **style(optimizer)) for optimizer in optimizers]
+    handles = [Line2D([], [], linestyle="none", label=optimizer, **style[optimizer]) for optimizer in optimizers]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=8)
 
 
@@ -316,7 +304,10 @@ def _draw_pairs(figure: Figure, comparisons: Sequence[Record]) -> None:
         for record in own:
             above = list(colours).index(record["optimizee"]) - len(names)
             height = labels.index(_label(record)) + 0.11 * above
-            _draw_interval(axes, height, record, COLUMNS[key], colours[record["optimizee"]])
+            scaled = Interval(*(COLUMNS[key].scale * end for end in _interval(record)))
+            large = {"markersize": 6, "linewidth": 2, "alpha": 1.0}
+            style = large if record["optimizee"] == MEAN else {"markersize": 3, "linewidth": 0.8, "alpha": 0.7}
+            draw_interval(axes, height, scaled, color=colours[record["optimizee"]], **style)
         # Intervals of single optimizees may be so wide that those of the means could not be seen.
         ends = [_interval(record) if record["optimizee"] == MEAN else (record["mean"],) for record in own]
         seen = [0.0, *(COLUMNS[key].scale * end for some in ends for end in some if math.isfinite(end))]
@@ -330,18 +321,3 @@ def _draw_pairs(figure: Figure, comparisons: Sequence[Record]) -> None:
     right.set_xlabel("difference of ln top eigenvalue (left: regularized is flatter)")
     handles = [Line2D([], [], color=colour, marker="o", label=name) for name, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
-
-
-def _draw_interval(axes: Axes, height: float, record: Record, column: Column, colour: str) -> None:
-    mean, low, high = (column.scale * end for end in _interval(record))
-    large = record["optimizee"] == MEAN
-    axes.errorbar(
-        mean,
-        height,
-        xerr=[[mean - low], [high - mean]] if math.isfinite(low) else None,
-        color=colour,
-        marker="o",
-        markersize=6 if large else 3,
-        linewidth=2 if large else 0.8,
-        alpha=1.0 if large else 0.7,
-    )

@@ -7,17 +7,17 @@ depth, each architecture with each batch size, ...) is met at least once, in cel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations, product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from . import models
+from . import _standings, models
 from ._cache import Record, RunCache
-from ._code import code_hash, describe
+from ._code import code_hash, problem_identity
 from ._data import data_hash
 from ._evaluation import Evaluation, option, progress
 from ._figures import plain_name
@@ -60,6 +60,12 @@ class Cell(NamedTuple):
     batch_size: int
     normalise: bool
 
+    @property
+    def name(self) -> str:
+        """Name in the table."""
+        normal = "normalised" if self.normalise else "plain"
+        return f"{normal} {self.architecture}, width {self.width}, depth {self.depth}, batch {self.batch_size}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Robustness(Evaluation):
@@ -72,45 +78,42 @@ class Robustness(Evaluation):
 
     def report(self, cache: RunCache) -> Report:
         """Count on how many cells each optimizer diverges."""
-        adam = baselines()[0]
+        adam = replace(baselines()[0], lrs=ADAM_LRS)
         contestants = [*learned_contestants(self.pretrained)[:2], adam]
         cells = FAST_CELLS if self.fast else covering_cells(grid())
         stresses = [replace(one, num_steps=10) for one in STRESSES] if self.fast else STRESSES
-        records: list[Record] = []
-        for one in progress([*cells, *stresses], "robustness"):
-            for contestant in contestants:
-                records.append(self._record(one, contestant, contestant is adam, cache))
+        runs = [(one, contestant) for one in (*cells, *stresses) for contestant in contestants]
+        records = [self._record(*one, cache) for one in progress(runs, "robustness")]
+        of_grid, hard = records[: len(cells) * len(contestants)], records[len(cells) * len(contestants) :]
         names = [contestant.name for contestant in contestants]
         found = only_learned(records, adam.name)
         return Report(
             title=f"Runs that diverge, of {len(cells)} configurations of a grid and {len(stresses)} hard ones",
             header=["configurations", "number", *names],
-            rows=_rows(records, cells, names),
+            rows=_rows(of_grid, names),
             records=records,
-            draw=lambda figure: _draw(figure, records, cells, names),
+            draw=lambda figure: _draw(figure, of_grid, names),
             note="Diverged: the training loss at the end is not finite or above the initial one by more than "
             f"{100 * TOLERANCE:.0f} %, for any of {self.seeds} seeds. Adam with cosine: for all of the "
             f"learning rates {', '.join(map(str, ADAM_LRS))}. FlatOpt: nothing tuned. "
             f"The configurations meet every pair of values of the {len(grid())} whose steps are estimated to take at "
             f"most {MAX_COST:.0f} s; {MIN_STEPS} to {NUM_STEPS} steps each.\n\n"
             f"FlatOpt diverged where tuned Adam did not: {'; '.join(found) or 'none'}.",
-            more_tables=[_stress_table(records, names)],
+            more_tables=[_stress_table(hard, names)],
         )
 
-    def _record(self, one: Cell | Stress, contestant: Contestant, is_adam: bool, cache: RunCache) -> Record:
-        """Run one configuration with one optimizer: all of Adam's learning rates, all seeds."""
-        lrs = ADAM_LRS if is_adam else contestant.lrs
-        outcome = partial(_stress_outcome, one) if isinstance(one, Stress) else partial(_outcome, one, self.fast)
-        settings = [Setting(lr, cosine=contestant.cosines[0]) for lr in lrs]
-        outcomes = [[outcome(contestant, each, seed, cache) for each in settings] for seed in range(self.seeds)]
+    def _record(self, one: Cell | Stress, contestant: Contestant, cache: RunCache) -> Record:
+        """Run one configuration with one optimizer: all of its learning rates, all seeds."""
         about: Record = {"stress": one.name} if isinstance(one, Stress) else one._asdict()
-        diverged = any(all(map(_diverged, tried)) for tried in outcomes)
+        outcome = partial(_stress_outcome, one) if isinstance(one, Stress) else partial(_outcome, one, self.fast)
+        settings = contestant.settings()
+        outcomes = [[outcome(contestant, each, seed, cache) for each in settings] for seed in range(self.seeds)]
         return about | {
-            "configuration": one.name if isinstance(one, Stress) else _describe(one),
+            "configuration": one.name,
             "optimizer": contestant.name,
-            "lrs": lrs,
+            "lrs": contestant.lrs,
             "outcomes": outcomes,
-            "diverged": diverged,
+            "diverged": any(all(map(_diverged, tried)) for tried in outcomes),
         }
 
 
@@ -128,10 +131,8 @@ def _stress_table(records: Sequence[Record], names: Sequence[str]) -> Table:
     """Return the loss at the end over that at the start: the worst seed, the best learning rate."""
     rows: dict[str, list[str]] = {}
     for record in records:
-        if "stress" in record:
-            ratio = _ratio(record)
-            text = "diverged" if record["diverged"] else f"{ratio:.3g}"
-            rows.setdefault(record["stress"], [record["stress"]]).append(text)
+        text = "diverged" if record["diverged"] else f"{_ratio(record):.3g}"
+        rows.setdefault(record["stress"], [record["stress"]]).append(text)
     return Table("Hard configurations: final loss over initial loss", ["configuration", *names], list(rows.values()))
 
 
@@ -147,9 +148,8 @@ def _growth(outcome: Record) -> float:
 
 def _stress_outcome(stress: Stress, contestant: Contestant, setting: Setting, seed: int, cache: RunCache) -> Record:
     """Return the training loss of the first step, and its mean over the last ones, of one hard run."""
-    fields = {name: value for name, value in asdict(stress).items() if name not in ("name", "build")}
     key: Record = {
-        "stress": fields | {"build": describe(stress.build), "code": code_hash(stress.build)},
+        "stress": problem_identity(stress),
         "data": data_hash("digits", 8),
         "optimizer": contestant.identity(),
         "setting": setting._asdict(),
@@ -204,10 +204,9 @@ def _outcome(cell: Cell, fast: bool, contestant: Contestant, setting: Setting, s
     """Return the training loss of the first step, and its mean over the last ones, of one run."""
     steps = 10 if fast else max(MIN_STEPS, min(NUM_STEPS, int(SECONDS_PER_RUN / seconds_per_step(cell))))
     benchmark = Benchmark(
-        name=f"robustness {_describe(cell)}",
+        name=cell.name,
         source="digits",
         size=8,
-        num_train=None,
         build=partial(ARCHITECTURES[cell.architecture], width=cell.width, depth=cell.depth, normalise=cell.normalise),
         batch_size=cell.batch_size,
         num_steps=steps,
@@ -221,41 +220,39 @@ def _diverged(outcome: Record) -> bool:
     return not outcome["final"] <= (1 + TOLERANCE) * outcome["initial"]
 
 
-def _of(records: Iterable[Record], cell: Cell, optimizer: str) -> Record:
-    return next(r for r in records if r["optimizer"] == optimizer and r["configuration"] == _describe(cell))
-
-
-def _describe(cell: Cell) -> str:
-    normal = "normalised" if cell.normalise else "plain"
-    return f"{normal} {cell.architecture}, width {cell.width}, depth {cell.depth}, batch {cell.batch_size}"
-
-
-def _rows(records: Sequence[Record], cells: Sequence[Cell], names: Sequence[str]) -> list[list[str]]:
+def _rows(records: Sequence[Record], names: Sequence[str]) -> list[list[str]]:
     """Return the counts for each value of each axis of the grid, and for all cells."""
-    groups: list[tuple[str, list[Cell]]] = []
-    for axis in Cell._fields:
-        for value in dict.fromkeys(getattr(cell, axis) for cell in cells):
-            label = {True: "normalised", False: "plain"}[value] if axis == "normalise" else str(value)
-            label = label if isinstance(value, (str, bool)) else f"{axis.replace('_', ' ')} {label}"
-            groups.append((label, [cell for cell in cells if getattr(cell, axis) == value]))
-    groups.append(("all", list(cells)))
-    return [
-        [label, str(len(part)), *(str(sum(_of(records, cell, name)["diverged"] for cell in part)) for name in names)]
-        for label, part in groups
+
+    def row(label: str, own: Sequence[Record]) -> list[str]:
+        counts = (sum(record["diverged"] for record in own if record["optimizer"] == name) for name in names)
+        return [label, str(len(own) // len(names)), *map(str, counts)]
+
+    rows = [
+        row(_value_name(axis, value), [record for record in records if record[axis] == value])
+        for axis in Cell._fields
+        for value in _standings.names(records, axis)
     ]
+    return [*rows, row("all", records)]
 
 
-def _draw(figure: Figure, records: Sequence[Record], cells: Sequence[Cell], names: Sequence[str]) -> None:
+def _value_name(axis: str, value: Any) -> str:
+    if axis == "normalise":
+        return "normalised" if value else "plain"
+    return value if axis == "architecture" else f"{axis.replace('_', ' ')} {value}"
+
+
+def _draw(figure: Figure, records: Sequence[Record], names: Sequence[str]) -> None:
     """Draw the ratio of final to initial loss of each cell; the best learning rate for Adam, the worst seed for all."""
-    figure.set_size_inches(9, 1.5 + 0.24 * len(cells))
+    order = sorted(records, key=lambda record: (record["architecture"], record["depth"], record["width"]))
+    labels = _standings.names(order, "configuration")
+    figure.set_size_inches(9, 1.5 + 0.24 * len(labels))
     axes = figure.subplots()
-    order = sorted(cells, key=lambda cell: (cell.architecture, cell.depth, cell.width))
     low, high = 1e-3, 10.0
     for index, name in enumerate(names):
-        ratios = [_ratio(_of(records, cell, name)) for cell in order]
+        ratios = [_ratio(record) for record in order if record["optimizer"] == name]
         axes.plot(
             [max(low, min(ratio, high)) for ratio in ratios],
-            [height + 0.2 * (index - (len(names) - 1) / 2) for height in range(len(order))],
+            [height + 0.2 * (index - (len(names) - 1) / 2) for height in range(len(ratios))],
             "o",
             color=f"C{index}",
             label=plain_name(name),
@@ -263,11 +260,9 @@ def _draw(figure: Figure, records: Sequence[Record], cells: Sequence[Cell], name
             clip_on=False,
         )
     axes.axvspan(1, high, color="C3", alpha=0.08, zorder=0)
-    axes.set_xscale("log")
-    axes.set_xlim(low, high)
+    axes.set(xscale="log", xlim=(low, high), ylim=(-0.7, len(labels) - 0.3))
     axes.set_xticks([0.001, 0.01, 0.1, 1, 10], ["0.001 or less", "0.01", "0.1", "1", "10 or more"])
-    axes.set_yticks(range(len(order)), [_describe(cell) for cell in order], fontsize=8)
-    axes.set_ylim(-0.7, len(order) - 0.3)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.grid(alpha=0.25)
     axes.set_xlabel("final training loss / initial one: in the red band the run diverged")
     figure.legend(fontsize=9, loc="outside upper center", ncols=len(names))

@@ -202,15 +202,13 @@ def _draw(figure: Figure, records: Sequence[Record], kinds: Sequence[str]) -> No
     titles = {"ratio": "the optimizer's step alone", "whole_ratio": "a whole training step at batch size 64"}
     for axes, (which, title) in zip(panels, titles.items(), strict=True):
         for index, kind in enumerate(kinds):
-            for row, record in enumerate(records):
-                multiple = record[kind][which]
-                height = row + 0.27 * (index - (len(kinds) - 1) / 2)
-                label = kind if row == 0 and which == "ratio" else None
-                axes.barh(height, multiple, height=0.25, color=f"C{index}", label=label)
-                axes.annotate(f" {multiple:.1f}", (multiple, height), va="center", fontsize=8)
+            heights = [row + 0.27 * (index - (len(kinds) - 1) / 2) for row in range(len(records))]
+            multiples = [record[kind][which] for record in records]
+            bars = axes.barh(heights, multiples, height=0.25, color=f"C{index}", label=kind)
+            axes.bar_label(bars, fmt=" %.1f", fontsize=8)
         axes.set(title=title, xlabel=f"times {kinds[0]}'s")
         axes.margins(x=0.12)
     names = [f"{record['model']}\n{record['num_params']:,} parameters" for record in records]
     panels[0].set_yticks(range(len(records)), names, fontsize=8)
     panels[0].invert_yaxis()
-    figure.legend(loc="outside upper center", ncols=len(kinds), fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(kinds), fontsize=9)

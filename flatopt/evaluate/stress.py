@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from ._data import SOURCES
 from ._training import build_model, cross_entropy
 from .contestants import Contestant, Setting
-from .models import NUM_CLASSES, Channel, mlp
+from .models import NUM_CLASSES, mlp
 
 TAIL = 1.5
 """Exponent of the tail of the noise."""
@@ -88,7 +88,7 @@ def frozen(size: int) -> nn.Module:
 def odd_shapes(size: int) -> nn.Module:
     """Build a network with one-row, one-column and 1x1 weights."""
     narrow = [nn.Linear(size * size, 1), nn.Tanh(), nn.Linear(1, 32), nn.ReLU(), nn.Linear(32, NUM_CLASSES)]
-    return nn.Sequential(Channel(), nn.Conv2d(1, 1, 1), nn.Flatten(), *narrow)
+    return nn.Sequential(nn.Unflatten(1, (1, size)), nn.Conv2d(1, 1, 1), nn.Flatten(), *narrow)
 
 
 STRESSES: tuple[Stress, ...] = (

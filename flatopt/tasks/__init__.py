@@ -1,6 +1,7 @@
 """Inner problems: optimizees, the data behind them, and distributions of randomised problems for meta-training."""
 
 from ._data import Data as Data
+from ._data import Splits as Splits
 from ._data import Table as Table
 from ._data import stack_splits as stack_splits
 from ._optimizee import SPLITS as SPLITS
@@ -15,7 +16,6 @@ from .cnn import CNN as CNN
 from .distribution import Problems as Problems
 from .distribution import TaskDistribution as TaskDistribution
 from .images import Images as Images
-from .images import ImageSplits as ImageSplits
 from .images import load_images as load_images
 from .mlp import MLP as MLP
 from .mlp import ResidualMLP as ResidualMLP
@@ -26,4 +26,4 @@ from .text import Text as Text
 from .text import TextSplits as TextSplits
 from .text import load_text as load_text
 from .transformer import Transformer as Transformer
-from .vision_transformer import VisionTransformer as VisionTransformer
+from .transformer import VisionTransformer as VisionTransformer

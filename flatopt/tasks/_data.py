@@ -17,6 +17,14 @@ from torch import Tensor
 from ._optimizee import Batch
 
 
+class Splits(NamedTuple):
+    """Three disjoint sets of examples: to train on, to choose by, to report."""
+
+    train: Batch
+    meta: Batch
+    test: Batch
+
+
 class Table(NamedTuple):
     """All splits of all sources, one after another."""
 

@@ -75,34 +75,35 @@ def linear(params: Params, name: str, inputs: Tensor) -> Tensor:
     return matmul(inputs, params[f"{name}.weight"].T) + params[f"{name}.bias"]
 
 
-def layer_norm(params: Params, name: str, inputs: Tensor, eps: float = 1e-5) -> Tensor:
+def layer_norm(params: Params, name: str, inputs: Tensor) -> Tensor:
     """Normalise over the last axis, then scale and shift (Ba et al., 2016, https://arxiv.org/abs/1607.06450)."""
-    centred = inputs - inputs.mean(-1, keepdim=True)
-    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    return centred * scale * params[f"{name}.weight"] + params[f"{name}.bias"]
+    return _standardize(inputs, (-1,)) * params[f"{name}.weight"] + params[f"{name}.bias"]
 
 
-def group_norm(params: Params, name: str, inputs: Tensor, num_groups: int, eps: float = 1e-5) -> Tensor:
+def group_norm(params: Params, name: str, inputs: Tensor, num_groups: int) -> Tensor:
     """Normalise ``[B, H, W, C]`` per example over pixels and groups of channels, then scale and shift.
 
     Reference: Wu and He, 2018, https://arxiv.org/abs/1803.08494
     """
     batch, height, width, channels = inputs.shape
     grouped = inputs.reshape(batch, height * width, num_groups, channels // num_groups)
-    centred = grouped - grouped.mean((1, 3), keepdim=True)
-    normalised = centred * torch.rsqrt(centred.square().mean((1, 3), keepdim=True) + eps)
-    return normalised.reshape(inputs.shape) * params[f"{name}.weight"] + params[f"{name}.bias"]
+    normalised = _standardize(grouped, (1, 3)).reshape(inputs.shape)
+    return normalised * params[f"{name}.weight"] + params[f"{name}.bias"]
 
 
-def batch_norm(params: Params, name: str, inputs: Tensor, eps: float = 1e-5) -> Tensor:
+def batch_norm(params: Params, name: str, inputs: Tensor) -> Tensor:
     """Normalise ``[..., C]`` over all axes but the last, then scale and shift; always by what this batch shows.
 
     Reference: Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167
     """
-    axes = tuple(range(inputs.dim() - 1))
-    centred = inputs - inputs.mean(axes)
-    scale = torch.rsqrt(centred.square().mean(axes) + eps)
-    return centred * scale * params[f"{name}.weight"] + params[f"{name}.bias"]
+    normalised = _standardize(inputs, tuple(range(inputs.dim() - 1)))
+    return normalised * params[f"{name}.weight"] + params[f"{name}.bias"]
+
+
+def _standardize(inputs: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Give the elements along ``axes`` a mean of zero and a variance of one."""
+    centred = inputs - inputs.mean(axes, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + 1e-5)
 
 
 def embed(params: Params, name: str, indices: Tensor) -> Tensor:

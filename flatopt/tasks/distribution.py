@@ -117,13 +117,7 @@ class TaskDistribution:
     def sample_problems(
         self, num_problems: int, generator: torch.Generator, device: torch.device | str = "cpu"
     ) -> Problems:
-        """Draw fresh problems.
-
-        Args:
-            num_problems: ``N``.
-            generator: CPU generator; what is drawn does not depend on ``device``.
-            device: where the tensors go.
-        """
+        """Draw ``N`` fresh problems with a CPU generator; what is drawn does not depend on ``device``."""
         sizes, num_classes = self.data.table().sizes[0], self.data.num_classes
         shape = (num_problems,)
         probabilities = torch.tensor(self.data.probabilities)

@@ -14,13 +14,12 @@ import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._data import Data, Table, stack_splits
+from ._data import Data, Splits, Table, stack_splits
 from ._layers import check_choice
 from ._optimizee import SPLITS, Batch
 
@@ -34,14 +33,6 @@ HUB_PREFIX = "hf://"
 
 NUM_META = 10_000
 """Last images of the training files of both MNISTs, kept for meta-objectives."""
-
-
-class ImageSplits(NamedTuple):
-    """Three disjoint sets of images, float32 ``[n, size, size]``, each with its int64 labels ``[n]``."""
-
-    train: Batch
-    meta: Batch
-    test: Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +78,10 @@ class Images(Data):
         return table._replace(targets=table.inputs) if self.reconstruct else table
 
 
-def load_images(name: str, size: int, root: str | None = None, *, standardize: bool = False) -> ImageSplits:
+def load_images(name: str, size: int, root: str | None = None, *, standardize: bool = False) -> Splits:
     """Return a data set with pixels in ``[0, 1]``, resized; repeated calls return the same tensors.
 
+    Images are float32 ``[n, size, size]``, their labels int64 ``[n]``.
     Digits: 1,097 train, 300 meta and 400 test images, by a fixed permutation.
     Fashion-MNIST and MNIST: 50,000 train and 10,000 meta images, in the order of the training files, and 10,000 test
     images.
@@ -117,11 +109,7 @@ def load_images(name: str, size: int, root: str | None = None, *, standardize: b
 
 
 def read_idx(path: Path, num_dims: int) -> Tensor:
-    """Read an IDX file of unsigned bytes, plain or gzip by its ending, into a uint8 tensor.
-
-    Args:
-        path: the file.
-        num_dims: number of dimensions that it must have.
+    """Read an IDX file of unsigned bytes, plain or gzip by its ending, into a uint8 tensor of ``num_dims`` dimensions.
 
     Raises:
         ValueError: another magic number, or more or fewer bytes than the header says; names the file.
@@ -144,22 +132,21 @@ def resize(images: Tensor, size: int) -> Tensor:
     """Resize ``[n, height, width]`` to ``[n, size, size]``: area average to shrink, bilinear to enlarge."""
     if images.shape[-1] == size:
         return images
-    if images.shape[-1] > size:
-        return F.interpolate(images.unsqueeze(1), (size, size), mode="area").squeeze(1)
-    return F.interpolate(images.unsqueeze(1), (size, size), mode="bilinear", align_corners=False).squeeze(1)
+    mode = "area" if images.shape[-1] > size else "bilinear"
+    return F.interpolate(images.unsqueeze(1), (size, size), mode=mode).squeeze(1)
 
 
 @lru_cache(maxsize=16)
-def _prepared(name: str, size: int, root: str, standardize: bool) -> ImageSplits:
+def _prepared(name: str, size: int, root: str, standardize: bool) -> Splits:
     raw = _digits() if name == "digits" else _idx_images(name, root)
-    splits = ImageSplits(*(Batch(resize(inputs, size), targets) for inputs, targets in raw))
+    splits = Splits(*(Batch(resize(inputs, size), targets) for inputs, targets in raw))
     if not standardize:
         return splits
     std, mean = torch.std_mean(splits.train.inputs)
-    return ImageSplits(*(Batch((inputs - mean) / std, targets) for inputs, targets in splits))
+    return Splits(*(Batch((inputs - mean) / std, targets) for inputs, targets in splits))
 
 
-def _digits() -> ImageSplits:
+def _digits() -> Splits:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -169,10 +156,10 @@ def _digits() -> ImageSplits:
     inputs = torch.from_numpy(pixels).float().reshape(-1, 8, 8)[order] / 16
     targets = torch.from_numpy(labels).long()[order]
     sizes = [1097, 300, 400]
-    return ImageSplits(*map(Batch, inputs.split(sizes), targets.split(sizes)))
+    return Splits(*map(Batch, inputs.split(sizes), targets.split(sizes)))
 
 
-def _idx_images(name: str, root: str) -> ImageSplits:
+def _idx_images(name: str, root: str) -> Splits:
     train, test = (
         Batch(
             read_idx(_find(name, root, f"{part}-images-idx3-ubyte"), 3).float() / 255,
@@ -186,7 +173,7 @@ def _idx_images(name: str, root: str) -> ImageSplits:
     split = len(train.targets) - NUM_META
     if split <= 0:
         raise ValueError(f"{root}: {len(train.targets)} training images, more than {NUM_META} are needed")
-    return ImageSplits(Batch(*(x[:split] for x in train)), Batch(*(x[split:] for x in train)), test)
+    return Splits(Batch(*(x[:split] for x in train)), Batch(*(x[split:] for x in train)), test)
 
 
 def _find(dataset: str, root: str, name: str) -> Path:
@@ -196,15 +183,14 @@ def _find(dataset: str, root: str, name: str) -> Path:
     for file in (Path(root) / name, Path(root) / f"{name}.gz"):
         if file.is_file():
             return file
+    missing = f"no {name} or {name}.gz in {root}."
+    repository = f"or name there a data set repository that holds them as {HUB_PREFIX}org/name."
     if dataset == "mnist":
-        raise FileNotFoundError(
-            f"MNIST: no {name} or {name}.gz in {root}. Name the folder that holds its four IDX files in "
-            f"{MNIST_VARIABLE}, or name there a data set repository that holds them as {HUB_PREFIX}org/name."
-        )
+        named = f"Name the folder that holds its four IDX files in {MNIST_VARIABLE}"
+        raise FileNotFoundError(f"MNIST: {missing} {named}, {repository}")
     raise FileNotFoundError(
-        f"Fashion-MNIST: no {name} or {name}.gz in {root}. Install Debian's package dataset-fashion-mnist, or download "
-        f"the four IDX files of https://github.com/zalandoresearch/fashion-mnist and name their folder in "
-        f"{DATA_VARIABLE}, or name there a data set repository that holds them as {HUB_PREFIX}org/name."
+        f"Fashion-MNIST: {missing} Install Debian's package dataset-fashion-mnist, or download the four IDX files of "
+        f"https://github.com/zalandoresearch/fashion-mnist and name their folder in {DATA_VARIABLE}, {repository}"
     )
 
 

@@ -43,7 +43,7 @@ def test_every_panel_of_the_minima_names_its_optimizee(count: int) -> None:
     names = [f"problem {index}" for index in range(count)]
     measured = {"optimizer": "Adam", "log_top_eigenvalue": [1.0, 2.0], "accuracy": [0.5, 0.6]}
     figure = Figure()
-    reproduction._draw_minima(figure, [{"optimizee": name} | measured for name in names], {})
+    reproduction._draw_minima(figure, [{"optimizee": name} | measured for name in names], [])
     assert [axes.get_title() for axes in figure.axes if axes.axison] == names
 
 
