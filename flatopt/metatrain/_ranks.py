@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,9 +29,7 @@ from torch import Tensor
 from .._torch import pytree
 from ..rules import Weights
 from .runs import Draws, Runs, StepLosses, join_losses, map_tree
-
-if TYPE_CHECKING:  # which takes half a second
-    from .unroll import Unroll
+from .unroll import Unroll
 
 T = TypeVar("T")
 

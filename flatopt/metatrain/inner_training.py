@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..rules import UpdateRule, Weights
+from ..rules import Weights
 from ..tasks import TaskDistribution
 from .config import MetaTrainConfig, TaskConfig
 from .families import FAMILIES, check_families
@@ -37,7 +37,7 @@ class Families(Inner):
     unrolls: Sequence[Unroll]
 
     @classmethod
-    def from_config(cls, config: MetaTrainConfig, rule: UpdateRule, device: torch.device) -> Families:
+    def from_config(cls, config: MetaTrainConfig, device: torch.device) -> Families:
         """Return the families that a configuration names; ``ValueError`` if one is unknown."""
         check_families(task.name for task in config.tasks)
         mode: Mode = "compiled" if config.compile and can_compile(device) else "recorded"
@@ -46,7 +46,7 @@ class Families(Inner):
         return cls(
             unrolls=[
                 Unroll(
-                    rule=rule,
+                    rule=config.build_rule(),
                     distribution=_distribution(task),
                     task=task,
                     objective=config.objective,

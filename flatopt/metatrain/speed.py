@@ -66,10 +66,9 @@ def _prepare(mode: Mode) -> Callable[[], object]:
         objective=ObjectiveConfig(),
         num_updates=1,
     )
-    rule = config.build_rule()
-    unroll = replace(Families.from_config(config, rule, torch.device("cpu")).unrolls[0], mode=mode)
+    unroll = replace(Families.from_config(config, torch.device("cpu")).unrolls[0], mode=mode)
     generator = torch.Generator().manual_seed(0)
-    weights_N = repeat_weights(rule.init_weights(generator), NUM_PROBLEMS)
+    weights_N = repeat_weights(unroll.rule.init_weights(generator), NUM_PROBLEMS)
     runs = unroll.start(weights_N, NUM_PROBLEMS, 1, generator)
 
     def run() -> object:

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..rules import UpdateRule, Weights
+from ..rules import Weights
 from ._ranks import Ranks
 from .config import CurriculumConfig, FlatnessConfig, MetaTrainConfig, ObjectiveConfig
 from .curriculum import Verdict
@@ -135,9 +135,7 @@ def _end_losses(weights_N: Weights, runs: Runs, unroll: Unroll, copies: int, gen
     return losses.meta
 
 
-def build_validation(
-    config: MetaTrainConfig, rule: UpdateRule, device: torch.device, ranks: Ranks | None = None
-) -> Validation:
+def build_validation(config: MetaTrainConfig, device: torch.device, ranks: Ranks | None = None) -> Validation:
     """Return the validation of a configuration: its families without random scaling, its inner loss, no penalties."""
     validation, compiled = config.validation, config.compile and bool(config.validation.compile)
     tasks = tuple(replace(task, num_tasks=validation.num_tasks, random_scaling=0.0) for task in config.tasks)
@@ -149,7 +147,7 @@ def build_validation(
     objective = _objective(config.objective, as_in_training=compiled)
     held_out = replace(config, objective=objective, tasks=tasks, curriculum=CurriculumConfig(), compile=compiled)
     return Validation(
-        families=Families.from_config(held_out, rule, device),
+        families=Families.from_config(held_out, device),
         num_steps=validation.num_steps,
         seed=validation.seed,
         relative=bool(validation.relative),

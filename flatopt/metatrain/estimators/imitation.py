@@ -180,9 +180,7 @@ class WithImitation(GradientEstimator):
         return {f"imitation-{index}": imitation for index, imitation in enumerate(self.imitations)}
 
 
-def with_imitation(
-    estimator: GradientEstimator, config: MetaTrainConfig, rule: UpdateRule, device: torch.device
-) -> GradientEstimator:
+def with_imitation(estimator: GradientEstimator, config: MetaTrainConfig, device: torch.device) -> GradientEstimator:
     """Return the estimator with the imitation that a configuration asks for, itself where it asks for none."""
     imitation, shares = config.imitation, config.imitation.probabilities
     if not any(shares):
@@ -195,7 +193,7 @@ def with_imitation(
         flatness=FlatnessConfig(),
         inner_flatness=FlatnessConfig(),
     )
-    students = Families.from_config(replace(config, objective=unused, compile=False), rule, device)
+    students = Families.from_config(replace(config, objective=unused, compile=False), device)
     imitations = [
         TruncatedBackprop(
             inner=TeacherForced(
