@@ -24,6 +24,7 @@ as many runs in both (``num_tasks`` equal, :math:`0 < p < 1`), the compiler find
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -34,7 +35,7 @@ from ._ranks import Ranks
 from .config import CurriculumConfig, FlatnessConfig, MetaTrainConfig, ObjectiveConfig
 from .curriculum import Verdict
 from .inner_training import Families
-from .runs import Runs, share_weights
+from .runs import share_weights
 from .unroll import Unroll
 
 WINDOW = 20
@@ -92,8 +93,7 @@ class Validation:
         return sorted({round(shortest * ratio**index) for index in range(self.num_lengths)})
 
     def _loss(self, weights: Weights, unroll: Unroll, length: int, seed: int) -> float:
-        runs, weights_N, generator = _start(weights, unroll, 1, length, seed)
-        return float(_end_losses(weights_N, runs, unroll, 1, generator).mean())
+        return float(_end_losses(weights, unroll, length, seed).mean())
 
     def _relative_loss(self, weights: Weights, unroll: Unroll, length: int, seed: int) -> float:
         key = (unroll.task.name, length)
@@ -110,26 +110,22 @@ class Validation:
 def _told_and_untold(weights: Weights, unroll: Unroll, length: int, seed: int) -> Tensor:
     """Return the mean losses of the same runs with and without their horizon, of one kind where the other is unused."""
     untold = unroll.task.unknown_horizon_probability
-    copies = 2 if 0 < untold < 1 else 1
-    runs, weights_N, generator = _start(weights, unroll, copies, length, seed)
-    told = runs.horizon.clone()
-    if untold > 0:
-        told[-unroll.task.num_tasks :] = math.inf
-    losses = _end_losses(weights_N, runs._replace(num_steps=told), unroll, copies, generator)
-    return losses.unflatten(1, (copies, -1)).mean((0, 2)).clamp(min=torch.finfo(losses.dtype).tiny)
+    told = [is_told for is_told, share in ((True, 1 - untold), (False, untold)) if share > 0]
+    losses = _end_losses(weights, unroll, length, seed, told)
+    return losses.unflatten(1, (len(told), -1)).mean((0, 2)).clamp(min=torch.finfo(losses.dtype).tiny)
 
 
-def _start(
-    weights: Weights, unroll: Unroll, copies: int, length: int, seed: int
-) -> tuple[Runs, Weights, torch.Generator]:
-    """Return the runs of a family at their start, their weights, and the source of their batches."""
-    generator = torch.Generator().manual_seed(seed)
+def _end_losses(weights: Weights, unroll: Unroll, length: int, seed: int, told: Sequence[bool] | None = None) -> Tensor:
+    """Train runs to their end; return the meta losses of the last truncation, ``[L, N]``.
+
+    There is a copy of each run for each of ``told``, whether it is told its horizon; at random without.
+    """
+    generator, copies = torch.Generator().manual_seed(seed), 1 if told is None else len(told)
     weights_N = share_weights(weights, copies * unroll.task.num_tasks)
-    return unroll.start(weights_N, unroll.task.num_tasks, copies, generator, length), weights_N, generator
-
-
-def _end_losses(weights_N: Weights, runs: Runs, unroll: Unroll, copies: int, generator: torch.Generator) -> Tensor:
-    """Train to the end; return the meta losses of the last truncation, ``[L, N]``."""
+    runs = unroll.start(weights_N, unroll.task.num_tasks, copies, generator, length)
+    if told is not None:
+        is_told = torch.tensor(told, device=unroll.device).repeat_interleave(unroll.task.num_tasks)
+        runs = runs._replace(num_steps=torch.where(is_told, runs.horizon, math.inf))
     for _ in range(int(runs.horizon[0]) // unroll.truncation_length):
         runs, losses = unroll.run(weights_N, runs, copies, generator)
     return losses.meta
