@@ -92,15 +92,14 @@ class Ranks:
         if self.size == 1:
             return tree
         leaves, form = pytree.tree_flatten(tree)
-        summed: dict[int, Tensor] = {}
+        summed: dict[torch.dtype, Iterator[Tensor]] = {}
         for dtype in sorted({leaf.dtype for leaf in leaves}, key=str):  # one transfer for each
-            chosen = [index for index, leaf in enumerate(leaves) if leaf.dtype == dtype]
-            packed = torch.cat([leaves[index].reshape(-1) for index in chosen])
+            chosen = [leaf for leaf in leaves if leaf.dtype == dtype]
+            packed = torch.cat([leaf.reshape(-1) for leaf in chosen])
             with _together():
                 dist.all_reduce(packed)
-            for index, part in zip(chosen, packed.split([leaves[index].numel() for index in chosen]), strict=True):
-                summed[index] = part.view(leaves[index].shape)
-        return pytree.tree_unflatten([summed[index] for index in range(len(leaves))], form)
+            summed[dtype] = iter(packed.split([leaf.numel() for leaf in chosen]))
+        return pytree.tree_unflatten([next(summed[leaf.dtype]).view(leaf.shape) for leaf in leaves], form)
 
     def share(self, make: Callable[[], T]) -> T:
         """Return what the first process makes; where it refuses with ``ValueError`` or ``OSError``, all do.

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .._dataclass_json import parse_json
+from .._dataclass_json import parse_json, read
 from .._folder import sync_folder, write_durably
 from ..rules import Weights
 from ..tasks import Problems
@@ -283,7 +283,4 @@ def _read(path: Path) -> bytes:
 
 
 def _parse(path: Path, content: bytes) -> dict[str, Any]:
-    value = parse_json(content, path)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} does not hold an object")
-    return value
+    return read(parse_json(content, path), dict[str, Any], str(path))

@@ -188,7 +188,7 @@ def _run(arguments: argparse.Namespace) -> None:
     check_extra("train")
     if arguments.dry_run:
         check_unused(arguments.out)
-        check_families(task.name for task in config.tasks)
+        check_families(config)
         if config.tensorboard:
             check_tensorboard()
         for task in config.tasks:  # data that is not there would stop the run only after it has begun

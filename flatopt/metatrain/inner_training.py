@@ -39,7 +39,7 @@ class Families(Inner):
     @classmethod
     def from_config(cls, config: MetaTrainConfig, device: torch.device) -> Families:
         """Return the families that a configuration names; ``ValueError`` if one is unknown."""
-        check_families(task.name for task in config.tasks)
+        check_families(config)
         mode: Mode = "compiled" if config.compile and can_compile(device) else "recorded"
         if config.compile and mode == "recorded":
             warnings.warn("no C++ compiler found: the inner step is recorded but not compiled", stacklevel=2)

@@ -100,7 +100,7 @@ def train(
     if config.tensorboard:
         check_tensorboard()
     if estimator is None:
-        check_families(task.name for task in config.tasks)
+        check_families(config)
     device = check_device(own_device(device))
     with joined(device) as ranks, ExitStack() as held:
         state = ranks.share(lambda: held.enter_context(_begin(config, out, ranks, resume=resume)))

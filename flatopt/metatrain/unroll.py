@@ -222,11 +222,10 @@ class Unroll:
     def _judge(self, runs: Runs, meta: Batch, train_loss: Tensor, flatness: Tensor) -> StepLosses:
         """Return the losses of the step that has led to ``runs``."""
         config, initial_loss, params = self.objective, runs.initial_loss, _results(runs)
+        value = config.train_weight * transform_loss(config, train_loss, initial_loss)
         meta_loss = torch.zeros_like(train_loss)
         if config.meta_weight:
             meta_loss = clip_loss(vmap(self.distribution.loss)(runs.problem, params, meta), config.clip)
-        value = config.train_weight * transform_loss(config, train_loss, initial_loss)
-        if config.meta_weight:
             value = value + config.meta_weight * transform_loss(config, meta_loss, initial_loss)
         if config.error_weight:
             error = clip_loss(vmap(self.distribution.error)(runs.problem, params, meta), config.clip)
