@@ -15,7 +15,6 @@ from statistics import fmean
 from typing import Any
 
 from .checkpoint import RunState
-from .config import MetaTrainConfig
 
 SECONDS_BETWEEN_LINES = 30.0
 """Time between progress lines where standard error is not a terminal."""
@@ -37,17 +36,16 @@ def track(names: Sequence[str], doing: str) -> Iterator[str]:
 class Log(AbstractContextManager["Log"]):
     """Metrics to ``metrics.jsonl`` and TensorBoard, progress to standard error."""
 
-    def __init__(self, config: MetaTrainConfig, out: Path, state: RunState):
-        self._config = config
+    def __init__(self, out: Path, state: RunState):
+        self._state, self._config = state, state.config
         self._board: Any = None
-        if config.tensorboard:
+        if state.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=state.update + 1)
         self._path = out / "metrics.jsonl"
         self._file = _open_metrics(self._path, state.update)
-        self._state = state
-        self._bar = _open_bar(config.num_updates, state.update, "update")
+        self._bar = _open_bar(state.config.num_updates, state.update, "update")
         self._first_update, self._started = state.update, time.monotonic()
         self._next_line = self._started
 

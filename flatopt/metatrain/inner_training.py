@@ -50,7 +50,7 @@ class Families(Inner):
                     distribution=_distribution(task),
                     task=task,
                     objective=config.objective,
-                    truncation_length=task.truncation_length or config.estimator.truncation_length,
+                    truncation_length=config.truncation_length(task),
                     device=device,
                     mode=mode,
                     second_derivatives=config.estimator.second_derivatives,

@@ -10,7 +10,7 @@ from typing import get_args
 
 import torch
 
-from .config import MetaTrainConfig, ObjectiveConfig, TaskConfig
+from .config import MetaTrainConfig, TaskConfig
 from .inner_training import Families
 from .runs import repeat_weights
 from .unroll import Mode, can_compile
@@ -63,7 +63,6 @@ def _prepare(mode: Mode) -> Callable[[], object]:
         recipe="meta-speed",
         rule="orthogonalized-momentum",
         tasks=(TaskConfig(name="mlp", num_tasks=NUM_PROBLEMS),),
-        objective=ObjectiveConfig(),
         num_updates=1,
     )
     unroll = replace(Families.from_config(config, torch.device("cpu")).unrolls[0], mode=mode)

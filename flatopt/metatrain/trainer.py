@@ -118,7 +118,7 @@ def train(
             if is_new:
                 run.save(state, out)
             stop.at_once(run.prepare, run.state.update)
-            with Log(config, out, run.state) if ranks.is_main else nullcontext() as log:
+            with Log(out, run.state) if ranks.is_main else nullcontext() as log:
                 _loop(out, run, log, stop)
         return {name: weight.cpu() for name, weight in run.state.shipped_weights.items()}
 

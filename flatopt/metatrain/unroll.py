@@ -88,7 +88,7 @@ class Unroll:
         told = torch.where(unknown.to(self.device), torch.full_like(horizon, math.inf), horizon)
         repeated = map_tree(lambda value: value.repeat(copies, *(1,) * (value.dim() - 1)), problems)
         params = repeated.params
-        init_state = vmap(lambda weights, param: self.rule.fresh_state(weights, param))
+        init_state = vmap(self.rule.fresh_state)
         runs = Runs(
             problem=repeated._replace(params={}),
             params=params,

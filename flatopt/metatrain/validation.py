@@ -136,10 +136,7 @@ def build_validation(config: MetaTrainConfig, device: torch.device, ranks: Ranks
     validation, compiled = config.validation, config.compile and bool(config.validation.compile)
     tasks = tuple(replace(task, num_tasks=validation.num_tasks, random_scaling=0.0) for task in config.tasks)
     if validation.relative:
-        lengths = [task.truncation_length or config.estimator.truncation_length for task in tasks]
-        tasks = tuple(
-            replace(task, truncation_length=min(WINDOW, length)) for task, length in zip(tasks, lengths, strict=True)
-        )
+        tasks = tuple(replace(task, truncation_length=min(WINDOW, config.truncation_length(task))) for task in tasks)
     objective = _objective(config.objective, as_in_training=compiled)
     held_out = replace(config, objective=objective, tasks=tasks, curriculum=CurriculumConfig(), compile=compiled)
     return Validation(
