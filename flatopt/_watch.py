@@ -21,7 +21,6 @@ SMALL_LR_STEPS = 100
 FLAT_NUMEL = 2**20
 """A vector this long beside no matrix looks like a flattened model: no bias is as long."""
 
-
 STACK_LENGTH = 16
 """No kernel of a one-dimensional convolution is as long; an axis of a matrix is."""
 

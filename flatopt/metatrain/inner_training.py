@@ -29,9 +29,6 @@ class Families(Inner):
     """Runs of one or several families; as what backpropagation differentiates, all at the same weights.
 
     A state is a dict of :class:`Runs` by family, draws a dict of :class:`Draws`.
-
-    Args:
-        unrolls: the inner training of each family.
     """
 
     unrolls: Sequence[Unroll]

@@ -64,13 +64,7 @@ class Validation:
     _untrained: dict[tuple[str, int], Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __call__(self, weights: Weights, num_steps: int | None = None) -> Verdict:
-        """Return the mean loss at the end of the runs, families by their weights.
-
-        Args:
-            weights: of the rule, on the device of the runs.
-            num_steps: length of the runs.
-        """
-        weights = {name: weight.detach() for name, weight in weights.items()}
+        """Return the mean loss at the end of the runs, families by their weights."""
         found = torch.zeros(len(self.families.unrolls), dtype=torch.float64)
         with torch.no_grad():
             for index in self.ranks.own(len(found)).tolist():
