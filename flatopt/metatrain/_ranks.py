@@ -79,9 +79,8 @@ class Ranks:
             if len(own) > 0:
                 mine, losses = unroll.unroll(weights, mine, draws, copies)
                 parts.append(losses)
-        like = torch.zeros(unroll.truncation_length, len(runs.step), device=runs.step.device)
-        all_losses = StepLosses(*(like.clone() for _ in StepLosses._fields))
-        after = map_tree(torch.zeros_like, runs)
+        shape = (len(StepLosses._fields), unroll.truncation_length, len(runs.step))
+        after, all_losses = map_tree(torch.zeros_like, runs), StepLosses(*torch.zeros(shape, device=runs.step.device))
         if len(own) > 0:
             after = map_tree(lambda whole, part: whole.index_copy(0, where, part), after, mine)
             all_losses = map_tree(lambda whole, part: whole.index_copy(1, where, part), all_losses, join_losses(parts))

@@ -159,9 +159,9 @@ def save(state: RunState, folder: Path) -> Path:
     sync_folder(folder)
 
     paths = checkpoints(folder)
+    place = paths.index(final)
     # Those of later updates are damaged, else the run would have gone on from them.
-    later = paths[: paths.index(final)]
-    for path in later + paths[len(later) + 2 :]:
+    for path in paths[:place] + paths[place + 2 :]:
         shutil.rmtree(path)
     return final
 
