@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..rules import Weights
 from ._ranks import Ranks
-from .config import CurriculumConfig, FlatnessConfig, MetaTrainConfig, ObjectiveConfig
+from .config import CurriculumConfig, MetaTrainConfig, ObjectiveConfig
 from .curriculum import Verdict
 from .inner_training import Families
 from .runs import share_weights
@@ -147,12 +147,4 @@ def _objective(objective: ObjectiveConfig, *, as_in_training: bool) -> Objective
     """Return an objective whose meta loss is that of the ``meta`` split; nothing else of it is used."""
     if as_in_training and objective.meta_weight and objective.meta_split == "meta":
         return objective
-    return replace(
-        objective,
-        train_weight=0.0,
-        meta_weight=1.0,
-        error_weight=None,
-        meta_split="meta",
-        transform="none",
-        flatness=FlatnessConfig(),
-    )
+    return ObjectiveConfig(meta_weight=1.0, inner_flatness=objective.inner_flatness, clip=objective.clip)

@@ -25,7 +25,7 @@ from torch.func import grad, vmap
 
 from ...rules import Adam, Plan, State, StepContext, UpdateRule, Weights
 from ...tasks import Batch, Params
-from ..config import FlatnessConfig, MetaTrainConfig
+from ..config import MetaTrainConfig, ObjectiveConfig
 from ..inner import Inner, InnerState
 from ..inner_training import Families
 from ..runs import Draws, Runs, Terms, choose_runs, share_weights
@@ -174,14 +174,7 @@ def with_imitation(estimator: GradientEstimator, config: MetaTrainConfig, device
     imitation, shares = config.imitation, config.imitation.probabilities
     if not any(shares):
         return estimator
-    unused = replace(
-        config.objective,
-        train_weight=0.0,
-        meta_weight=0.0,
-        error_weight=None,
-        flatness=FlatnessConfig(),
-        inner_flatness=FlatnessConfig(),
-    )
+    unused = ObjectiveConfig(meta_weight=0.0, meta_split=config.objective.meta_split)  # of which batches are drawn
     students = Families.from_config(replace(config, objective=unused, compile=False), device)
     imitations = [
         TruncatedBackprop(
