@@ -19,7 +19,7 @@ HERE = "path/to/this/folder"
 
 _FRONT_MATTER = """---
 library_name: flatopt
-{license}tags:
+tags:
 - flatopt
 - learned-optimizer
 - optimizer
@@ -35,18 +35,16 @@ def write_card(
     purpose: str,
     facts: Mapping[str, object],
     folded: Mapping[str, Sequence[str]] | None = None,
-    license: str | None = None,
     has_training: bool = False,
     averages: bool = False,
 ) -> str:
-    """Return a card.
+    """Return a card, without a licence, which only a person can choose.
 
     Args:
         title: heading.
         purpose: what the learned rule is good for.
         facts: rows of a table that says where it comes from.
         folded: lines of Markdown by their heading, not shown until asked for.
-        license: identifier that the Hub knows; ``None`` where nobody has chosen one.
         has_training: link ``training.json``, which must then be written too.
         averages: whether the optimizer keeps averages of the parameters.
 
@@ -67,7 +65,7 @@ def write_card(
         lines += ["", f"The whole configuration is in [{TRAINING_FILE}]({TRAINING_FILE})."]
     for heading, inner in (folded or {}).items():
         lines += ["", f"<details><summary>{heading}</summary>", "", *inner, "", "</details>"]
-    return _front_matter(license) + "\n".join(lines) + "\n"
+    return _FRONT_MATTER + "\n".join(lines) + "\n"
 
 
 def model_card(rule: UpdateRule, weights: Weights, *, name: str | None = None) -> str:
@@ -95,7 +93,7 @@ def address(card: str, repo_id: str) -> str:
         'FlatOpt(model.parameters(), pretrained="org/name")'
     """
     card = card.replace("\r\n", "\n")
-    card = card if card.startswith("---\n") else _front_matter(None) + card
+    card = card if card.startswith("---\n") else _FRONT_MATTER + card
     return re.sub(r'(FlatOpt\(model\.parameters\(\), pretrained=)"[^"\n]*"', rf'\1"{repo_id}"', card, count=1)
 
 
@@ -125,7 +123,3 @@ def without_paths(command: str) -> str:
         return key + equals + (value.rstrip("/").rpartition("/")[2] or value)
 
     return shlex.join([strip(word) for word in shlex.split(command)])
-
-
-def _front_matter(license: str | None) -> str:
-    return _FRONT_MATTER.format(license=f"license: {license}\n" if license else "")

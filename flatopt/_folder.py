@@ -174,7 +174,10 @@ def _check_layout(rule: UpdateRule, layout: Mapping[str, tuple[Any, Iterable[Any
         expected = _expected_shapes(_Hashable(json.dumps(asdict(rule), default=repr), type(rule), rule))
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: no weights have the 'hyperparameters' of {rule}: {error}") from error
-    _check_keys(layout, expected, where)
+    problems = [f"missing {key!r}" for key in sorted(expected.keys() - layout.keys())]
+    problems += [f"unexpected {shorten(key)}" for key in sorted(layout.keys() - expected.keys())]
+    if problems:
+        raise ValueError(f"{where}: {', '.join(problems[:8])}")
     for key, (dtype, shape) in layout.items():
         if dtype != "F32":
             raise ValueError(f"{where}: {key!r} must be float32, got {shorten(dtype)}")
@@ -197,15 +200,6 @@ def _expected_shapes(key: _Hashable) -> dict[str, torch.Size]:
     generator = torch.Generator()  # its own: the global one belongs to the user
     with torch.device("meta"):  # shapes without memory, however large a hostile file says they are
         return {name: value.shape for name, value in key.rule.init_weights(generator).items()}
-
-
-def _check_keys(found: Iterable[str], expected: Iterable[str], where: str) -> None:
-    """Raise unless both hold the same keys."""
-    found, expected = set(found), set(expected)
-    problems = [f"missing {key!r}" for key in sorted(expected - found)]
-    problems += [f"unexpected {shorten(key)}" for key in sorted(found - expected)]
-    if problems:
-        raise ValueError(f"{where}: {', '.join(problems[:8])}")
 
 
 def _dtype_name(tensor: Tensor) -> str:

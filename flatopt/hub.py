@@ -130,6 +130,7 @@ def _download(repo_id: str, revision: str | None, files: list[str], access: Acce
     """Return the cache folder of one commit, holding ``files``; the first is required, the others may not exist."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    options: dict[str, Any] = {**access._asdict(), "library_name": "flatopt"}
     cached = None
     if revision is not None and _COMMIT.fullmatch(revision):
         # A commit never changes: if all of it is in the cache there is nothing to ask.
@@ -139,14 +140,7 @@ def _download(repo_id: str, revision: str | None, files: list[str], access: Acce
     try:
         with _explained(repo_id, revision):
             path = snapshot_download(
-                repo_id,
-                revision=revision,
-                cache_dir=access.cache_dir,
-                token=access.token,
-                local_files_only=access.local_files_only,
-                allow_patterns=files,
-                library_name="flatopt",
-                tqdm_class=_silent_progress(),
+                repo_id, revision=revision, allow_patterns=files, tqdm_class=_silent_progress(), **options
             )
     except OSError:
         if cached is None:
@@ -160,15 +154,7 @@ def _download(repo_id: str, revision: str | None, files: list[str], access: Acce
         )
     for file in _in_cache(repo_id, snapshot.name, files, access.cache_dir)[1]:
         with suppress(OSError), _explained(repo_id, revision):  # the cache keeps the answer that there is none
-            hf_hub_download(
-                repo_id,
-                file,
-                revision=snapshot.name,
-                cache_dir=access.cache_dir,
-                token=access.token,
-                local_files_only=access.local_files_only,
-                library_name="flatopt",
-            )
+            hf_hub_download(repo_id, file, revision=snapshot.name, **options)
     return snapshot
 
 

@@ -48,9 +48,8 @@ def wait() -> None:
 
 
 config = flat_v2()
-rule = config.build_rule()
-weights = {name: weight.to(DEVICE) for name, weight in rule.init_weights().items()}
-families = Families.from_config(config, rule, DEVICE).select(NAMES[:1] if FAST else NAMES)
+weights = {name: weight.to(DEVICE) for name, weight in config.build_rule().init_weights().items()}
+families = Families.from_config(config, DEVICE).select(NAMES[:1] if FAST else NAMES)
 where = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else "CPU"
 print(f"{where}, torch {torch.__version__}, {2 * NUM_PAIRS} runs side by side")
 for one in families.unrolls:

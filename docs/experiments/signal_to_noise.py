@@ -41,7 +41,7 @@ config = replace(
     tasks=tuple(tasks),
     estimator=replace(recipe.estimator, only=(PATTERN,), families_per_update=per_update),
 )
-estimator = build_estimator(config, config.build_rule(), torch.device("cpu"))
+estimator = build_estimator(config, torch.device("cpu"))
 weights = config.build_rule().init_weights()
 
 print("std", "meta-loss", "signal to noise of each update", "mean", sep=" | ")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -34,11 +35,7 @@ class MeanLoss:
 
     def map(self, function: Callable[[LossFn], Tensor]) -> Tensor:
         """Return ``sum_i weights[i] * function(terms[i])``, for functions linear in the loss."""
-        first, *rest = self._pairs()
-        total = first[0] * function(first[1])
-        for weight, term in rest:
-            total = total + weight * function(term)
-        return total
+        return reduce(torch.add, (weight * function(term) for weight, term in self._pairs()))
 
     def _pairs(self) -> list[tuple[float, LossFn]]:
         return list(zip(self.weights, self.terms, strict=True))

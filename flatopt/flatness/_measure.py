@@ -38,14 +38,14 @@ class FlatnessMeasure(ABC):
     as_penalty: ClassVar[Mapping[str, Any]] = {}
     """Fields that must have these values in a penalty of meta-training, with the reason where they are set."""
 
-    @abstractmethod
     def sample_noise(self, params: Params, generator: torch.Generator | None = None) -> Noise:
-        """Draw the randomness of one evaluation; called once before every call of the measure.
+        """Draw the randomness of one evaluation, by default none; called once before every call of the measure.
 
         Args:
             params: parameters, for names, shapes, dtypes and devices only.
             generator: source of randomness, on any device; the global one if ``None``.
         """
+        return {}
 
     @abstractmethod
     def __call__(self, loss_fn: LossFn, params: Params, noise: Noise) -> Tensor:

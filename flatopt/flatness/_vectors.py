@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,27 +54,13 @@ def probes(noise: Noise) -> list[Tensor]:
 
 def gaussian(params: Params, num_probes: int, generator: torch.Generator | None) -> Noise:
     """Draw standard normal noise, ``[num_probes, *param.shape]`` per parameter."""
-    num_coordinates(params)
-    return {
-        name: torch.randn(
-            num_probes, *param.shape, dtype=param.dtype, device=_source(param, generator), generator=generator
-        ).to(param.device)
-        for name, param in params.items()
-    }
+    return _draw(torch.randn, params, num_probes, generator)
 
 
 def rademacher(params: Params, num_probes: int, generator: torch.Generator | None) -> Noise:
     """Draw independent signs, ``[num_probes, *param.shape]`` per parameter."""
-    num_coordinates(params)
-    return {
-        name: torch.randint(
-            2, (num_probes, *param.shape), dtype=param.dtype, device=_source(param, generator), generator=generator
-        )
-        .mul_(2)
-        .sub_(1)
-        .to(param.device)
-        for name, param in params.items()
-    }
+    bits = _draw(partial(torch.randint, 2), params, num_probes, generator)
+    return {name: value.mul_(2).sub_(1) for name, value in bits.items()}
 
 
 def check_positive(**values: float) -> None:
@@ -83,6 +70,12 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"{name} must be > 0, got {value}")
 
 
-def _source(param: Tensor, generator: torch.Generator | None) -> torch.device:
-    """Return where to draw: a generator only draws on its own device, so the same seed serves CPU and GPU."""
-    return param.device if generator is None else generator.device
+def _draw(sample: Callable[..., Tensor], params: Params, num_probes: int, generator: torch.Generator | None) -> Noise:
+    num_coordinates(params)
+    noise = {}
+    for name, param in params.items():
+        # A generator only draws on its own device: the same seed serves CPU and GPU.
+        device = param.device if generator is None else generator.device
+        drawn = sample((num_probes, *param.shape), dtype=param.dtype, device=device, generator=generator)
+        noise[name] = drawn.to(param.device)
+    return noise

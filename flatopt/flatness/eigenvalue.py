@@ -77,7 +77,7 @@ class TopEigenvalue(FlatnessMeasure):
             vector = torch.where(done, vector, new_vector)
             done = done | ((new_value - value).abs() <= self.tol * new_value.abs())
             value = new_value
-            if self.tol > 0 and _everywhere(done):
+            if self.tol > 0 and bool(_All.apply(done)):
                 break
         return vector
 
@@ -132,10 +132,6 @@ def _extreme_ritz_pair(krylov: Krylov, which: Which) -> tuple[Tensor, Tensor]:
     index = torch.argmax(values.abs() if which == "magnitude" else values).reshape(1)
     vector = torch.index_select(vectors, 1, index)[:, 0] @ krylov.basis
     return torch.index_select(values, 0, index)[0], vector
-
-
-def _everywhere(done: Tensor) -> bool:
-    return bool(_All.apply(done))
 
 
 class _All(torch.autograd.Function):

@@ -26,10 +26,6 @@ class GradientNorm(FlatnessMeasure):
         tensor(20.)
     """
 
-    def sample_noise(self, params: Params, generator: torch.Generator | None = None) -> Noise:
-        """Return nothing: the measure is deterministic."""
-        return {}
-
     def __call__(self, loss_fn: LossFn, params: Params, noise: Noise) -> Tensor:
         """Return ``||g||^2 / d``."""
         return gradient(loss_fn, params).square().sum() / num_coordinates(params)

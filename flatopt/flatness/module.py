@@ -128,9 +128,8 @@ def _reduction(criterion: Criterion) -> str | None:
 
 
 @contextmanager
-def _twice_differentiable(module: nn.Module) -> Iterator[None]:
+def _twice_differentiable(has_lstm: bool) -> Iterator[None]:
     """Leave out the kernels without second derivatives: fused attention, and oneDNN's LSTM on the CPU."""
-    has_lstm = any(isinstance(part, nn.LSTM) for part in module.modules())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # oneDNN's switch warns where there is no Intel GPU
         with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False) if has_lstm else nullcontext():
@@ -138,11 +137,13 @@ def _twice_differentiable(module: nn.Module) -> Iterator[None]:
 
 
 def _batch_loss(module: nn.Module, criterion: Criterion, inputs: Tensor, targets: Tensor) -> LossFn:
+    has_lstm = any(isinstance(part, nn.LSTM) for part in module.modules())
+
     def loss_fn(params: Params) -> Tensor:
         device = next(iter(params.values())).device
         frozen = {name: param.detach() for name, param in module.named_parameters() if name not in params}
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}  # training mode writes to them
-        with _twice_differentiable(module):
+        with _twice_differentiable(has_lstm):
             outputs = torch.func.functional_call(module, {**frozen, **buffers, **params}, (inputs.to(device),))
         return criterion(outputs, targets.to(device))
 

@@ -36,10 +36,6 @@ class SamGap(FlatnessMeasure):
     def __post_init__(self) -> None:
         check_positive(rho=self.rho)
 
-    def sample_noise(self, params: Params, generator: torch.Generator | None = None) -> Noise:
-        """Return nothing: the measure is deterministic."""
-        return {}
-
     def __call__(self, loss_fn: LossFn, params: Params, noise: Noise) -> Tensor:
         """Return ``f(params + rho g / ||g||) - f(params)``."""
         num_coordinates(params)

@@ -15,7 +15,6 @@ from statistics import fmean
 from typing import Any
 
 from .checkpoint import RunState
-from .config import MetaTrainConfig
 
 SECONDS_BETWEEN_LINES = 30.0
 """Time between progress lines where standard error is not a terminal."""
@@ -23,37 +22,30 @@ SECONDS_BETWEEN_LINES = 30.0
 
 def track(names: Sequence[str], doing: str) -> Iterator[str]:
     """Yield names, and show which one is being worked on: on a bar, or in lines where there is no terminal."""
-    bar = _open_bar(len(names), 0, "family", doing) if sys.stderr.isatty() else None
     next_line = time.monotonic()
-    try:
+    with _open_bar(len(names), 0, "family", doing) as bar:
         for index, name in enumerate(names):
-            if bar is not None:
-                bar.set_postfix_str(name)
-            elif time.monotonic() >= next_line:
+            bar.set_postfix_str(name)
+            if bar.disable and time.monotonic() >= next_line:
                 next_line = time.monotonic() + SECONDS_BETWEEN_LINES
                 print(f"{doing}: {name} ({index + 1} of {len(names)})", file=sys.stderr)
             yield name
-            if bar is not None:
-                bar.update(1)
-    finally:
-        if bar is not None:
-            bar.close()
+            bar.update(1)
 
 
 class Log(AbstractContextManager["Log"]):
     """Metrics to ``metrics.jsonl`` and TensorBoard, progress to standard error."""
 
-    def __init__(self, config: MetaTrainConfig, out: Path, state: RunState):
-        self._config = config
+    def __init__(self, out: Path, state: RunState):
+        self._state, self._config = state, state.config
         self._board: Any = None
-        if config.tensorboard:
+        if state.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=state.update + 1)
         self._path = out / "metrics.jsonl"
         self._file = _open_metrics(self._path, state.update)
-        self._state = state
-        self._bar: Any = _open_bar(config.num_updates, state.update, "update") if sys.stderr.isatty() else None
+        self._bar = _open_bar(state.config.num_updates, state.update, "update")
         self._first_update, self._started = state.update, time.monotonic()
         self._next_line = self._started
 
@@ -66,10 +58,9 @@ class Log(AbstractContextManager["Log"]):
                 for key, value in metrics.items():
                     if key != "update" and value is not None:
                         self._board.add_scalar(key, value, update)
-        if self._bar is not None:
-            self._bar.update(1)
-            self._bar.set_postfix_str(f"meta-loss {loss_text(metrics['smoothed_loss'])}", refresh=False)
-        elif time.monotonic() >= self._next_line:
+        self._bar.update(1)
+        self._bar.set_postfix_str(f"meta-loss {loss_text(metrics['smoothed_loss'])}", refresh=False)
+        if self._bar.disable and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
             self._print_line(metrics)
 
@@ -84,8 +75,7 @@ class Log(AbstractContextManager["Log"]):
         self._file.close()
         if self._board is not None:
             self._board.close()
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         if error is None:
             print(self._summary(), file=sys.stderr)
 
@@ -134,9 +124,10 @@ def check_tensorboard() -> None:
 
 
 def _open_bar(total: int, initial: int, unit: str, doing: str | None = None) -> Any:
-    from tqdm import tqdm
+    """Open a progress bar, one that does nothing where there is no terminal."""
+    from tqdm import tqdm  # here: --help needs no extra
 
-    return tqdm(total=total, initial=initial, unit=unit, desc=doing, dynamic_ncols=True, smoothing=0.05)
+    return tqdm(total=total, initial=initial, unit=unit, desc=doing, dynamic_ncols=True, smoothing=0.05, disable=None)
 
 
 def _finite(value: Any) -> Any:

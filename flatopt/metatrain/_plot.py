@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from matplotlib import colormaps
@@ -68,4 +68,4 @@ def moving_mean(values: Sequence[float]) -> list[float]:
         [1.0, 2.0, 3.0]
     """
     windows = [values[max(0, end - NUM_AVERAGED) : end] for end in range(1, len(values) + 1)]
-    return [math.fsum(window) / len(window) for window in windows]
+    return [fmean(window) for window in windows]

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,9 +29,7 @@ from torch import Tensor
 from .._torch import pytree
 from ..rules import Weights
 from .runs import Draws, Runs, StepLosses, join_losses, map_tree
-
-if TYPE_CHECKING:  # which takes half a second
-    from .unroll import Unroll
+from .unroll import Unroll
 
 T = TypeVar("T")
 
@@ -81,9 +79,8 @@ class Ranks:
             if len(own) > 0:
                 mine, losses = unroll.unroll(weights, mine, draws, copies)
                 parts.append(losses)
-        like = torch.zeros(unroll.truncation_length, len(runs.step), device=runs.step.device)
-        all_losses = StepLosses(*(like.clone() for _ in StepLosses._fields))
-        after = map_tree(torch.zeros_like, runs)
+        shape = (len(StepLosses._fields), unroll.truncation_length, len(runs.step))
+        after, all_losses = map_tree(torch.zeros_like, runs), StepLosses(*torch.zeros(shape, device=runs.step.device))
         if len(own) > 0:
             after = map_tree(lambda whole, part: whole.index_copy(0, where, part), after, mine)
             all_losses = map_tree(lambda whole, part: whole.index_copy(1, where, part), all_losses, join_losses(parts))
@@ -94,15 +91,14 @@ class Ranks:
         if self.size == 1:
             return tree
         leaves, form = pytree.tree_flatten(tree)
-        summed: dict[int, Tensor] = {}
+        summed: dict[torch.dtype, Iterator[Tensor]] = {}
         for dtype in sorted({leaf.dtype for leaf in leaves}, key=str):  # one transfer for each
-            chosen = [index for index, leaf in enumerate(leaves) if leaf.dtype == dtype]
-            packed = torch.cat([leaves[index].reshape(-1) for index in chosen])
+            chosen = [leaf for leaf in leaves if leaf.dtype == dtype]
+            packed = torch.cat([leaf.reshape(-1) for leaf in chosen])
             with _together():
                 dist.all_reduce(packed)
-            for index, part in zip(chosen, packed.split([leaves[index].numel() for index in chosen]), strict=True):
-                summed[index] = part.view(leaves[index].shape)
-        return pytree.tree_unflatten([summed[index] for index in range(len(leaves))], form)
+            summed[dtype] = iter(packed.split([leaf.numel() for leaf in chosen]))
+        return pytree.tree_unflatten([next(summed[leaf.dtype]).view(leaf.shape) for leaf in leaves], form)
 
     def share(self, make: Callable[[], T]) -> T:
         """Return what the first process makes; where it refuses with ``ValueError`` or ``OSError``, all do.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class TrainingInterrupted(Exception):
@@ -20,7 +22,7 @@ class TrainingInterrupted(Exception):
         self.update = update
 
 
-class Stopped(BaseException):
+class _Stopped(BaseException):
     """Raised by the first signal inside of :meth:`StopOnSignal.at_once`; no ``except Exception`` catches it."""
 
 
@@ -47,24 +49,20 @@ class StopOnSignal(AbstractContextManager["StopOnSignal"]):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Let a signal raise :class:`Stopped` inside of the block, in the middle of whatever it does."""
-        self._at_once = True
+    def at_once(self, work: Callable[[], T], update: int) -> T:
+        """Return what ``work`` does; a signal breaks it off and raises ``TrainingInterrupted`` after ``update``."""
         try:
-            if self.signal_number is not None:
-                raise Stopped
-            yield
-        finally:
-            self._at_once = False
-
-    def requested(self) -> bool:
-        return self.signal_number is not None
-
-    def interruption(self, update: int) -> TrainingInterrupted:
-        """Return what tells a caller that a signal ended the run after ``update``."""
-        assert self.signal_number is not None
-        return TrainingInterrupted(self.signal_number, update)
+            try:
+                self._at_once = True
+                if self.signal_number is not None:
+                    raise _Stopped
+                return work()
+            finally:
+                self._at_once = False
+        except (_Stopped, RuntimeError):  # the latter where another process stopped first
+            if self.signal_number is None:
+                raise
+            raise TrainingInterrupted(self.signal_number, update) from None
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number
@@ -72,4 +70,4 @@ class StopOnSignal(AbstractContextManager["StopOnSignal"]):
         # os.write, to leave the line of a bar: print() is not safe in a handler that may have interrupted a print().
         os.write(2, b"\n")
         if self._at_once:
-            raise Stopped
+            raise _Stopped

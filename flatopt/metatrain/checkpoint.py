@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .._dataclass_json import parse_json
+from .._dataclass_json import parse_json, read
 from .._folder import sync_folder, write_durably
 from ..rules import Weights
 from ..tasks import Problems
@@ -159,9 +159,9 @@ def save(state: RunState, folder: Path) -> Path:
     sync_folder(folder)
 
     paths = checkpoints(folder)
+    place = paths.index(final)
     # Those of later updates are damaged, else the run would have gone on from them.
-    later = paths[: paths.index(final)]
-    for path in later + paths[len(later) + 2 :]:
+    for path in paths[:place] + paths[place + 2 :]:
         shutil.rmtree(path)
     return final
 
@@ -283,7 +283,4 @@ def _read(path: Path) -> bytes:
 
 
 def _parse(path: Path, content: bytes) -> dict[str, Any]:
-    value = parse_json(content, path)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} does not hold an object")
-    return value
+    return read(parse_json(content, path), dict[str, Any], str(path))

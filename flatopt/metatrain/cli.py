@@ -91,10 +91,11 @@ def _go_on(out: Path) -> str:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _parser()
-    imports = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    _add_import(imports)
+    imports = argparse.ArgumentParser(prog="flatopt-train", add_help=False, allow_abbrev=False)
+    text = "module whose RULES, MEASURES, FAMILIES and RECIPES are added to those of flatopt; may be repeated"
+    imports.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE", help=text)
     imported, argv = imports.parse_known_args(argv)  # anywhere in the line
+    parser = _parser(imports)
     arguments, rest = parser.parse_known_args(argv, imported)
     # argparse takes positional arguments in one piece: overrides that follow an option are left over.
     if rest and ("overrides" not in arguments or any(one.startswith("-") for one in rest)):
@@ -104,10 +105,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flatopt-train", description="Learn the weights of an update rule.")
+def _parser(imports: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    text = "Learn the weights of an update rule."
+    parser = argparse.ArgumentParser(prog=imports.prog, description=text, parents=[imports])
     parser.add_argument("--version", action="version", version=f"flatopt {__version__}")
-    _add_import(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
@@ -161,11 +162,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_import(parser: argparse.ArgumentParser) -> None:
-    text = "module whose RULES, MEASURES, FAMILIES and RECIPES are added to those of flatopt; may be repeated"
-    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE", help=text)
-
-
 def _list(arguments: argparse.Namespace) -> None:
     print("\n".join(recipe_table(RECIPES)))
     print("took, on: the run behind the shipped set of that name. flatopt-train show RECIPE says more.")
@@ -189,7 +185,7 @@ def _run(arguments: argparse.Namespace) -> None:
     check_extra("train")
     if arguments.dry_run:
         check_unused(arguments.out)
-        check_families(task.name for task in config.tasks)
+        check_families(config)
         if config.tensorboard:
             check_tensorboard()
         for task in config.tasks:  # data that is not there would stop the run only after it has begun

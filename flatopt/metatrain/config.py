@@ -314,7 +314,7 @@ class MetaTrainConfig:
         if not self.validate_every:
             raise ValueError("validate_every must be at least 1 with a curriculum, not 0")
         for task in self.tasks:
-            length = task.truncation_length or self.estimator.truncation_length
+            length = self.truncation_length(task)
             if any(steps % length for steps in self.curriculum.stages):
                 raise ValueError(
                     f"curriculum.stages must be multiples of {length}, {task.name}'s truncation, not "
@@ -324,6 +324,10 @@ class MetaTrainConfig:
         given = [f"validation.{name}" for name in unused if getattr(self.validation, name) is not None]
         if given:
             raise ValueError(f"a curriculum has no use for {', '.join(given)}: leave none")
+
+    def truncation_length(self, task: TaskConfig) -> int:
+        """Return the inner steps per meta-update of a family."""
+        return task.truncation_length or self.estimator.truncation_length
 
     def build_rule(self) -> UpdateRule:
         """Return the rule with its options; ``ValueError`` names the valid ones."""

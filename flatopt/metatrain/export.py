@@ -53,10 +53,7 @@ def _sessions(state: RunState) -> list[dict[str, Any]]:
 
 def _purpose(config: MetaTrainConfig) -> str:
     families = ", ".join(f"`{task.name}`" for task in config.tasks)
-    lengths = config.curriculum.stages or [
-        *(task.min_steps for task in config.tasks),
-        *(task.max_steps for task in config.tasks),
-    ]
+    lengths = config.curriculum.stages or [steps for task in config.tasks for steps in (task.min_steps, task.max_steps)]
     return (
         f"Training in place of Adam or SGD. The weights were learned on small problems (families {families}) in runs "
         f"of {min(lengths):,} to {max(lengths):,} steps: the more alike yours is, the surer the result. Compare it "

@@ -8,7 +8,6 @@ classes of a table.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 
 from ..tasks import (
@@ -24,6 +23,7 @@ from ..tasks import (
     Transformer,
     VisionTransformer,
 )
+from .config import MetaTrainConfig
 
 # Narrower than the default: deep and recurrent networks do not train from every initial scale.
 _images = partial(
@@ -124,8 +124,8 @@ FAMILIES: dict[str, TaskDistribution] = {
 """Every family by the name that configurations use."""
 
 
-def check_families(names: Iterable[str]) -> None:
-    """Raise ``ValueError`` for a name that is not that of a family; the message lists the valid ones."""
-    for name in names:
-        if name not in FAMILIES:
-            raise ValueError(f"unknown task {name!r}: valid are {', '.join(FAMILIES)}")
+def check_families(config: MetaTrainConfig) -> None:
+    """Raise ``ValueError`` for a task that is not the name of a family; the message lists the valid ones."""
+    for task in config.tasks:
+        if task.name not in FAMILIES:
+            raise ValueError(f"unknown task {task.name!r}: valid are {', '.join(FAMILIES)}")

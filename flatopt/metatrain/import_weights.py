@@ -296,5 +296,4 @@ def _make_card(rule: UpdateRule, weights: Weights, metadata: Mapping[str, str]) 
         f"{rule.name}, imported",
         purpose="What it was published for. Whoever passes it on must keep the licence notice of whoever published it.",
         facts={**rule_facts(rule, weights), "Made by": "others, imported from a file", **file},
-        license=None,
     )

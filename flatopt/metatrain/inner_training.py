@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..rules import UpdateRule, Weights
+from ..rules import Weights
 from ..tasks import TaskDistribution
 from .config import MetaTrainConfig, TaskConfig
 from .families import FAMILIES, check_families
@@ -29,28 +29,25 @@ class Families(Inner):
     """Runs of one or several families; as what backpropagation differentiates, all at the same weights.
 
     A state is a dict of :class:`Runs` by family, draws a dict of :class:`Draws`.
-
-    Args:
-        unrolls: the inner training of each family.
     """
 
     unrolls: Sequence[Unroll]
 
     @classmethod
-    def from_config(cls, config: MetaTrainConfig, rule: UpdateRule, device: torch.device) -> Families:
+    def from_config(cls, config: MetaTrainConfig, device: torch.device) -> Families:
         """Return the families that a configuration names; ``ValueError`` if one is unknown."""
-        check_families(task.name for task in config.tasks)
+        check_families(config)
         mode: Mode = "compiled" if config.compile and can_compile(device) else "recorded"
         if config.compile and mode == "recorded":
             warnings.warn("no C++ compiler found: the inner step is recorded but not compiled", stacklevel=2)
         return cls(
             unrolls=[
                 Unroll(
-                    rule=rule,
+                    rule=config.build_rule(),
                     distribution=_distribution(task),
                     task=task,
                     objective=config.objective,
-                    truncation_length=task.truncation_length or config.estimator.truncation_length,
+                    truncation_length=config.truncation_length(task),
                     device=device,
                     mode=mode,
                     second_derivatives=config.estimator.second_derivatives,

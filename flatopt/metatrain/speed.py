@@ -10,7 +10,7 @@ from typing import get_args
 
 import torch
 
-from .config import MetaTrainConfig, ObjectiveConfig, TaskConfig
+from .config import MetaTrainConfig, TaskConfig
 from .inner_training import Families
 from .runs import repeat_weights
 from .unroll import Mode, can_compile
@@ -63,13 +63,11 @@ def _prepare(mode: Mode) -> Callable[[], object]:
         recipe="meta-speed",
         rule="orthogonalized-momentum",
         tasks=(TaskConfig(name="mlp", num_tasks=NUM_PROBLEMS),),
-        objective=ObjectiveConfig(),
         num_updates=1,
     )
-    rule = config.build_rule()
-    unroll = replace(Families.from_config(config, rule, torch.device("cpu")).unrolls[0], mode=mode)
+    unroll = replace(Families.from_config(config, torch.device("cpu")).unrolls[0], mode=mode)
     generator = torch.Generator().manual_seed(0)
-    weights_N = repeat_weights(rule.init_weights(generator), NUM_PROBLEMS)
+    weights_N = repeat_weights(unroll.rule.init_weights(generator), NUM_PROBLEMS)
     runs = unroll.start(weights_N, NUM_PROBLEMS, 1, generator)
 
     def run() -> object:

@@ -28,16 +28,17 @@ from .._checks import check_device, check_folder
 from ..rules import Weights
 from ._lock import LOCK, locked
 from ._log import Log, check_tensorboard, track
-from ._ranks import LostProcessError, Ranks, job, joined, own_device
+from ._ranks import Ranks, job, joined, own_device
 from ._saved import check_config
 from ._session import describe_session
-from ._stop import StopOnSignal, Stopped
+from ._stop import StopOnSignal, TrainingInterrupted
 from .checkpoint import WRITING, RunState, latest, save
 from .config import MetaTrainConfig
 from .curriculum import Verdict, decide, validation_steps
 from .estimators import GradientEstimator, build_estimator, untracked
 from .families import check_families
 from .meta_optimizer import build_meta_optimizer, learning_rate, optimizer_state
+from .validation import build_validation
 
 SMOOTHING = 0.98
 """Decay of the moving average of the meta-loss that is shown and logged."""
@@ -99,7 +100,7 @@ def train(
     if config.tensorboard:
         check_tensorboard()
     if estimator is None:
-        check_families(task.name for task in config.tasks)
+        check_families(config)
     device = check_device(own_device(device))
     with joined(device) as ranks, ExitStack() as held:
         state = ranks.share(lambda: held.enter_context(_begin(config, out, ranks, resume=resume)))
@@ -109,26 +110,17 @@ def train(
         if state.is_done:
             return state.shipped_weights
         with StopOnSignal() as stop:
-            show = track if ranks.is_main else untracked
-            estimator = estimator or build_estimator(config, config.build_rule(), device, show, ranks)
-            validate = validate or _build_validation(config, device, ranks)
+            estimator = estimator or build_estimator(config, device, track if ranks.is_main else untracked, ranks)
+            if validate is None and config.validate_every:
+                validate = build_validation(config, device, ranks)
             state.sessions = [*state.sessions, {**describe_session(device, command), "first_update": state.update}]
             run = _Run(state.to(device), estimator, validate, ranks)
             if is_new:
                 run.save(state, out)
-            _prepare(run, stop)
-            with Log(config, out, run.state) if ranks.is_main else nullcontext() as log:
+            stop.at_once(run.prepare, run.state.update)
+            with Log(out, run.state) if ranks.is_main else nullcontext() as log:
                 _loop(out, run, log, stop)
         return {name: weight.cpu() for name, weight in run.state.shipped_weights.items()}
-
-
-def _build_validation(config: MetaTrainConfig, device: torch.device, ranks: Ranks) -> Validate | None:
-    """Return the validation that a configuration describes, if it wants any."""
-    if not config.validate_every:
-        return None
-    from .validation import build_validation  # here: the inner problems behind it need data
-
-    return build_validation(config, config.build_rule(), device, ranks)
 
 
 @contextmanager
@@ -136,20 +128,17 @@ def _begin(config: MetaTrainConfig, out: Path, ranks: Ranks, *, resume: bool) ->
     """Hold the folder of a run, and give the state that it begins or goes on with, on the CPU."""
     if ranks.size > 1 and config.estimator.name == "truncated-backprop":
         raise ValueError("estimator.name=truncated-backprop is not shared among processes: start one")
-    find = partial(_go_on if resume or _is_restart(out) else _start, config, out)
-    find()  # refuses before anything is made
+    find = partial(_find, config, out, resume=resume or _is_restart(out))
+    find()  # refuses before anything is made, the lock included
     with locked(out):
         yield find()  # now that nobody else writes
 
 
-def _start(config: MetaTrainConfig, out: Path) -> RunState:
-    """Return the state that a run begins with."""
-    check_unused(out)
-    return RunState.fresh(config)
-
-
-def _go_on(config: MetaTrainConfig, out: Path) -> RunState:
-    """Return the state that a run goes on with."""
+def _find(config: MetaTrainConfig, out: Path, *, resume: bool) -> RunState:
+    """Return the state that a run goes on with, or begins with."""
+    if not resume:
+        check_unused(out)
+        return RunState.fresh(config)
     check_config(config)
     state = load_run(out)
     _check_resumable(state, config, out)
@@ -286,32 +275,18 @@ class _Run:
         self.state.best_validation = best
 
 
-def _prepare(run: _Run, stop: StopOnSignal) -> None:
-    """Do what takes long before the first update, which a signal may break off."""
-    try:
-        with stop.at_once():
-            run.prepare()
-    except (Stopped, LostProcessError):  # the latter where another process stopped first
-        if not stop.requested():
-            raise
-        raise stop.interruption(run.state.update) from None
-
-
 def _loop(out: Path, run: _Run, log: Log | None, stop: StopOnSignal) -> None:
     """Update until the end or a signal, which takes an update back that it meets; the last one done is always saved."""
     state, config = run.state, run.config
     saved_update, saved_time = state.update, time.monotonic()
-    while not state.is_done and not stop.requested():
+    while not state.is_done and stop.signal_number is None:
         before = state.before_update()
         try:
-            with stop.at_once():
-                metrics = run.update()
-        except (Stopped, RuntimeError):  # the latter where another process stopped first
-            if not stop.requested():
-                raise
+            metrics = stop.at_once(run.update, before.update)
+        except TrainingInterrupted:
             if before.update != saved_update:
                 run.save(before, out)
-            raise stop.interruption(before.update) from None
+            raise
         if log is not None:
             log.write(metrics)
         due = config.checkpoint_every and state.update % config.checkpoint_every == 0
@@ -320,8 +295,8 @@ def _loop(out: Path, run: _Run, log: Log | None, stop: StopOnSignal) -> None:
             saved_update, saved_time = state.update, time.monotonic()
     if saved_update != state.update:
         run.save(state, out)
-    if not state.is_done:
-        raise stop.interruption(state.update)
+    if stop.signal_number is not None and not state.is_done:
+        raise TrainingInterrupted(stop.signal_number, state.update)
 
 
 def _check_resumable(state: RunState, config: MetaTrainConfig, out: Path) -> None:

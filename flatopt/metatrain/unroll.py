@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from ..flatness import FlatnessMeasure, LossFn
-from ..rules import Plan, StepContext, UpdateRule, Weights, apply_rule, batched_phases
+from ..rules import Plan, State, StepContext, UpdateRule, Weights, apply_rule, batched_phases
 from ..tasks import Batch, Params, Split, TaskDistribution
 from ._record import Recorder
 from .config import FlatnessConfig, ObjectiveConfig, TaskConfig
@@ -88,7 +88,7 @@ class Unroll:
         told = torch.where(unknown.to(self.device), torch.full_like(horizon, math.inf), horizon)
         repeated = map_tree(lambda value: value.repeat(copies, *(1,) * (value.dim() - 1)), problems)
         params = repeated.params
-        init_state = vmap(lambda weights, param: self.rule.fresh_state(weights, param))
+        init_state = vmap(self.rule.fresh_state)
         runs = Runs(
             problem=repeated._replace(params={}),
             params=params,
@@ -166,24 +166,14 @@ class Unroll:
         train_loss, flatness, grads = self._learn(runs, draws, terms)
         initial_loss = torch.where(runs.step == 0, train_loss.detach(), runs.initial_loss)
         runs, step = runs._replace(initial_loss=initial_loss), runs.step + 1
-        names = list(runs.params)
-        result = apply_rule(
-            self.rule,
-            weights_N,
-            [runs.params[name] for name in names],
-            [grads[name] for name in names],
-            [runs.states[name] for name in names],
-            runs.shared,
-            StepContext(step, runs.num_steps),
-            Plan(pack_size=PACK_SIZE, phases=batched_phases(self.rule)),
-        )
-        params = {name: runs.params[name] + delta for name, delta in zip(names, result.deltas, strict=True)}
-        states = dict(zip(names, result.states, strict=True))
+        plan = Plan(pack_size=PACK_SIZE, phases=batched_phases(self.rule))
+        deltas, states, shared = propose(self.rule, weights_N, runs, grads, StepContext(step, runs.num_steps), plan)
+        params = {name: param + deltas[name] for name, param in runs.params.items()}
         average = {}
         if self.rule.average is not None:  # of every step: strides and landing only make that cheap, and usable
             weight_N = self.rule.average.weight(step)
             average = {name: vmap(torch.lerp)(runs.average[name], value, weight_N) for name, value in params.items()}
-        runs = runs._replace(params=params, states=states, shared=result.shared, step=step, average=average)
+        runs = runs._replace(params=params, states=states, shared=shared, step=step, average=average)
         losses = self._judge(runs, draws.meta, train_loss, flatness)
         # The layout of fresh and of restored runs: a step compiled for one serves all of them, to the same bits.
         return map_tree(torch.Tensor.contiguous, runs), losses
@@ -222,11 +212,10 @@ class Unroll:
     def _judge(self, runs: Runs, meta: Batch, train_loss: Tensor, flatness: Tensor) -> StepLosses:
         """Return the losses of the step that has led to ``runs``."""
         config, initial_loss, params = self.objective, runs.initial_loss, _results(runs)
+        value = config.train_weight * transform_loss(config, train_loss, initial_loss)
         meta_loss = torch.zeros_like(train_loss)
         if config.meta_weight:
             meta_loss = clip_loss(vmap(self.distribution.loss)(runs.problem, params, meta), config.clip)
-        value = config.train_weight * transform_loss(config, train_loss, initial_loss)
-        if config.meta_weight:
             value = value + config.meta_weight * transform_loss(config, meta_loss, initial_loss)
         if config.error_weight:
             error = clip_loss(vmap(self.distribution.error)(runs.problem, params, meta), config.clip)
@@ -234,6 +223,16 @@ class Unroll:
         value = value + config.flatness.coefficient * flatness
         objective = step_weight(config, runs.step, runs.horizon) * value
         return StepLosses(objective, train_loss, meta_loss, flatness)
+
+
+def propose(
+    rule: UpdateRule, weights: Weights, runs: Runs, grads: Params, context: StepContext, plan: Plan
+) -> tuple[Params, dict[str, State], State]:
+    """Return the steps that a rule proposes, its states and its shared state after them; pure."""
+    names = list(runs.params)
+    params, states = list(runs.params.values()), [runs.states[name] for name in names]
+    result = apply_rule(rule, weights, params, [grads[name] for name in names], states, runs.shared, context, plan)
+    return dict(zip(names, result.deltas, strict=True)), dict(zip(names, result.states, strict=True)), result.shared
 
 
 def _results(runs: Runs) -> Params:

@@ -24,17 +24,18 @@ as many runs in both (``num_tasks`` equal, :math:`0 < p < 1`), the compiler find
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from ..rules import UpdateRule, Weights
+from ..rules import Weights
 from ._ranks import Ranks
-from .config import CurriculumConfig, FlatnessConfig, MetaTrainConfig, ObjectiveConfig
+from .config import CurriculumConfig, MetaTrainConfig, ObjectiveConfig
 from .curriculum import Verdict
 from .inner_training import Families
-from .runs import Runs, share_weights
+from .runs import share_weights
 from .unroll import Unroll
 
 WINDOW = 20
@@ -63,13 +64,7 @@ class Validation:
     _untrained: dict[tuple[str, int], Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __call__(self, weights: Weights, num_steps: int | None = None) -> Verdict:
-        """Return the mean loss at the end of the runs, families by their weights.
-
-        Args:
-            weights: of the rule, on the device of the runs.
-            num_steps: length of the runs.
-        """
-        weights = {name: weight.detach() for name, weight in weights.items()}
+        """Return the mean loss at the end of the runs, families by their weights."""
         found = torch.zeros(len(self.families.unrolls), dtype=torch.float64)
         with torch.no_grad():
             for index in self.ranks.own(len(found)).tolist():
@@ -92,8 +87,7 @@ class Validation:
         return sorted({round(shortest * ratio**index) for index in range(self.num_lengths)})
 
     def _loss(self, weights: Weights, unroll: Unroll, length: int, seed: int) -> float:
-        runs, weights_N, generator = _start(weights, unroll, 1, length, seed)
-        return float(_end_losses(weights_N, runs, unroll, 1, generator).mean())
+        return float(_end_losses(weights, unroll, length, seed).mean())
 
     def _relative_loss(self, weights: Weights, unroll: Unroll, length: int, seed: int) -> float:
         key = (unroll.task.name, length)
@@ -110,46 +104,37 @@ class Validation:
 def _told_and_untold(weights: Weights, unroll: Unroll, length: int, seed: int) -> Tensor:
     """Return the mean losses of the same runs with and without their horizon, of one kind where the other is unused."""
     untold = unroll.task.unknown_horizon_probability
-    copies = 2 if 0 < untold < 1 else 1
-    runs, weights_N, generator = _start(weights, unroll, copies, length, seed)
-    told = runs.horizon.clone()
-    if untold > 0:
-        told[-unroll.task.num_tasks :] = math.inf
-    losses = _end_losses(weights_N, runs._replace(num_steps=told), unroll, copies, generator)
-    return losses.unflatten(1, (copies, -1)).mean((0, 2)).clamp(min=torch.finfo(losses.dtype).tiny)
+    told = [is_told for is_told, share in ((True, 1 - untold), (False, untold)) if share > 0]
+    losses = _end_losses(weights, unroll, length, seed, told)
+    return losses.unflatten(1, (len(told), -1)).mean((0, 2)).clamp(min=torch.finfo(losses.dtype).tiny)
 
 
-def _start(
-    weights: Weights, unroll: Unroll, copies: int, length: int, seed: int
-) -> tuple[Runs, Weights, torch.Generator]:
-    """Return the runs of a family at their start, their weights, and the source of their batches."""
-    generator = torch.Generator().manual_seed(seed)
+def _end_losses(weights: Weights, unroll: Unroll, length: int, seed: int, told: Sequence[bool] | None = None) -> Tensor:
+    """Train runs to their end; return the meta losses of the last truncation, ``[L, N]``.
+
+    There is a copy of each run for each of ``told``, whether it is told its horizon; at random without.
+    """
+    generator, copies = torch.Generator().manual_seed(seed), 1 if told is None else len(told)
     weights_N = share_weights(weights, copies * unroll.task.num_tasks)
-    return unroll.start(weights_N, unroll.task.num_tasks, copies, generator, length), weights_N, generator
-
-
-def _end_losses(weights_N: Weights, runs: Runs, unroll: Unroll, copies: int, generator: torch.Generator) -> Tensor:
-    """Train to the end; return the meta losses of the last truncation, ``[L, N]``."""
+    runs = unroll.start(weights_N, unroll.task.num_tasks, copies, generator, length)
+    if told is not None:
+        is_told = torch.tensor(told, device=unroll.device).repeat_interleave(unroll.task.num_tasks)
+        runs = runs._replace(num_steps=torch.where(is_told, runs.horizon, math.inf))
     for _ in range(int(runs.horizon[0]) // unroll.truncation_length):
         runs, losses = unroll.run(weights_N, runs, copies, generator)
     return losses.meta
 
 
-def build_validation(
-    config: MetaTrainConfig, rule: UpdateRule, device: torch.device, ranks: Ranks | None = None
-) -> Validation:
+def build_validation(config: MetaTrainConfig, device: torch.device, ranks: Ranks | None = None) -> Validation:
     """Return the validation of a configuration: its families without random scaling, its inner loss, no penalties."""
     validation, compiled = config.validation, config.compile and bool(config.validation.compile)
     tasks = tuple(replace(task, num_tasks=validation.num_tasks, random_scaling=0.0) for task in config.tasks)
     if validation.relative:
-        lengths = [task.truncation_length or config.estimator.truncation_length for task in tasks]
-        tasks = tuple(
-            replace(task, truncation_length=min(WINDOW, length)) for task, length in zip(tasks, lengths, strict=True)
-        )
+        tasks = tuple(replace(task, truncation_length=min(WINDOW, config.truncation_length(task))) for task in tasks)
     objective = _objective(config.objective, as_in_training=compiled)
     held_out = replace(config, objective=objective, tasks=tasks, curriculum=CurriculumConfig(), compile=compiled)
     return Validation(
-        families=Families.from_config(held_out, rule, device),
+        families=Families.from_config(held_out, device),
         num_steps=validation.num_steps,
         seed=validation.seed,
         relative=bool(validation.relative),
@@ -162,12 +147,4 @@ def _objective(objective: ObjectiveConfig, *, as_in_training: bool) -> Objective
     """Return an objective whose meta loss is that of the ``meta`` split; nothing else of it is used."""
     if as_in_training and objective.meta_weight and objective.meta_split == "meta":
         return objective
-    return replace(
-        objective,
-        train_weight=0.0,
-        meta_weight=1.0,
-        error_weight=None,
-        meta_split="meta",
-        transform="none",
-        flatness=FlatnessConfig(),
-    )
+    return ObjectiveConfig(meta_weight=1.0, inner_flatness=objective.inner_flatness, clip=objective.clip)

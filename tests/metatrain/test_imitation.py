@@ -158,15 +158,14 @@ def test_the_last_share_of_imitation_is_that_of_all_later_stages():
     options = ["imitation.probabilities=[0.5, 0.3]", "validate_every=1"]
     for stages, expected in (("[10, 20, 50]", {10: 0.5, 20: 0.3, 50: 0.3}), ("[]", {None: 0.5})):
         config = smoke().override([*options, f"curriculum.stages={stages}"])
-        assert build_estimator(config, config.build_rule(), torch.device("cpu")).probabilities == expected
+        assert build_estimator(config, torch.device("cpu")).probabilities == expected
 
 
 @pytest.mark.parametrize("name", ["persistent-es", "truncated-backprop"])
 def test_configuration_adds_imitation_to_any_estimator(name):
     config = smoke().override([f"estimator.name={name}"])
-    rule = config.build_rule()
-    assert not isinstance(build_estimator(config, rule, torch.device("cpu")), WithImitation)
+    assert not isinstance(build_estimator(config, torch.device("cpu")), WithImitation)
     config = config.override(['imitation.teachers=["adam", "rmsprop"]', "imitation.probabilities=[0.5]"])
-    estimator = build_estimator(config, rule, torch.device("cpu"))
+    estimator = build_estimator(config, torch.device("cpu"))
     assert isinstance(estimator, WithImitation) and len(estimator.imitations) == 2
     assert config.imitation == ImitationConfig(teachers=("adam", "rmsprop"), probabilities=(0.5,))

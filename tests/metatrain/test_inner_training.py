@@ -118,14 +118,14 @@ def test_an_estimate_is_a_function_of_a_state_that_it_leaves_alone():
 
 def test_configuration_names_the_estimator():
     config = smoke().override(["estimator.name=truncated-backprop", "estimator.second_derivatives=true"])
-    estimator = build_estimator(config, config.build_rule(), torch.device("cpu"))
+    estimator = build_estimator(config, torch.device("cpu"))
     assert isinstance(estimator, TruncatedBackprop)
     assert [unroll.second_derivatives for unroll in estimator.inner.unrolls] == [True]
 
 
 def test_random_scaling_of_a_configuration_is_one_number_per_coordinate():
     config = smoke().override(["estimator.name=truncated-backprop", "tasks.tabular.random_scaling=2"])
-    (unroll,) = build_estimator(config, config.build_rule(), torch.device("cpu")).inner.unrolls
+    (unroll,) = build_estimator(config, torch.device("cpu")).inner.unrolls
     problems = unroll.distribution.sample_problems(3, torch.Generator().manual_seed(0))
     for name, scale in problems.param_scales.items():
         assert scale.shape == problems.params[name].shape
@@ -139,7 +139,7 @@ def test_an_unknown_family_is_named(name):
         [f"estimator.name={name}"]
     )
     with pytest.raises(ValueError, match="unknown task 'rnn': valid are .*mlp, .*transformer"):
-        build_estimator(config, config.build_rule(), torch.device("cpu"))
+        build_estimator(config, torch.device("cpu"))
 
 
 def test_command_line_trains_by_backpropagation(tmp_path):
@@ -153,7 +153,7 @@ def test_a_family_may_have_a_truncation_length_of_its_own():
     config = smoke().override(["estimator.truncation_length=5"])
     tasks = (config.tasks[0], TaskConfig(name="cnn", num_tasks=2, min_steps=12, max_steps=12, truncation_length=12))
     config = MetaTrainConfig(**{**vars(config), "tasks": tasks})
-    estimator = build_estimator(config, config.build_rule(), torch.device("cpu"))
+    estimator = build_estimator(config, torch.device("cpu"))
     assert [unroll.truncation_length for unroll in estimator.families.unrolls] == [5, 12]
     weights = {name: torch.zeros(4, *value.shape) for name, value in random_weights(config.build_rule()).items()}
     runs = estimator.families.unrolls[1].start(weights, 2, 2, torch.Generator().manual_seed(0))

@@ -31,7 +31,7 @@ def test_one_update_of_each_recipe_is_finite_and_measures_its_penalty(name):
     # The same rule and objective on a smaller net.
     tasks = ['tasks=[{"name": "mlp", "num_tasks": 1}]', "estimator.truncation_length=2", "imitation.probabilities=[]"]
     config = RECIPES[name]().override(tasks)
-    estimator, generator = build_estimator(config, config.build_rule(), torch.device("cpu")), torch.Generator()
+    estimator, generator = build_estimator(config, torch.device("cpu")), torch.Generator()
     weights = config.build_rule().init_weights(generator.manual_seed(0))
     meta, _ = estimator.estimate(weights, estimator.init(weights, generator), generator)
     assert all(value.isfinite().all() for value in meta.gradient.values())

@@ -110,7 +110,7 @@ def test_the_untrained_rule_is_measured_once(monkeypatch):
 def test_relative_validation_of_long_truncations_looks_at_the_end_of_a_run():
     options = ["estimator.truncation_length=400", "validation.relative=true", "validation.num_lengths=2"]
     config = smoke().override(options)
-    validation = build_validation(config, config.build_rule(), torch.device("cpu"))
+    validation = build_validation(config, torch.device("cpu"))
     assert validation.families.unrolls[0].truncation_length == 20
     assert validation.relative and validation.num_lengths == 2
 
@@ -119,9 +119,8 @@ def test_compiled_validation_takes_the_step_of_training():
     config = smoke().override(["compile=true", "validation.relative=true", "objective.train_weight=0.5"])
     modes = {}
     for choice in ("none", "true"):
-        (unroll,) = build_validation(
-            config.override([f"validation.compile={choice}"]), config.build_rule(), torch.device("cpu")
-        ).families.unrolls
+        chosen = config.override([f"validation.compile={choice}"])
+        (unroll,) = build_validation(chosen, torch.device("cpu")).families.unrolls
         modes[choice] = unroll.mode, unroll.objective.train_weight
     assert modes["none"] == ("recorded", 0.0)
     assert modes["true"] == ("compiled" if can_compile(torch.device("cpu")) else "recorded", 0.5)
@@ -137,7 +136,7 @@ def test_validation_of_a_configuration_is_plain():
     )
     config = smoke().override(["tasks.tabular.random_scaling=2", "validation.num_tasks=5", "validation.num_steps=15"])
     config = type(config)(**{**vars(config), "objective": objective})
-    validation = build_validation(config, config.build_rule(), torch.device("cpu"))
+    validation = build_validation(config, torch.device("cpu"))
     (unroll,) = validation.families.unrolls
     assert unroll.objective == ObjectiveConfig(inner_flatness=objective.inner_flatness)
     assert unroll.task.num_tasks == 5 and validation.num_steps == 15
@@ -146,7 +145,7 @@ def test_validation_of_a_configuration_is_plain():
 
 def test_the_size_of_the_training_set_is_that_of_the_configuration():
     config = smoke().override(["tasks.tabular.num_train=70"])
-    (unroll,) = build_validation(config, config.build_rule(), torch.device("cpu")).families.unrolls
+    (unroll,) = build_validation(config, torch.device("cpu")).families.unrolls
     problems = unroll.distribution.sample_problems(5, torch.Generator().manual_seed(0))
     assert problems.num_train.tolist() == [70] * 5
 
@@ -162,7 +161,7 @@ def test_a_recipe_with_validation_trains_exports_the_best_and_resumes_bit_for_bi
     assert checkpoint.best_validation == {"update": best, "loss": losses[best]}
     assert main(["export", str(tmp_path / "whole"), "--to", str(tmp_path / "export")]) == 0
     learned = load_folder(tmp_path / "export")
-    validation = build_validation(checkpoint.config, learned.rule, torch.device("cpu"))
+    validation = build_validation(checkpoint.config, torch.device("cpu"))
     assert validation(learned.weights).loss == pytest.approx(losses[best], rel=1e-5)
     assert f"the best by validation, of update {best} (moving average)" in learned.card
 

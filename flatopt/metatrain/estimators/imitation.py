@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from ...rules import Adam, State, StepContext, UpdateRule, Weights, apply_rule
+from ...rules import Adam, Plan, State, StepContext, UpdateRule, Weights
 from ...tasks import Batch, Params
-from ..config import FlatnessConfig, MetaTrainConfig
+from ..config import MetaTrainConfig, ObjectiveConfig
 from ..inner import Inner, InnerState
 from ..inner_training import Families
 from ..runs import Draws, Runs, Terms, choose_runs, share_weights
-from ..unroll import Unroll
+from ..unroll import Unroll, propose
 from ._estimator import EstimatorState, GradientEstimator, MetaGradient
 from .truncated_backprop import TruncatedBackprop
 
@@ -112,25 +112,14 @@ class TeacherForced(Inner):
         self, unroll: Unroll, runs: Runs, teacher: dict[str, State], batch: Batch
     ) -> tuple[Params, dict[str, State]]:
         """Return the steps that the teacher takes, and its state after them."""
-        names = list(runs.params)
 
-        def learn(run: Runs, states: list[State], batch: Batch) -> tuple[list[Tensor], list[State]]:
+        def learn(run: Runs, batch: Batch) -> tuple[Params, dict[str, State]]:
             grads = grad(lambda params: unroll.distribution.loss(run.problem, params, batch))(run.params)
-            result = apply_rule(
-                self.teacher,
-                {},
-                [run.params[name] for name in names],
-                [grads[name] for name in names],
-                states,
-                {},
-                StepContext(run.step + 1, run.num_steps),
-            )
-            return result.deltas, result.states
+            deltas, states, _ = propose(self.teacher, {}, run, grads, StepContext(run.step + 1, run.num_steps), Plan())
+            return deltas, states
 
         with torch.no_grad():
-            seen = runs._replace(states={}, shared={})  # those of the student are not the teacher's
-            deltas, states = vmap(learn)(seen, [teacher[name] for name in names], batch)
-        return dict(zip(names, deltas, strict=True)), dict(zip(names, states, strict=True))
+            return vmap(learn)(runs._replace(states=teacher, shared={}), batch)
 
     def _fresh_teacher(self, runs: Runs) -> dict[str, State]:
         init_state = vmap(lambda param: self.teacher.fresh_state({}, param))
@@ -180,22 +169,13 @@ class WithImitation(GradientEstimator):
         return {f"imitation-{index}": imitation for index, imitation in enumerate(self.imitations)}
 
 
-def with_imitation(
-    estimator: GradientEstimator, config: MetaTrainConfig, rule: UpdateRule, device: torch.device
-) -> GradientEstimator:
+def with_imitation(estimator: GradientEstimator, config: MetaTrainConfig, device: torch.device) -> GradientEstimator:
     """Return the estimator with the imitation that a configuration asks for, itself where it asks for none."""
     imitation, shares = config.imitation, config.imitation.probabilities
     if not any(shares):
         return estimator
-    unused = replace(
-        config.objective,
-        train_weight=0.0,
-        meta_weight=0.0,
-        error_weight=None,
-        flatness=FlatnessConfig(),
-        inner_flatness=FlatnessConfig(),
-    )
-    students = Families.from_config(replace(config, objective=unused, compile=False), rule, device)
+    unused = ObjectiveConfig(meta_weight=0.0, meta_split=config.objective.meta_split)  # of which batches are drawn
+    students = Families.from_config(replace(config, objective=unused, compile=False), device)
     imitations = [
         TruncatedBackprop(
             inner=TeacherForced(

@@ -26,11 +26,7 @@ from ._estimator import EstimatorState, GradientEstimator, MetaGradient
 
 @dataclass(frozen=True, kw_only=True)
 class TruncatedBackprop(GradientEstimator):
-    """Exact gradient of each truncation; the inner state is carried on, detached.
-
-    Attributes:
-        inner: the inner training to differentiate.
-    """
+    """Exact gradient of each truncation; the inner state is carried on, detached."""
 
     inner: Inner
 
