@@ -27,8 +27,8 @@ The step of a matrix :math:`x` is
 with :math:`\bar X` clipped to :math:`\pm 5`.  A vector has :math:`u_t` over its root mean square in its place.
 :math:`K` is the number of strips of a matrix: where they share directions, their steps add up.  The schedule
 :math:`s_t` is a warm-up over 30 steps (over a fifth of a shorter known run, but at least 15), times a power, 1 before
-learning, of :math:`\cos(\pi (t - 1) / 2T)` where the length :math:`T` of the run is known, and
-:math:`(1 + t/100)^{-0.5}` where it is not; this power is learned too and stays below 1, so that no run ends by itself.
+learning, of :math:`\cos(\pi (t - 1) / 2T)` where the length :math:`T` of the run is known and at most 800, and
+:math:`(1 + t/100)^{-0.5}` elsewhere; this power is learned too and stays below 1, so that no run ends by itself.
 There step and decay have one more learned factor each.  :math:`\rho_t` is the root mean square of the gradient over its
 largest so far: it falls as training data are learned by heart.  :math:`\sigma_t` is 6 times the root mean square of the
 momentum over that of the gradient.  That ratio is the size of Adam's step: 1 for a gradient without noise, near 1/6 in
@@ -105,6 +105,7 @@ STEP_SCALES = (10.0, 100.0, 1000.0)
 FEATURE_BOUND = 3.0  # where features, and the logarithms that powers see, are clipped
 DIRECTION_BOUND = 5.0  # where directions are clipped, in root mean squares
 MIN_SCHEDULE = 0.05  # the least that the decay sees
+LONGEST_KNOWN = 800  # steps of the longest run whose schedule follows its length, as many as in meta-training
 USUAL_SIGNAL = 1 / 6  # root mean square of the momentum over that of the gradient, in most runs
 LARGE_SIZE = 2.0  # root mean square times the root of the inputs from which on a tensor is large
 FREE_STRIPS = 4  # more shorten the step: steps of strips add up in a direction that they share
@@ -136,7 +137,7 @@ class OrthogonalizedMomentum(UpdateRule):
         betas: decays of the momentum and of the second moment, before learning.
         momentum_mix: share of the gradient in what is orthogonalised (Nesterov), before learning.
         warmup_steps: length of the linear warm-up, before learning; as little as half of it in a short run.
-        decay_steps: time scale of the decay of the step where the length of the run is unknown.
+        decay_steps: time scale of the decay of the step where the length of the run is unknown, or above 800.
         anytime_power: power of that decay, before learning.
 
     Raises:
@@ -260,7 +261,8 @@ class OrthogonalizedMomentum(UpdateRule):
         Returns:
             ``[N, 3]`` controls: what multiplies the direction and the parameter, and the step.
         """
-        factors, known = _factors(weights), _is_known(context)
+        factors = _factors(weights)
+        known = (context.step <= context.num_steps) & (context.num_steps <= LONGEST_KNOWN)
         columns = _columns(tuple(shapes), self.strip_rows, self.min_inputs, self.vector_inputs)
         table_FN = constant_columns(columns, summaries_NS)
         fan, is_matrix, crowding = table_FN[2:5]
@@ -393,8 +395,3 @@ def _control(weights: Weights, features_FN: Tensor, is_matrix: Tensor) -> list[T
 def _adam(m: Tensor, v: Tensor) -> Tensor:
     """Return Adam's direction but for a factor common to a tensor."""
     return m * v.clamp(min=tiny(v)).rsqrt()
-
-
-def _is_known(context: StepContext) -> Tensor:
-    """Return whether the length of the run is known, and not over."""
-    return torch.isfinite(context.num_steps) & (context.step <= context.num_steps)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flatopt import FlatOpt, LearnedRule
 from flatopt.rules import OrthogonalizedMomentum, StripRows, Strips, TensorShape, apply_rule
-from flatopt.rules.orthogonalized_momentum import CONSTANT_SCALE, NEWTON_SCHULZ
+from flatopt.rules.orthogonalized_momentum import CONSTANT_SCALE, LONGEST_KNOWN, NEWTON_SCHULZ
 
 SHAPES = [(140, 90), (12, 3, 3, 3), (5,), (6, 1), (33, 34)]
 INF = math.inf
@@ -176,7 +176,7 @@ def test_directions_without_momentum_stay_without() -> None:
 def test_every_shape_and_scale_gives_finite_steps_of_one_size(shape: tuple[int, ...], scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     param = torch.nn.Parameter(torch.zeros(shape))
-    opt = FlatOpt([param], pretrained=learned("orthogonalized-momentum"), num_steps=1000)
+    opt = FlatOpt([param], pretrained=learned("orthogonalized-momentum"), num_steps=800)
     for _ in range(32):
         before = param.detach().clone()
         param.grad = scale * torch.randn(shape, generator=generator)
@@ -195,7 +195,7 @@ def test_no_direction_is_longer_where_there_are_few(shape: tuple[int, int], rank
     """A step of unit size whatever the rank made wide networks diverge at small batches."""
     generator = torch.Generator().manual_seed(0)
     param = torch.nn.Parameter(torch.zeros(shape))
-    opt = FlatOpt([param], pretrained=learned(OrthogonalizedMomentum(base_decay=0.0, warmup_steps=1.0)), num_steps=1000)
+    opt = FlatOpt([param], pretrained=learned(OrthogonalizedMomentum(base_decay=0.0, warmup_steps=1.0)), num_steps=800)
     param.grad = torch.randn(shape[0], rank, generator=generator) @ torch.randn(rank, shape[1], generator=generator)
     opt.step()
     values = torch.linalg.svdvals(param.detach()) * math.sqrt(shape[1]) / 0.034 / math.sqrt(96)
@@ -221,7 +221,7 @@ def test_strips_that_share_a_direction_add_up_to_no_more_than_four(shape: tuple[
     assert Strips.of(TensorShape.of(shape), OrthogonalizedMomentum().strip_rows).number == number
     generator = torch.Generator().manual_seed(0)
     param = torch.nn.Parameter(torch.zeros(shape))
-    opt = FlatOpt([param], pretrained=learned(OrthogonalizedMomentum(base_decay=0.0, warmup_steps=1.0)), num_steps=1000)
+    opt = FlatOpt([param], pretrained=learned(OrthogonalizedMomentum(base_decay=0.0, warmup_steps=1.0)), num_steps=800)
     param.grad = torch.randn(shape[0], 1, generator=generator) @ torch.randn(1, shape[1], generator=generator)
     opt.step()
     value = torch.linalg.matrix_norm(param.detach(), 2) * math.sqrt(shape[1]) / 0.034 / math.sqrt(max(shape))
@@ -346,3 +346,18 @@ def test_untrained_weights_are_zero_to_the_bit_so_that_their_hash_is_one() -> No
 def test_a_value_out_of_bounds_is_refused(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name} must be .*, not "):
         OrthogonalizedMomentum(**{name: value})
+
+
+def test_a_run_longer_than_any_of_meta_training_is_stepped_as_if_its_length_was_not_known() -> None:
+    def after_ten_steps(num_steps: int | None) -> Tensor:
+        param = torch.nn.Parameter(torch.ones(8, 6))
+        opt = FlatOpt([param], pretrained=learned("orthogonalized-momentum"), num_steps=num_steps)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(10):
+            param.grad = torch.randn(8, 6, generator=generator)
+            opt.step()
+        return param.detach()
+
+    unknown = after_ten_steps(None)
+    assert torch.equal(after_ten_steps(LONGEST_KNOWN + 1), unknown)
+    assert not torch.equal(after_ten_steps(LONGEST_KNOWN), unknown)
