@@ -75,8 +75,8 @@ class FlatOpt(Averaging):
             any scheduler.
         pretrained: name of a shipped set of weights (:func:`flatopt.list_pretrained`), a folder, a Hugging Face Hub id
             ``"org/name"``, or a :class:`flatopt.LearnedRule`.
-        num_steps: length of the run in steps if it is known: the learned schedule then ends with it, the parameters
-            move to their average in its last twentieth, and a run that goes on does so as if it was not known.
+        num_steps: length of the run in steps if it is known: the parameters move to their average in its last
+            twentieth, and up to 800 steps the schedule ends with it.  A run that goes on does so as if unknown.
             ``None`` for a run that may stop at any time.  A loaded state never overrules what is given here;
             :meth:`set_num_steps` changes it in the middle of a run.
         weight_decay: decoupled weight decay, multiplied by the rule's own step size, so that values usual for AdamW
