@@ -5,14 +5,13 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flatopt.evaluate import models
 from flatopt.evaluate.compare import Problem
 from flatopt.tasks import load_text
 
 from . import likelihood, made, of_split
-from .numbers import smooth_function
 from .pictures import classification
 from .sequences import windows
 
@@ -36,18 +35,12 @@ def convolutions(seed: int, split: str = "test") -> Problem:
     return _on_all_images(seed, split, models.cnn(14, width=24, depth=3, normalise=True))
 
 
-@lru_cache(maxsize=1)
-def _source() -> dict[str, Tensor]:
-    return dict(load_text()._asdict())
+_source = lru_cache(maxsize=1)(load_text)
 
 
 def characters(seed: int, split: str = "test") -> Problem:
     """Return a causal transformer on characters of Python source."""
     torch.manual_seed(seed)
-    train = made(lambda random: windows(_source()["train"], 16, random), seed)
-    measured = of_split(lambda random: windows(_source()[split], 60, random), split)
+    train = made(lambda random: windows(_source().train, 16, random), seed)
+    measured = of_split(lambda random: windows(getattr(_source(), split), 60, random), split)
     return Problem(models.decoder(64, width=64, depth=2), train, measured, likelihood)
-
-
-function = smooth_function
-"""Regression without noise on 20,000 rows."""
